@@ -1,0 +1,261 @@
+"""Interaction graphs of Ising problems.
+
+A :class:`Graph` says which spins interact and in which groups they can be updated at once: its
+``color_classes`` partition the nodes so that no edge stays inside a class, and block Gibbs updates one class
+after another. Nodes are ``0 .. n_nodes - 1``; self-loops and double edges are errors. Hypergraphs are not
+supported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
+
+import networkx as nx
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+GraphName = Literal["bipartite", "complete", "independent", "chimera", "pegasus", "zephyr"]
+_HARDWARE_TOPOLOGIES = ("chimera", "pegasus", "zephyr")
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """Undirected interaction graph over spins.
+
+    Parameters
+    ----------
+    n_nodes
+        Number of nodes, named ``0 .. n_nodes - 1``.
+    edges
+        Node pairs, shape ``(n_edges, 2)``. Stored with the smaller node first, in lexicographic order.
+    name
+        Word for messages and plots.
+
+    Raises
+    ------
+    ValueError
+        For a self-loop, a repeated edge, a node outside the range, or a graph without nodes.
+    """
+
+    n_nodes: int
+    edges: np.ndarray
+    name: str = "custom"
+
+    def __post_init__(self) -> None:
+        edges = np.asarray(self.edges, dtype=np.int64).reshape(-1, 2)
+        if self.n_nodes < 1:
+            msg = f"A graph needs at least one node, got n_nodes={self.n_nodes}. Raise the number of spins."
+            raise ValueError(msg)
+        outside = edges[(edges < 0) | (edges >= self.n_nodes)]
+        if outside.size:
+            msg = (
+                f"Edge endpoint {outside[0]} is not a node of a graph with {self.n_nodes} nodes; allowed are "
+                f"0 to {self.n_nodes - 1}. Relabel the nodes, e.g. with `networkx.convert_node_labels_to_integers`."
+            )
+            raise ValueError(msg)
+        loops = edges[edges[:, 0] == edges[:, 1], 0]
+        if loops.size:
+            msg = (
+                f"Node {loops[0]} has a self-loop. s_i * s_i = 1 for every spin, so such a term is a constant, "
+                "not a coupling. Remove it, e.g. with `graph.remove_edges_from(networkx.selfloop_edges(graph))`."
+            )
+            raise ValueError(msg)
+        edges = np.sort(edges, axis=1)
+        edges = edges[np.lexsort((edges[:, 1], edges[:, 0]))]
+        repeated = np.flatnonzero((edges[1:] == edges[:-1]).all(axis=1))
+        if repeated.size:
+            i, j = edges[repeated[0]]
+            msg = f"Edge ({i}, {j}) is given more than once. List each edge once, in either direction."
+            raise ValueError(msg)
+        edges.setflags(write=False)
+        object.__setattr__(self, "edges", edges)
+
+    @property
+    def n_edges(self) -> int:
+        """Number of edges."""
+        return len(self.edges)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether a matrix product over all pairs is cheaper than gathering the edges."""
+        return self.n_edges * 8 > self.n_nodes**2
+
+    def edge_index(self, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+        """Endpoints of the edges as two index tensors of shape ``(n_edges,)``, kept per device."""
+        cache = self.__dict__.setdefault("_edge_index", {})
+        if str(device) not in cache:
+            ends = torch.tensor(self.edges.T, device=device)
+            cache[str(device)] = (ends[0], ends[1])
+        return cache[str(device)]
+
+    @cached_property
+    def color_order(self) -> np.ndarray:
+        """Nodes class by class, shape ``(n_nodes,)``: position ``k`` of a color-sorted state is this node."""
+        return np.concatenate(self.color_classes)
+
+    @cached_property
+    def color_bounds(self) -> tuple[int, ...]:
+        """Slice bounds of the classes in :attr:`color_order`; one more than there are classes."""
+        return (0, *np.cumsum([len(c) for c in self.color_classes]).tolist())
+
+    def __getstate__(self) -> dict:
+        """Leave cached tensors out of pickles."""
+        return {"n_nodes": self.n_nodes, "edges": self.edges, "name": self.name}
+
+    def to_networkx(self) -> nx.Graph:
+        """Return the graph as a :class:`networkx.Graph` with integer nodes."""
+        graph = nx.empty_graph(self.n_nodes)
+        graph.add_edges_from(self.edges.tolist())
+        return graph
+
+    @cached_property
+    def color_classes(self) -> tuple[np.ndarray, ...]:
+        """Independent sets that partition the nodes, in a deterministic order.
+
+        Two classes where the graph is bipartite, otherwise a greedy coloring (DSATUR). Nodes within a class
+        are sorted.
+        """
+        if self.n_edges == 0:
+            return (np.arange(self.n_nodes),)
+        if self.n_edges == self.n_nodes * (self.n_nodes - 1) // 2:
+            return tuple(np.array([i]) for i in range(self.n_nodes))
+        graph = self.to_networkx()
+        if nx.is_bipartite(graph):
+            color = nx.bipartite.color(graph)
+            # networkx starts each component anew with color 1; flip so that node 0 is in class 0.
+            color = {node: 1 - value if color[0] == 1 else value for node, value in color.items()}
+        else:
+            color = nx.greedy_color(graph, strategy="DSATUR")
+        labels = np.array([color[node] for node in range(self.n_nodes)])
+        return tuple(np.flatnonzero(labels == label) for label in np.unique(labels))
+
+    def __repr__(self) -> str:
+        return f"Graph({self.name}, n_nodes={self.n_nodes}, n_edges={self.n_edges})"
+
+
+def bipartite(n_left: int, n_right: int) -> Graph:
+    """Complete bipartite graph: nodes ``0 .. n_left - 1`` against ``n_left .. n_left + n_right - 1``.
+
+    This is the graph of a restricted Boltzmann machine.
+    """
+    if n_left < 1 or n_right < 1:
+        msg = (
+            f"A bipartite graph needs a node on either side, got n_left={n_left}, n_right={n_right}. "
+            "Raise the smaller one, or use `independent` for spins without couplings."
+        )
+        raise ValueError(msg)
+    left, right = np.meshgrid(np.arange(n_left), np.arange(n_left, n_left + n_right), indexing="ij")
+    return Graph(n_left + n_right, np.stack([left.ravel(), right.ravel()], axis=1), "bipartite")
+
+
+def complete(n_nodes: int) -> Graph:
+    """Complete graph: every pair of spins interacts."""
+    return Graph(n_nodes, np.stack(np.triu_indices(n_nodes, k=1), axis=1), "complete")
+
+
+def independent(n_nodes: int) -> Graph:
+    """Graph without edges: the J = 0 control."""
+    return Graph(n_nodes, np.empty((0, 2), dtype=np.int64), "independent")
+
+
+def from_networkx(graph: nx.Graph, name: str = "custom") -> Graph:
+    """Take over any undirected :class:`networkx.Graph`; its nodes are numbered in their own order.
+
+    Raises
+    ------
+    TypeError
+        If the graph is directed or a multigraph.
+    ValueError
+        If it has a self-loop or no nodes.
+    """
+    if graph.is_directed() or graph.is_multigraph():
+        msg = (
+            f"Couplings are symmetric and single, but the graph is a {type(graph).__name__}. "
+            "Convert it first, e.g. `networkx.Graph(graph.to_undirected())`."
+        )
+        raise TypeError(msg)
+    index = {node: i for i, node in enumerate(graph.nodes)}
+    return Graph(len(index), np.array([[index[a], index[b]] for a, b in graph.edges], dtype=np.int64), name)
+
+
+def hardware(topology: Literal["chimera", "pegasus", "zephyr"], n_nodes: int) -> Graph:
+    """Connected patch of ``n_nodes`` qubits of a D-Wave topology.
+
+    The patch is taken breadth-first from the middle of the smallest member of the family that holds it, so it
+    is dense and deterministic.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        If ``dwave-networkx`` is not installed.
+    """
+    try:
+        import dwave_networkx as dnx
+    except ModuleNotFoundError as error:
+        msg = f"The {topology!r} graph needs `dwave-networkx`. Install it with `pip install 'qbmscvi[dwave]'`."
+        raise ModuleNotFoundError(msg) from error
+
+    build = {"chimera": dnx.chimera_graph, "pegasus": dnx.pegasus_graph, "zephyr": dnx.zephyr_graph}[topology]
+    size = 2 if topology == "pegasus" else 1  # P1 has no qubits
+    while len(lattice := build(size)) < n_nodes:
+        size += 1
+    middle = nx.center(lattice)[0] if len(lattice) <= 200 else sorted(lattice)[len(lattice) // 2]
+    order = [middle, *(node for _, node in nx.bfs_edges(lattice, middle, sort_neighbors=sorted))][:n_nodes]
+    return from_networkx(
+        nx.convert_node_labels_to_integers(lattice.subgraph(sorted(order)), ordering="sorted"), topology
+    )
+
+
+def build_graph(spec: GraphName | nx.Graph | Graph, n_nodes: int) -> Graph:
+    """Turn a graph name, a networkx graph or a :class:`Graph` into a :class:`Graph` over ``n_nodes`` spins.
+
+    ``"bipartite"`` halves the spins into two layers, ``"independent"`` has no couplings, ``"chimera"``,
+    ``"pegasus"`` and ``"zephyr"`` are patches of D-Wave topologies.
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown, ``"bipartite"`` is asked for an odd number of spins or fewer than two, or the
+        size of a given graph differs from ``n_nodes``.
+    TypeError
+        If ``spec`` is of another type.
+    """
+    if isinstance(spec, nx.Graph):
+        spec = from_networkx(spec)
+    if isinstance(spec, Graph):
+        if spec.n_nodes != n_nodes:
+            msg = (
+                f"The prior graph has {spec.n_nodes} nodes, but the model has {n_nodes} spins. "
+                f"Set the number of spins to {spec.n_nodes}, or pass a graph with {n_nodes} nodes."
+            )
+            raise ValueError(msg)
+        return spec
+    if not isinstance(spec, str):
+        msg = (
+            f"`prior_graph` must be a name, a networkx.Graph or a qbmscvi.graphs.Graph, got {type(spec).__name__}. "
+            "Use e.g. 'bipartite'."
+        )
+        raise TypeError(msg)
+    if spec == "bipartite":
+        if n_nodes < 2 or n_nodes % 2:
+            msg = (
+                f"The bipartite prior splits the spins into two equal layers, but there are {n_nodes}. "
+                f"Use an even number of at least 2 (nearest: {max(2, n_nodes + n_nodes % 2)}), or pass "
+                "`prior_graph=qbmscvi.graphs.bipartite(n_left, n_right)` for unequal layers."
+            )
+            raise ValueError(msg)
+        return bipartite(n_nodes // 2, n_nodes // 2)
+    if spec == "complete":
+        return complete(n_nodes)
+    if spec == "independent":
+        return independent(n_nodes)
+    if spec in _HARDWARE_TOPOLOGIES:
+        return hardware(spec, n_nodes)
+    names: Iterable[str] = ("bipartite", "complete", "independent", *_HARDWARE_TOPOLOGIES)
+    msg = f"Unknown prior graph {spec!r}. Use one of {', '.join(names)}, or pass a networkx.Graph."
+    raise ValueError(msg)

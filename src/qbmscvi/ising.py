@@ -1,0 +1,242 @@
+r"""Ising problems and their samples: the one place that knows the sign convention.
+
+Energy, in nats at unit inverse temperature:
+
+.. math::
+
+    E(s) = c + \sum_i h_i s_i + \sum_{(i,j)} J_{ij} s_i s_j - \tfrac12 \lVert F s \rVert^2,
+    \qquad s_i \in \{-1, +1\},
+
+each edge once, no self-loops; :math:`c` is ``offset`` and :math:`F` the optional ``factor``. Samplers target
+:math:`p(s) \propto \exp(-\beta E(s))`. Up to the factor this is dimod's convention.
+
+The factor carries dense couplings of low rank, as they arise when a Gaussian layer is integrated out
+(Hubbard-Stratonovich): :math:`J_{ij} = -(F^\top F)_{ij}` and the constant :math:`-\tfrac12 \operatorname{tr} F^\top F`.
+Local samplers exploit it; everything else gets :meth:`IsingModel.to_dense`, which has the same energies.
+
+Other forms (bits, QUBO, dimod) are converted here and nowhere else, and constants are carried so that energies
+and log Z agree in every form. Higher-order terms are not supported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qbmscvi import graphs
+
+if TYPE_CHECKING:
+    import dimod
+
+    from qbmscvi.graphs import Graph
+
+
+@dataclass(frozen=True, eq=False)
+class IsingModel:
+    r"""Ising problem; see the module's first lines for the energy.
+
+    Parameters
+    ----------
+    h
+        Fields, shape ``(n_spins,)``.
+    J
+        Couplings, shape ``(n_edges,)``, in the order of ``graph.edges``.
+    graph
+        Which spins interact, and its color classes.
+    offset
+        Constant of the energy.
+    factor
+        ``(rank, n_spins)`` or None.
+
+    Raises
+    ------
+    ValueError
+        If shapes disagree with the graph.
+    """
+
+    h: Tensor
+    J: Tensor
+    graph: Graph
+    offset: float | Tensor = 0.0
+    factor: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        n, m = self.graph.n_nodes, self.graph.n_edges
+        if self.h.shape != (n,) or self.J.shape != (m,):
+            msg = (
+                f"h has shape {tuple(self.h.shape)} and J has shape {tuple(self.J.shape)}, but the graph has {n} "
+                f"nodes and {m} edges. Pass h of shape ({n},) and J of shape ({m},) in the order of `graph.edges`."
+            )
+            raise ValueError(msg)
+        if self.factor is not None and (self.factor.ndim != 2 or self.factor.shape[1] != n):
+            msg = f"`factor` has shape {tuple(self.factor.shape)}; it must be (rank, {n})."
+            raise ValueError(msg)
+
+    @property
+    def n_spins(self) -> int:
+        """Number of spins."""
+        return self.graph.n_nodes
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every field, coupling and factor entry is finite."""
+        total = self.h.sum() + self.J.sum() + self.offset
+        if self.factor is not None:
+            total = total + self.factor.sum()
+        return bool(torch.isfinite(total))
+
+    def energy(self, spins: Tensor) -> Tensor:
+        """Energy of spin configurations.
+
+        Parameters
+        ----------
+        spins
+            Shape ``(..., n_spins)``; values in ``{-1, +1}``, any dtype.
+
+        Returns
+        -------
+        Shape ``(...)``.
+        """
+        spins = spins.to(self.h)
+        energy = self.offset + spins @ self.h
+        if self.graph.n_edges:
+            energy = energy + 0.5 * (spins * edge_fields(spins, self.J, self.graph)).sum(-1)
+        if self.factor is not None:
+            energy = energy - 0.5 * (spins @ self.factor.T).square().sum(-1)
+        return energy
+
+    def couplings(self) -> Tensor:
+        """Symmetric coupling matrix with zero diagonal, shape ``(n_spins, n_spins)``; edges and factor together."""
+        matrix = coupling_matrix(self.J, self.graph)
+        if self.factor is not None:
+            matrix = matrix - self.factor.T @ self.factor
+            matrix.fill_diagonal_(0.0)
+        return matrix
+
+    def to_dense(self) -> IsingModel:
+        """Return the same problem, with the factor written out as couplings of the complete graph."""
+        if self.factor is None:
+            return self
+        graph = graphs.complete(self.n_spins)
+        i, j = graph.edge_index(self.h.device)
+        offset = self.offset - 0.5 * self.factor.square().sum()
+        return IsingModel(self.h, self.couplings()[i, j], graph, offset)
+
+    def to(self, *args: Any, **kwargs: Any) -> IsingModel:
+        """Move or cast all tensors, with the arguments of :meth:`torch.Tensor.to`."""
+        factor = None if self.factor is None else self.factor.to(*args, **kwargs)
+        return replace(self, h=self.h.to(*args, **kwargs), J=self.J.to(*args, **kwargs), factor=factor)
+
+    def to_bqm(self) -> dimod.BinaryQuadraticModel:
+        """Return the problem as a SPIN :class:`dimod.BinaryQuadraticModel` with variables ``0 .. n_spins - 1``."""
+        import dimod
+
+        dense = self.to_dense().to("cpu", torch.float64)
+        i, j = dense.graph.edges.T
+        return dimod.BinaryQuadraticModel.from_numpy_vectors(
+            dense.h.numpy(), (i, j, dense.J.numpy()), float(dense.offset), "SPIN"
+        )
+
+    @classmethod
+    def from_bqm(cls, bqm: dimod.BinaryQuadraticModel, dtype: torch.dtype = torch.float32) -> IsingModel:
+        """Take over a dimod problem of either vartype; spins are numbered in the order of ``bqm.variables``."""
+        spin = bqm.change_vartype("SPIN", inplace=False)
+        index = {variable: k for k, variable in enumerate(spin.variables)}
+        coupling = {tuple(sorted((index[a], index[b]))): value for (a, b), value in spin.quadratic.items()}
+        graph = graphs.Graph(len(index), np.array(list(coupling), dtype=np.int64).reshape(-1, 2))
+        h = torch.tensor([spin.linear[variable] for variable in spin.variables], dtype=dtype)
+        J = torch.tensor([coupling[tuple(edge)] for edge in graph.edges.tolist()], dtype=dtype)
+        return cls(h, J, graph, float(spin.offset))
+
+    def to_qubo(self) -> tuple[Tensor, float]:
+        r"""Return ``(Q, offset)`` with :math:`E = b^\top Q b + \text{offset}` for bits :math:`b = (s + 1) / 2`.
+
+        ``Q`` has shape ``(n_spins, n_spins)`` and is upper triangular.
+        """
+        matrix = self.couplings()
+        linear = 2.0 * self.h - 2.0 * matrix.sum(0)
+        quadratic = torch.triu(4.0 * matrix, diagonal=1)
+        offset = float(self.to_dense().offset) - float(self.h.sum()) + 0.5 * float(matrix.sum())
+        return quadratic + torch.diag(linear), offset
+
+
+@dataclass(frozen=True, eq=False)
+class SampleBatch:
+    """Samples of one problem, and where they come from.
+
+    Parameters
+    ----------
+    spins
+        Shape ``(n_samples, n_spins)``, int8, values in ``{-1, +1}``.
+    energies
+        Shape ``(n_samples,)``: energies under the problem asked for, in nats at ``beta = 1``.
+    weights
+        Importance weights, shape ``(n_samples,)``, summing to one; None for equal weights.
+    info
+        Provenance: ``sampler``, ``seed``, ``beta``, ``seconds`` and what the sampler adds.
+    """
+
+    spins: Tensor
+    energies: Tensor
+    weights: Tensor | None = None
+    info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def n_samples(self) -> int:
+        """Number of samples."""
+        return self.spins.shape[0]
+
+    def __getitem__(self, rows: slice) -> SampleBatch:
+        """Some of the samples; weights are renormalized."""
+        weights = None if self.weights is None else self.weights[rows] / self.weights[rows].sum()
+        return replace(self, spins=self.spins[rows], energies=self.energies[rows], weights=weights)
+
+    def moments(self, graph: Graph) -> tuple[Tensor, Tensor]:
+        """Return ``<s_i>``, shape ``(n_spins,)``, and ``<s_i s_j>`` on the edges, shape ``(n_edges,)``."""
+        spins = self.spins.to(self.energies.dtype)
+        mean = _average(spins, self.weights)
+        i, j = graph.edge_index(spins.device)
+        if graph.is_dense:
+            return mean, self.second_moments()[i, j]
+        return mean, _average(spins[:, i] * spins[:, j], self.weights)
+
+    def second_moments(self) -> Tensor:
+        """All ``<s_i s_j>``, shape ``(n_spins, n_spins)``."""
+        spins = self.spins.to(self.energies.dtype)
+        if self.weights is None:
+            return spins.T @ spins / self.n_samples
+        return spins.T @ (spins * self.weights[:, None])
+
+
+def _average(values: Tensor, weights: Tensor | None) -> Tensor:
+    return values.mean(0) if weights is None else weights @ values
+
+
+def coupling_matrix(J: Tensor, graph: Graph) -> Tensor:
+    """Edge couplings as a symmetric matrix with zero diagonal, shape ``(n_spins, n_spins)``; differentiable."""
+    i, j = graph.edge_index(J.device)
+    upper = J.new_zeros(graph.n_nodes, graph.n_nodes).index_put((i, j), J)
+    return upper + upper.T
+
+
+def edge_fields(values: Tensor, J: Tensor, graph: Graph) -> Tensor:
+    """``sum_j J_ij values_j`` over the edges: shape ``(..., n_spins)`` for spins or mean spins of that shape."""
+    if graph.is_dense:
+        return values @ coupling_matrix(J, graph)
+    i, j = graph.edge_index(J.device)
+    fields = torch.zeros_like(values).index_add(-1, i, J * values[..., j])
+    return fields.index_add(-1, j, J * values[..., i])
+
+
+def spins_to_bits(spins: Tensor) -> Tensor:
+    """Map ``{-1, +1}`` to ``{0, 1}``."""
+    return (spins + 1) // 2
+
+
+def bits_to_spins(bits: Tensor) -> Tensor:
+    """Map ``{0, 1}`` to ``{-1, +1}``."""
+    return 2 * bits - 1

@@ -1,0 +1,220 @@
+"""The contract of every sampler.
+
+A sampler answers :class:`SamplingRequest` with :class:`~qbmscvi.ising.SampleBatch`. The public methods are final:
+they check the request, call the private hook, check the answer and compute the energies themselves, so an
+implementation only has to return spins. Its own exceptions come out as
+:class:`~qbmscvi.exceptions.SamplerError`.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qbmscvi.exceptions import GraphMismatchError, InvalidSamples, SamplerError
+from qbmscvi.ising import SampleBatch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from qbmscvi.ising import IsingModel
+
+
+@dataclass(frozen=True)
+class SamplerTraits:
+    r"""What a sampler is.
+
+    Parameters
+    ----------
+    target
+        Law of the samples in the limit of long runs: ``"boltzmann"`` for :math:`\exp(-\beta E)/Z`,
+        ``"approximate"`` for something near it, ``"ground_state"`` for an optimizer.
+    is_exact
+        Samples are independent and exactly distributed.
+    is_persistent
+        Uses ``initial_spins`` of a request as the states of running chains.
+    is_remote
+        Answers come from another machine.
+    max_spins
+        Largest problem accepted, or None.
+    """
+
+    target: Literal["boltzmann", "approximate", "ground_state"] = "boltzmann"
+    is_exact: bool = False
+    is_persistent: bool = False
+    is_remote: bool = False
+    max_spins: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class SamplingRequest:
+    """One question to a sampler.
+
+    Parameters
+    ----------
+    problem
+        What to sample.
+    n_samples
+        Number of samples (chains).
+    beta
+        Inverse temperature asked for, in inverse units of the energy of ``problem``.
+    initial_spins
+        Chain states to start from, shape ``(n_samples, n_spins)``; None for a fresh start.
+    n_sweeps
+        Sweeps per chain; None for the sampler's own number. Ignored by samplers without sweeps.
+    seed
+        Seed of the random numbers; None draws one from torch's global stream.
+    purpose
+        Word for logs, e.g. ``"negative_phase"``.
+    """
+
+    problem: IsingModel
+    n_samples: int
+    beta: float = 1.0
+    initial_spins: Tensor | None = None
+    n_sweeps: int | None = None
+    seed: int | None = None
+    purpose: str = "samples"
+
+    def __post_init__(self) -> None:
+        if not (self.beta > 0 and np.isfinite(self.beta)):
+            msg = f"beta={self.beta} is not a positive finite number. Pass an inverse temperature above zero."
+            raise ValueError(msg)
+        if self.n_samples < 1:
+            msg = f"n_samples={self.n_samples}, but at least one sample must be asked for."
+            raise ValueError(msg)
+        if self.n_sweeps is not None and self.n_sweeps < 1:
+            msg = f"n_sweeps={self.n_sweeps}, but at least one sweep is needed. Use None for the sampler's default."
+            raise ValueError(msg)
+        expected = (self.n_samples, self.problem.n_spins)
+        if self.initial_spins is not None and tuple(self.initial_spins.shape) != expected:
+            msg = f"initial_spins has shape {tuple(self.initial_spins.shape)}; it must be {expected}."
+            raise ValueError(msg)
+
+
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """Answer of a sampler's private hook: spins ``(n_samples, n_spins)``, weights and facts about the run."""
+
+    spins: Tensor
+    weights: Tensor | None = None
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+class Sampler(ABC):
+    """Source of samples of Ising problems.
+
+    Subclasses set ``traits`` and implement ``_sample`` (or ``_sample_batch``, if the device takes several
+    problems in one trip). They must not override :meth:`sample` and :meth:`sample_batch`.
+    """
+
+    traits = SamplerTraits()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        overridden = {"sample", "sample_batch"} & set(vars(cls))
+        if overridden:
+            msg = f"{cls.__name__} overrides {sorted(overridden)}, which are final. Implement `_sample` instead."
+            raise TypeError(msg)
+
+    @property
+    def name(self) -> str:
+        """Name for logs and provenance."""
+        return type(self).__name__
+
+    def check(self, problem: IsingModel) -> None:
+        """Raise if this sampler cannot take a problem of this size and graph.
+
+        Raises
+        ------
+        GraphMismatchError
+            If the problem has more spins than the sampler accepts.
+        """
+        limit = self.traits.max_spins
+        if limit is not None and problem.n_spins > limit:
+            msg = (
+                f"The problem has {problem.n_spins} spins, but {self.name} accepts at most {limit}. "
+                "Lower `n_latent` or `n_spins`, or choose a sampler without a size limit, e.g. sampler='gibbs'."
+            )
+            raise GraphMismatchError(msg)
+
+    @final
+    def sample(self, request: SamplingRequest) -> SampleBatch:
+        """Answer one request; see :meth:`sample_batch`."""
+        return self.sample_batch([request])[0]
+
+    @final
+    def sample_batch(self, requests: Sequence[SamplingRequest]) -> list[SampleBatch]:
+        """Answer several requests in one trip.
+
+        Returns
+        -------
+        One batch per request, in order, on the device of its problem.
+
+        Raises
+        ------
+        GraphMismatchError
+            If a problem does not fit the sampler.
+        InvalidSamples
+            If a problem is not finite, or the answer has the wrong shape or values other than -1 and +1.
+        SamplerError
+            If the sampler fails otherwise.
+        """
+        for request in requests:
+            self.check(request.problem)
+            if not request.problem.is_finite:
+                msg = (
+                    "The Ising problem has values that are not finite. Training has probably diverged: lower the "
+                    "learning rate (`plan_kwargs={'lr': ...}`) and check the counts."
+                )
+                raise InvalidSamples(msg)
+        seeds = [_resolve_seed(request.seed) for request in requests]
+        started = time.perf_counter()
+        try:
+            draws = self._sample_batch(list(requests), seeds)
+        except SamplerError:
+            raise
+        except Exception as error:
+            msg = f"{self.name} failed: {type(error).__name__}: {error}"
+            raise SamplerError(msg) from error
+        seconds = time.perf_counter() - started
+        if len(draws) != len(requests):
+            msg = f"{self.name} answered {len(draws)} of {len(requests)} requests."
+            raise InvalidSamples(msg)
+        return [
+            self._finish(request, draw, seed, seconds / len(requests))
+            for request, draw, seed in zip(requests, draws, seeds, strict=True)
+        ]
+
+    def _finish(self, request: SamplingRequest, draw: Draw, seed: int, seconds: float) -> SampleBatch:
+        problem = request.problem
+        spins = torch.as_tensor(draw.spins).to(problem.h.device)
+        expected = (request.n_samples, problem.n_spins)
+        if tuple(spins.shape) != expected:
+            msg = f"{self.name} returned samples of shape {tuple(spins.shape)}; {expected} were asked for."
+            raise InvalidSamples(msg)
+        if not bool((spins.abs() == 1).all()):
+            msg = f"{self.name} returned values other than -1 and +1. Convert bits with `qbmscvi.ising.bits_to_spins`."
+            raise InvalidSamples(msg)
+        info = {"sampler": self.name, "seed": seed, "beta": request.beta, "seconds": seconds, **draw.info}
+        return SampleBatch(spins.to(torch.int8), problem.energy(spins), draw.weights, info)
+
+    def _sample_batch(self, requests: list[SamplingRequest], seeds: list[int]) -> list[Draw]:
+        return [self._sample(request, seed) for request, seed in zip(requests, seeds, strict=True)]
+
+    @abstractmethod
+    def _sample(self, request: SamplingRequest, seed: int) -> Draw:
+        """Draw the samples of one request."""
+
+    def __repr__(self) -> str:
+        return f"{self.name}()"
+
+
+def _resolve_seed(seed: int | None) -> int:
+    return int(torch.randint(2**31 - 1, ())) if seed is None else int(seed)
