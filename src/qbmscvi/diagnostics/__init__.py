@@ -1,0 +1,7 @@
+"""What can be said about a prior and its samples: log Z with its error."""
+
+from __future__ import annotations
+
+from qbmscvi.diagnostics._partition import LogPartition, estimate_log_z
+
+__all__ = ["LogPartition", "estimate_log_z"]

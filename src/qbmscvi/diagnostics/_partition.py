@@ -1,0 +1,184 @@
+r"""Log partition function: exact where enumeration is feasible, annealed importance sampling elsewhere.
+
+Annealed importance sampling :cite:p:`Neal01` runs from the problem without couplings (``t = 0``, log Z known) to the
+problem itself (``t = 1``), couplings scaled by ``t``. Spins of the largest color class are summed out of the
+weights. Forward runs give a lower bound of log Z in expectation; reverse runs, started from samples of the
+problem, an upper bound :cite:p:`Burda15`, as far as those samples are samples. A factor of the problem enters
+through its Gaussian variable ``v``, coupled as ``t v.F s``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from qbmscvi.enumeration import exact_log_z, log_2cosh, n_enumerated
+from qbmscvi.ising import coupling_matrix
+
+if TYPE_CHECKING:
+    from qbmscvi.ising import IsingModel
+
+_MAX_EXACT = 16  # 2**16 states: milliseconds
+
+
+@dataclass(frozen=True)
+class LogPartition:
+    """Estimate of log Z in nats.
+
+    Parameters
+    ----------
+    value
+        The estimate: exact, or the middle between the two bounds.
+    lower, upper
+        Forward and reverse estimates; equal to ``value`` if exact.
+    scale
+        Standard error: half the gap of the bounds and the Monte Carlo errors of both, added in quadrature.
+    """
+
+    value: float
+    lower: float
+    upper: float
+    scale: float
+    method: Literal["exact", "ais"]
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Two standard errors around the value."""
+        return self.value - 2.0 * self.scale, self.value + 2.0 * self.scale
+
+
+def estimate_log_z(
+    problem: IsingModel,
+    *,
+    samples: Tensor | None = None,
+    n_chains: int = 256,
+    n_steps: int = 500,
+    seed: int = 0,
+    method: Literal["auto", "exact", "ais"] = "auto",
+) -> LogPartition:
+    """Estimate log Z of a problem at ``beta = 1``.
+
+    Parameters
+    ----------
+    problem
+        The problem.
+    samples
+        Samples of the problem, shape ``(n, n_spins)``, to start the reverse runs from; None lets the end states of
+        the forward runs serve, which then share their error.
+    n_chains
+        Number of annealing runs in each direction.
+    n_steps
+        Temperature steps of a run.
+    seed
+        Seed of the runs.
+    method
+        ``"auto"`` enumerates where at most 16 spins have to be, and anneals otherwise.
+
+    Raises
+    ------
+    ValueError
+        If ``n_chains`` is below 2, ``n_steps`` below 1, or the method is unknown.
+    GraphMismatchError
+        If ``method="exact"`` and the problem is too large.
+    """
+    if method not in ("auto", "exact", "ais"):
+        msg = f"Unknown method {method!r}. Use 'auto', 'exact' or 'ais'."
+        raise ValueError(msg)
+    if n_chains < 2 or n_steps < 1:
+        msg = f"n_chains={n_chains} must be at least 2 and n_steps={n_steps} at least 1."
+        raise ValueError(msg)
+    if method == "exact" or (method == "auto" and n_enumerated(problem) <= _MAX_EXACT):
+        value = exact_log_z(problem)
+        return LogPartition(value, value, value, 0.0, "exact")
+
+    path = _AnnealingPath(problem, torch.Generator(device=problem.h.device).manual_seed(seed))
+    forward, state = path.run(path.independent(n_chains), torch.linspace(0.0, 1.0, n_steps + 1))
+    if samples is not None:
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randint(len(samples), (n_chains,), generator=generator).to(samples.device)
+        state = path.complete(samples[chosen].to(path.h), 1.0)
+    backward, _ = path.run(state, torch.linspace(1.0, 0.0, n_steps + 1))
+    lower, lower_scale = _log_mean_exp(forward)
+    negative_upper, upper_scale = _log_mean_exp(backward)
+    lower, upper = path.log_z0 + lower, path.log_z0 - negative_upper
+    scale = math.sqrt(0.25 * (upper - lower) ** 2 + 0.25 * (lower_scale**2 + upper_scale**2))
+    return LogPartition(0.5 * (lower + upper), lower, upper, scale, "ais")
+
+
+def _log_mean_exp(log_weights: Tensor) -> tuple[float, float]:
+    """Log of the mean weight, and its standard error by the delta method."""
+    log_mean = float(torch.logsumexp(log_weights, 0)) - math.log(len(log_weights))
+    relative = (log_weights - log_mean).exp()
+    return log_mean, float(relative.std()) / math.sqrt(len(log_weights))
+
+
+class _AnnealingPath:
+    """Problems with couplings scaled by ``t``, over spins ``s`` and, with a factor, its Gaussian variable ``v``."""
+
+    def __init__(self, problem: IsingModel, generator: torch.Generator) -> None:
+        problem = problem.to(torch.float64)
+        device = problem.h.device
+        self.h, self.offset, self.generator = problem.h, float(problem.offset), generator
+        self.coupling = coupling_matrix(problem.J, problem.graph)
+        empty = self.h.new_zeros(0, problem.n_spins)
+        self.factor = empty if problem.factor is None else problem.factor
+        classes = [torch.from_numpy(nodes).to(device) for nodes in problem.graph.color_classes]
+        largest = max(range(len(classes)), key=lambda k: len(classes[k]))
+        self.summed = classes.pop(largest)
+        self.others = classes
+        self.rest = torch.cat(classes) if classes else self.summed[:0]
+        self.log_z0 = float(log_2cosh(self.h).sum()) - self.offset
+
+    def independent(self, n_chains: int) -> tuple[Tensor, Tensor]:
+        """Exact samples of the problem at ``t = 0``."""
+        uniform = torch.rand(n_chains, len(self.h), generator=self.generator, device=self.h.device, dtype=self.h.dtype)
+        spins = torch.where(uniform < torch.sigmoid(-2.0 * self.h), 1.0, -1.0).to(self.h)
+        return self.complete(spins, 0.0)
+
+    def complete(self, spins: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        """Draw ``v`` given the spins at ``t``."""
+        shape = (len(spins), len(self.factor))
+        noise = torch.randn(shape, generator=self.generator, device=self.h.device, dtype=self.h.dtype)
+        return spins, t * spins @ self.factor.T + noise
+
+    def _fields(self, spins: Tensor, v: Tensor, nodes: Tensor, t: float) -> Tensor:
+        return self.h[nodes] + t * (spins @ self.coupling[:, nodes] - v @ self.factor[:, nodes])
+
+    def log_weight(self, state: tuple[Tensor, Tensor], t: float) -> Tensor:
+        """Log density at ``t``, largest color class summed out, up to terms free of ``t``."""
+        spins, v = state
+        spins = spins.clone()
+        spins[:, self.summed] = 0.0
+        # The quadratic form counts the drive of v on the remaining spins once and their couplings by halves.
+        pairs = 0.5 * (spins @ self.coupling * spins).sum(-1) - ((v @ self.factor) * spins).sum(-1)
+        return log_2cosh(self._fields(spins, v, self.summed, t)).sum(-1) - t * pairs
+
+    def sweep(self, state: tuple[Tensor, Tensor], t: float) -> tuple[Tensor, Tensor]:
+        """One block Gibbs sweep at ``t``: summed class, Gaussian variable, other classes."""
+        spins, v = state
+        spins = self._update(spins.clone(), v, self.summed, t)
+        if len(self.factor):
+            spins, v = self.complete(spins, t)
+        for nodes in self.others:
+            spins = self._update(spins, v, nodes, t)
+        return spins, v
+
+    def _update(self, spins: Tensor, v: Tensor, nodes: Tensor, t: float) -> Tensor:
+        up = torch.sigmoid(-2.0 * self._fields(spins, v, nodes, t))
+        uniform = torch.rand(up.shape, generator=self.generator, device=up.device, dtype=up.dtype)
+        spins[:, nodes] = torch.where(uniform < up, 1.0, -1.0).to(up)
+        return spins
+
+    @torch.no_grad()
+    def run(self, state: tuple[Tensor, Tensor], schedule: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Anneal along ``schedule``; return the log weights, shape ``(n_chains,)``, and the last state."""
+        total = torch.zeros(len(state[0]), device=self.h.device, dtype=self.h.dtype)
+        steps = schedule.tolist()
+        for now, following in zip(steps[:-1], steps[1:], strict=True):
+            total += self.log_weight(state, following) - self.log_weight(state, now)
+            state = self.sweep(state, following)
+        return total, state
