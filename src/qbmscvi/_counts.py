@@ -1,0 +1,60 @@
+"""Checks of count data before training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+
+_CHUNK_ROWS = 10_000
+
+
+def check_counts(X: Any, *, is_count_likelihood: bool = True, needs_library_size: bool = True) -> None:
+    """Raise unless ``X`` is something scVI can be trained on; reads it in chunks of rows.
+
+    Parameters
+    ----------
+    X
+        Shape ``(n_cells, n_genes)``: dense, sparse or backed.
+    is_count_likelihood
+        Whether values must be non-negative integers.
+    needs_library_size
+        Whether each cell needs a positive total.
+
+    Raises
+    ------
+    ValueError
+        For values that are not finite, negative or fractional, or a cell without counts.
+    """
+    for start in range(0, X.shape[0], _CHUNK_ROWS):
+        rows = X[start : start + _CHUNK_ROWS]
+        values = np.asarray(rows.data if sparse.issparse(rows) else rows)
+        if not np.isfinite(values).all():
+            msg = (
+                "The data contain NaN or infinite values. Raw counts are needed: set the affected entries to 0, or "
+                "choose the layer that holds counts with `setup_anndata(..., layer=...)`."
+            )
+            raise ValueError(msg)
+        if is_count_likelihood and values.size and values.min() < 0:
+            msg = (
+                f"The data contain negative values (minimum {values.min():g}); they look scaled or centered. Raw "
+                "counts are needed: choose their layer with `setup_anndata(..., layer='counts')`."
+            )
+            raise ValueError(msg)
+        if is_count_likelihood and (fractional := values[values != np.floor(values)]).size:
+            msg = (
+                f"The data are not counts: they contain values such as {fractional.flat[0]:g}, so they look "
+                "normalized. Choose the layer with raw counts with `setup_anndata(..., layer='counts')`, or use "
+                "`gene_likelihood='normal'` for continuous data."
+            )
+            raise ValueError(msg)
+        if needs_library_size:
+            totals = np.asarray(rows.sum(axis=1)).ravel()
+            empty = np.flatnonzero(totals <= 0)
+            if empty.size:
+                msg = (
+                    f"Cell {start + empty[0]} has no counts, so its library size has no logarithm. Remove empty cells, "
+                    "e.g. with `scanpy.pp.filter_cells(adata, min_counts=1)`, after choosing genes."
+                )
+                raise ValueError(msg)

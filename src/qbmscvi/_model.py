@@ -1,0 +1,433 @@
+"""QBMSCVI: scVI with a Boltzmann prior."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from scvi import REGISTRY_KEYS
+from scvi.model import SCVI
+from scvi.module._constants import MODULE_KEYS
+
+from qbmscvi._counts import check_counts
+from qbmscvi._module import QBMVAE, LatentName
+from qbmscvi._training_plan import QBMTrainingPlan, QBMTrainRunner
+from qbmscvi.distributions import Smoothing, SmoothingName
+from qbmscvi.samplers import SamplingRequest, build_sampler
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    import networkx as nx
+    from lightning import LightningDataModule
+
+    from qbmscvi._callbacks import SamplingSchedule
+    from qbmscvi.distributions import FactorialPosterior
+    from qbmscvi.graphs import Graph, GraphName
+    from qbmscvi.ising import IsingModel
+    from qbmscvi.samplers import Sampler
+
+Representation = Literal["mean", "logits", "bits"]
+Layer = Literal["gaussian", "spins", "both"]
+
+
+class QBMSCVI(SCVI):
+    """scVI with a Boltzmann prior over its latent space :cite:p:`Wang25`.
+
+    Used like :class:`scvi.model.SCVI`; arguments not listed here are scVI's.
+
+    Parameters
+    ----------
+    adata
+        AnnData registered with :meth:`setup_anndata`.
+    n_latent
+        Width of the Gaussian layer (``latent="gaussian-spins"``, default 10) or number of spins (``latent="spins"``,
+        default 64).
+    latent_distribution
+        Kept for scVI's signature; must be ``"normal"``.
+    latent
+        ``"gaussian-spins"``: a Gaussian layer coupled to spins, a Gaussian-Bernoulli restricted Boltzmann machine; the
+        prior of the Gaussian layer is a mixture of exponentially many Gaussians. ``"spins"``: spins alone, the family
+        of the QBM-VAE.
+    n_spins
+        Number of spins beside the Gaussian layer, default 32.
+    prior_graph
+        Couplings of the prior. ``"bipartite"``: a restricted Boltzmann machine, whose layers are two halves of the
+        spins, or the Gaussian layer and the spins. ``"complete"``, ``"chimera"``, ``"pegasus"``, ``"zephyr"`` or any
+        :class:`networkx.Graph`: couplings between the spins. ``"independent"``: none, the J = 0 control.
+    smoothing
+        What the decoder sees of a spin in training: ``"straight-through"``, ``"reinmax"``, ``"gumbel"``,
+        ``"spike-exponential"``, or an instance from :mod:`qbmscvi.distributions`.
+    n_chains
+        Persistent chains of the prior.
+
+    Examples
+    --------
+    >>> import qbmscvi
+    >>> adata = qbmscvi.datasets.synthetic_counts(n_cells=300, n_genes=100)
+    >>> qbmscvi.QBMSCVI.setup_anndata(adata, batch_key="batch")
+    >>> model = qbmscvi.QBMSCVI(adata)
+    >>> model.train(max_epochs=2)
+    >>> adata.obsm["X_qbmscvi"] = model.get_latent_representation()
+    """
+
+    _module_cls = QBMVAE
+    _training_plan_cls = QBMTrainingPlan
+    _train_runner_cls = QBMTrainRunner
+
+    def __init__(
+        self,
+        adata: AnnData | None = None,
+        registry: dict | None = None,
+        n_hidden: int = 128,
+        n_latent: int | None = None,
+        n_layers: int = 1,
+        dropout_rate: float = 0.1,
+        dispersion: Literal["gene", "gene-batch", "gene-label", "gene-cell"] = "gene",
+        gene_likelihood: Literal["zinb", "nb", "poisson", "normal"] = "zinb",
+        use_observed_lib_size: bool = True,
+        latent_distribution: Literal["normal"] = "normal",
+        *,
+        latent: LatentName = "gaussian-spins",
+        n_spins: int | None = None,
+        prior_graph: GraphName | nx.Graph | Graph = "bipartite",
+        smoothing: SmoothingName | Smoothing = "straight-through",
+        n_chains: int = 512,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            adata,
+            registry,
+            n_hidden=n_hidden,
+            n_latent=n_latent,
+            n_layers=n_layers,
+            dropout_rate=dropout_rate,
+            dispersion=dispersion,
+            gene_likelihood=gene_likelihood,
+            use_observed_lib_size=use_observed_lib_size,
+            latent_distribution=latent_distribution,
+            latent=latent,
+            n_spins=n_spins,
+            prior_graph=prior_graph,
+            smoothing=smoothing,
+            n_chains=n_chains,
+            **kwargs,
+        )
+        self._model_summary_string = (
+            "QBMSCVI model with the following parameters: \n"
+            f"latent: {latent}, n_latent: {n_latent}, n_spins: {n_spins}, prior_graph: {prior_graph}, "
+            f"smoothing: {smoothing}, n_hidden: {n_hidden}, n_layers: {n_layers}, dropout_rate: {dropout_rate}, "
+            f"dispersion: {dispersion}, gene_likelihood: {gene_likelihood}."
+        )
+        self.init_params_ = self._get_init_params(locals())
+
+    def train(
+        self,
+        max_epochs: int | None = None,
+        accelerator: str = "auto",
+        devices: int | list[int] | str = "auto",
+        train_size: float | None = None,
+        validation_size: float | None = None,
+        shuffle_set_split: bool = True,
+        load_sparse_tensor: bool = False,
+        batch_size: int = 128,
+        early_stopping: bool = False,
+        datasplitter_kwargs: dict | None = None,
+        plan_config: Any | None = None,
+        plan_kwargs: Any | None = None,
+        datamodule: LightningDataModule | None = None,
+        trainer_config: Any | None = None,
+        *,
+        sampler: str | Sampler = "gibbs",
+        schedule: SamplingSchedule | None = None,
+        **trainer_kwargs: Any,
+    ) -> None:
+        """Train the model.
+
+        Arguments not listed here are those of :meth:`scvi.model.SCVI.train`.
+
+        Parameters
+        ----------
+        plan_kwargs
+            Arguments of :class:`~qbmscvi.QBMTrainingPlan`, e.g. ``prior_lr`` or ``n_epochs_kl_warmup``.
+        sampler
+            Source of the prior's samples: ``"gibbs"``, ``"simulated_annealing"``, ``"exact"``, or an instance from
+            :mod:`qbmscvi.samplers`.
+        schedule
+            When the prior is sampled.
+
+        Raises
+        ------
+        ValueError
+            If the data are not counts or a cell is empty, or the sampler is unknown or finds ground states only.
+        GraphMismatchError
+            If the prior does not fit the sampler.
+        TrainingDivergedError
+            If the loss became non-finite; the model is left in its last finite state.
+        """
+        sampler = build_sampler(sampler)
+        if sampler.traits.target == "ground_state":
+            msg = (
+                f"{sampler.name} finds ground states; the prior needs samples of its Boltzmann distribution, or its "
+                "couplings will shrink to nothing. Use sampler='gibbs' or another sampler whose "
+                "`traits.target` is 'boltzmann' or 'approximate'."
+            )
+            raise ValueError(msg)
+        if self.module is not None:
+            sampler.check(self.module.prior.to_ising())
+        if datamodule is None and self.minified_data_type is None:
+            check_counts(
+                self.adata_manager.get_from_registry(REGISTRY_KEYS.X_KEY),
+                is_count_likelihood=self.module.gene_likelihood != "normal",
+                needs_library_size=self.module.use_observed_lib_size and not self.module.use_size_factor_key,
+            )
+        plan_kwargs = plan_kwargs.to_kwargs() if hasattr(plan_kwargs, "to_kwargs") else dict(plan_kwargs or {})
+        super().train(
+            max_epochs=max_epochs,
+            accelerator=accelerator,
+            devices=devices,
+            train_size=train_size,
+            validation_size=validation_size,
+            shuffle_set_split=shuffle_set_split,
+            load_sparse_tensor=load_sparse_tensor,
+            batch_size=batch_size,
+            early_stopping=early_stopping,
+            datasplitter_kwargs=datasplitter_kwargs,
+            plan_config=plan_config,
+            plan_kwargs={**plan_kwargs, "sampler": sampler, "schedule": schedule},
+            datamodule=datamodule,
+            trainer_config=trainer_config,
+            **trainer_kwargs,
+        )
+
+    @torch.inference_mode()
+    def get_latent_representation(
+        self,
+        adata: AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        give_mean: bool = True,
+        mc_samples: int = 5_000,
+        batch_size: int | None = None,
+        return_dist: bool = False,
+        dataloader: Iterator[dict[str, torch.Tensor | None]] | None = None,
+        *,
+        representation: Representation = "mean",
+        layer: Layer | None = None,
+        **data_loader_kwargs: Any,
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+        r"""Compute the latent representation of the cells.
+
+        Arguments not listed here are those of :meth:`scvi.model.SCVI.get_latent_representation`.
+
+        Parameters
+        ----------
+        give_mean
+            If False, one draw of the posterior instead of a representation of it.
+        mc_samples
+            Not used; all means are closed form.
+        return_dist
+            Return mean and variance of the posterior of both layers, each of shape ``(n_cells, n_gaussian + n_spins)``.
+        representation
+            For spins: their ``"mean"`` :math:`\tanh(l / 2)` in ``[-1, 1]``, ``"logits"`` :math:`l`, or most likely
+            ``"bits"`` in ``{0, 1}``, which make many cells identical and so spoil neighbor graphs. The Gaussian layer
+            is represented by its mean in any case.
+        layer
+            ``"gaussian"`` (default of ``latent="gaussian-spins"``), ``"spins"`` (default of ``latent="spins"``), or
+            ``"both"``, Gaussian units first.
+
+        Returns
+        -------
+        Shape ``(n_cells, n_units)``, or two such arrays. Deterministic unless ``give_mean=False``.
+
+        Raises
+        ------
+        ValueError
+            If ``representation`` or ``layer`` is unknown, or the model has no Gaussian layer.
+        """
+        if return_dist:
+            return super().get_latent_representation(
+                adata, indices, batch_size=batch_size, return_dist=True, dataloader=dataloader, **data_loader_kwargs
+            )
+        layer = self._resolve_layer(layer)
+        if representation not in ("mean", "logits", "bits"):
+            msg = f"Unknown representation {representation!r}. Use 'mean', 'logits' or 'bits'."
+            raise ValueError(msg)
+        self._check_if_trained(warn=False)
+        if dataloader is None:
+            adata = self._validate_anndata(adata)
+            dataloader = self._make_data_loader(adata, indices=indices, batch_size=batch_size, **data_loader_kwargs)
+        parts = []
+        for tensors in dataloader:
+            outputs = self.module.inference(**self.module._get_inference_input(tensors))
+            if give_mean:
+                part = _represent(outputs[MODULE_KEYS.QZ_KEY], representation, layer)
+            else:
+                v, s = self.module.prior.split(outputs[MODULE_KEYS.Z_KEY])
+                part = {"gaussian": v, "spins": s, "both": torch.cat([v, s], dim=-1)}[layer]
+            parts.append(part.cpu())
+        return torch.cat(parts).numpy()
+
+    def _resolve_layer(self, layer: Layer | None) -> Layer:
+        has_gaussian = self.module.prior.n_gaussian > 0
+        if layer is None:
+            return "gaussian" if has_gaussian else "spins"
+        if layer not in ("gaussian", "spins", "both"):
+            msg = f"Unknown layer {layer!r}. Use 'gaussian', 'spins' or 'both'."
+            raise ValueError(msg)
+        if layer == "gaussian" and not has_gaussian:
+            msg = (
+                "This model has no Gaussian layer (latent='spins'). Use layer='spins', or build the model with "
+                "latent='gaussian-spins'."
+            )
+            raise ValueError(msg)
+        return layer
+
+    def get_ising_model(self) -> IsingModel:
+        """Return the prior's spins as an Ising problem, the Gaussian layer integrated out.
+
+        ``model.get_ising_model().to_bqm()`` is a :class:`dimod.BinaryQuadraticModel`.
+        """
+        return self.module.prior.to_ising()
+
+    @torch.inference_mode()
+    def sample_prior(
+        self, n_samples: int = 1_000, *, sampler: str | Sampler = "gibbs", seed: int | None = None
+    ) -> np.ndarray:
+        """Draw latent variables from the prior.
+
+        Parameters
+        ----------
+        n_samples
+            Number of draws; with the default sampler each is the end of a chain of its own.
+        sampler
+            Name or instance, as in :meth:`train`.
+        seed
+            Seed; None draws one from torch's global stream.
+
+        Returns
+        -------
+        Shape ``(n_samples, n_gaussian + n_spins)``: Gaussian units, then spins in ``{-1, +1}``.
+        """
+        prior = self.module.prior
+        batch = build_sampler(sampler).sample(
+            SamplingRequest(prior.to_ising(), n_samples, seed=seed, purpose="generation")
+        )
+        generator = torch.Generator(device=batch.spins.device).manual_seed(batch.info["seed"])
+        return prior.complete(batch.spins, generator).cpu().numpy()
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        n_cells: int = 1_000,
+        *,
+        batch: str | None = None,
+        library_size: float | np.ndarray | None = None,
+        sampler: str | Sampler = "gibbs",
+        seed: int | None = None,
+    ) -> AnnData:
+        """Generate cells: latent variables from the prior, counts from the decoder.
+
+        Parameters
+        ----------
+        n_cells
+            Number of cells.
+        batch
+            Category of the batch key to generate for; None for the first.
+        library_size
+            Total count per cell: a number, or shape ``(n_cells,)``. None draws from those of the training data.
+        sampler
+            Sampler of the prior.
+        seed
+            Seed of all draws; None draws one from torch's global stream.
+
+        Returns
+        -------
+        Counts in ``X``, latent variables in ``obsm["z"]``, ``obs["library_size"]``.
+
+        Raises
+        ------
+        ValueError
+            If the batch is unknown, ``library_size`` is not positive or of the wrong length, or the model needs
+            covariates or labels beyond the batch.
+        """
+        stats = self.summary_stats
+        if stats.get("n_extra_categorical_covs", 0) or stats.get("n_extra_continuous_covs", 0):
+            msg = (
+                "`generate` cannot choose values for further covariates. Decode `sample_prior(...)` with "
+                "`model.module.generative` and your own covariates instead."
+            )
+            raise ValueError(msg)
+        categories = list(self.adata_manager.get_state_registry(REGISTRY_KEYS.BATCH_KEY).categorical_mapping)
+        if batch is not None and batch not in categories:
+            msg = f"Unknown batch {batch!r}. Use one of {', '.join(map(repr, categories))}."
+            raise ValueError(msg)
+        seed = int(torch.randint(2**31 - 1, ())) if seed is None else seed
+        if library_size is None:
+            totals = np.asarray(self.adata_manager.get_from_registry(REGISTRY_KEYS.X_KEY).sum(axis=1)).ravel()
+            library_size = np.random.default_rng(seed).choice(totals, n_cells)
+        library_size = np.broadcast_to(np.asarray(library_size, dtype=np.float32), (n_cells,))
+        if not (library_size > 0).all():
+            msg = f"library_size must be positive, got {library_size.min():g}."
+            raise ValueError(msg)
+        z = self.sample_prior(n_cells, sampler=sampler, seed=seed)
+        device, module = self.device, self.module
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            counts = []
+            for rows in np.array_split(np.arange(n_cells), max(1, n_cells // 1024)):
+                column = torch.zeros(len(rows), 1, device=device, dtype=torch.long)
+                outputs = module.generative(
+                    z=module.z_encoder.z_transformation(torch.from_numpy(z[rows]).to(device)),
+                    library=torch.from_numpy(np.log(library_size[rows])).to(device)[:, None],
+                    batch_index=column + (0 if batch is None else categories.index(batch)),
+                    y=column,
+                    size_factor=torch.from_numpy(library_size[rows]).to(device)[:, None]
+                    if module.use_size_factor_key
+                    else None,
+                )
+                counts.append(outputs[MODULE_KEYS.PX_KEY].sample().cpu().numpy())
+        generated = AnnData(
+            X=np.concatenate(counts),
+            obs=pd.DataFrame({"library_size": library_size}, index=[f"generated_{i}" for i in range(n_cells)]),
+            var=pd.DataFrame(index=self.adata.var_names),
+        )
+        generated.obsm["z"] = z
+        return generated
+
+    @torch.inference_mode()
+    def get_prior_energy(
+        self,
+        adata: AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        batch_size: int | None = None,
+    ) -> np.ndarray:
+        """Mean energy of each cell's posterior under the prior, in nats: low where the prior expects cells.
+
+        The mean is exact. Compare with the energies of prior samples, ``model.module.prior.energy``.
+
+        Returns
+        -------
+        Shape ``(n_cells,)``.
+        """
+        self._check_if_trained(warn=False)
+        adata = self._validate_anndata(adata)
+        energies = []
+        for tensors in self._make_data_loader(adata, indices=indices, batch_size=batch_size):
+            outputs = self.module.inference(**self.module._get_inference_input(tensors))
+            energies.append(self.module.prior.expected_energy(outputs[MODULE_KEYS.QZ_KEY]).sum(-1).cpu())
+        return torch.cat(energies).numpy()
+
+
+def _represent(qz: FactorialPosterior, representation: Representation, layer: Layer) -> torch.Tensor:
+    read: dict[str, Callable[[], torch.Tensor]] = {
+        "mean": lambda: qz.spin_mean,
+        "logits": lambda: qz.logits,
+        "bits": lambda: (qz.logits > 0).to(qz.logits),
+    }
+    if layer == "gaussian":
+        return qz.gaussian_loc
+    spins = read[representation]()
+    return spins if layer == "spins" else torch.cat([qz.gaussian_loc, spins], dim=-1)

@@ -1,0 +1,268 @@
+"""scVI's module with a Boltzmann prior and a factorial posterior over spins."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from scvi.module import VAE
+from scvi.module._constants import MODULE_KEYS
+from scvi.module.base import auto_move_data
+from torch import Tensor, nn
+
+from qbmscvi._prior import BoltzmannPrior
+from qbmscvi.distributions import FactorialPosterior, Smoothing, SmoothingName, build_smoothing
+from qbmscvi.graphs import Graph, GraphName, build_graph, independent
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import networkx as nx
+    import numpy as np
+    from scvi.nn import Encoder
+    from torch.distributions import Distribution
+
+LatentName = Literal["gaussian-spins", "spins"]
+
+_DEFAULT_N_GAUSSIAN = 10
+_DEFAULT_N_SPINS = 32
+_DEFAULT_N_SPINS_ALONE = 64
+
+
+def resolve_latent_sizes(latent: LatentName, n_latent: int | None, n_spins: int | None) -> tuple[int, int]:
+    """Return ``(n_gaussian, n_spins)`` for the constructor's arguments, defaults filled in.
+
+    Raises
+    ------
+    ValueError
+        If ``latent`` is unknown, a size is below one, or ``n_spins`` contradicts ``n_latent`` for ``"spins"``.
+    """
+    for name, value in (("n_latent", n_latent), ("n_spins", n_spins)):
+        if value is not None and value < 1:
+            msg = (
+                f"{name}={value} is too small: the latent space needs at least one unit. Leave it out for the default."
+            )
+            raise ValueError(msg)
+    if latent == "spins":
+        if n_latent is not None and n_spins is not None and n_latent != n_spins:
+            msg = (
+                f"With latent='spins' the latent space is the spins, but n_latent={n_latent} and n_spins={n_spins} "
+                "differ. Pass `n_latent` only."
+            )
+            raise ValueError(msg)
+        return 0, n_latent or n_spins or _DEFAULT_N_SPINS_ALONE
+    if latent == "gaussian-spins":
+        return n_latent or _DEFAULT_N_GAUSSIAN, n_spins or _DEFAULT_N_SPINS
+    msg = f"Unknown latent family {latent!r}. Use 'gaussian-spins' or 'spins'."
+    raise ValueError(msg)
+
+
+def build_prior(
+    latent: LatentName,
+    n_gaussian: int,
+    n_spins: int,
+    prior_graph: GraphName | nx.Graph | Graph,
+    n_chains: int,
+) -> BoltzmannPrior:
+    """Build the prior of a latent family.
+
+    With a Gaussian layer ``"bipartite"`` means Gaussian units against spins, without couplings between spins; any
+    other graph adds couplings between the spins. ``"independent"`` switches off every coupling: the J = 0 control.
+    """
+    if n_chains < 2:
+        msg = f"n_chains={n_chains}, but moments need at least 2 chains; 512 is usual."
+        raise ValueError(msg)
+    if latent == "gaussian-spins" and isinstance(prior_graph, str) and prior_graph == "bipartite":
+        graph, is_coupled = independent(n_spins), True
+    else:
+        graph = build_graph(prior_graph, n_spins)
+        is_coupled = not (isinstance(prior_graph, str) and prior_graph == "independent")
+    return BoltzmannPrior(graph, n_gaussian, n_chains=n_chains, is_coupled=is_coupled)
+
+
+class BoltzmannEncoder(nn.Module):
+    """scVI's encoder network with heads for a Gaussian and a spin layer.
+
+    Parameters
+    ----------
+    host
+        The encoder built by scVI, whose hidden layers and variance activation are taken over.
+    n_gaussian, n_spins
+        Sizes of the two layers.
+    smoothing
+        Relaxation of the spins in training.
+    """
+
+    def __init__(self, host: Encoder, n_gaussian: int, n_spins: int, smoothing: Smoothing) -> None:
+        super().__init__()
+        n_hidden = host.mean_encoder.in_features
+        self.n_gaussian = n_gaussian
+        self.smoothing = smoothing
+        self.var_eps = host.var_eps
+        self.var_activation = host.var_activation
+        self.encoder = host.encoder
+        self.mean_encoder = nn.Linear(n_hidden, n_gaussian) if n_gaussian else None
+        self.var_encoder = nn.Linear(n_hidden, n_gaussian) if n_gaussian else None
+        self.logit_encoder = nn.Linear(n_hidden, n_spins)
+
+    def forward(self, x: Tensor, *cat_list: Tensor) -> tuple[FactorialPosterior, Tensor]:
+        """Return the posterior and what the decoder sees of one draw: relaxed in training, hard otherwise."""
+        hidden = self.encoder(x, *cat_list)
+        logits = self.logit_encoder(hidden)
+        if self.n_gaussian:
+            loc = self.mean_encoder(hidden)
+            scale = (self.var_activation(self.var_encoder(hidden)) + self.var_eps).sqrt()
+        else:
+            loc = scale = logits[..., :0]
+        qz = FactorialPosterior(loc, scale, logits, self.smoothing)
+        z = qz.rsample() if self.training else self.z_transformation(qz.sample())
+        return qz, z
+
+    def z_transformation(self, z: Tensor) -> Tensor:
+        """Turn ``[v, s]`` with hard spins into what the decoder sees."""
+        v, s = z[..., : self.n_gaussian], z[..., self.n_gaussian :]
+        uniform = torch.rand(s.shape, device=s.device, dtype=s.dtype)
+        return torch.cat([v, self.smoothing.emit(s, uniform)], dim=-1)
+
+    def recover(self, z: Tensor) -> Tensor:
+        """Undo :meth:`z_transformation`: ``[v, s]`` with hard spins."""
+        v, zeta = z[..., : self.n_gaussian], z[..., self.n_gaussian :]
+        return torch.cat([v, self.smoothing.recover(zeta)], dim=-1)
+
+
+class QBMVAE(VAE):
+    """Variational autoencoder of counts whose latent prior is a Boltzmann distribution.
+
+    All arguments are those of :class:`scvi.module.VAE`, but for the following.
+
+    Parameters
+    ----------
+    n_latent
+        Width of the Gaussian layer (``latent="gaussian-spins"``, default 10) or number of spins
+        (``latent="spins"``, default 64).
+    latent_distribution
+        Kept for scVI's signature; must be ``"normal"``.
+    latent
+        Latent family.
+    n_spins
+        Number of spins beside the Gaussian layer (default 32).
+    prior_graph
+        Interaction graph of the spins; see :func:`build_prior`.
+    smoothing
+        What the decoder sees of a spin in training; see :mod:`qbmscvi.distributions`.
+    n_chains
+        Number of persistent chains of the prior.
+    """
+
+    def __init__(
+        self,
+        n_input: int,
+        n_batch: int = 0,
+        n_labels: int = 0,
+        n_hidden: int = 128,
+        n_latent: int | None = None,
+        n_layers: int = 1,
+        n_continuous_cov: int = 0,
+        n_cats_per_cov: list[int] | None = None,
+        dropout_rate: float = 0.1,
+        dispersion: Literal["gene", "gene-batch", "gene-label", "gene-cell"] = "gene",
+        log_variational: bool = True,
+        gene_likelihood: Literal["zinb", "nb", "poisson", "normal"] = "zinb",
+        latent_distribution: Literal["normal"] = "normal",
+        encode_covariates: bool = False,
+        deeply_inject_covariates: bool = True,
+        batch_representation: Literal["one-hot", "embedding"] = "one-hot",
+        use_batch_norm: Literal["encoder", "decoder", "none", "both"] = "both",
+        use_layer_norm: Literal["encoder", "decoder", "none", "both"] = "none",
+        use_size_factor_key: bool = False,
+        use_observed_lib_size: bool = True,
+        extra_payload_autotune: bool = False,
+        library_log_means: np.ndarray | None = None,
+        library_log_vars: np.ndarray | None = None,
+        var_activation: Callable[[Tensor], Tensor] | None = None,
+        extra_encoder_kwargs: dict | None = None,
+        extra_decoder_kwargs: dict | None = None,
+        batch_embedding_kwargs: dict | None = None,
+        *,
+        latent: LatentName = "gaussian-spins",
+        n_spins: int | None = None,
+        prior_graph: GraphName | nx.Graph | Graph = "bipartite",
+        smoothing: SmoothingName | Smoothing = "straight-through",
+        n_chains: int = 512,
+    ) -> None:
+        if latent_distribution != "normal":
+            msg = (
+                f"latent_distribution={latent_distribution!r} has no meaning under a Boltzmann prior; only 'normal' is "
+                "accepted, for scVI's signature. Leave it out, and choose the latent family with `latent`."
+            )
+            raise ValueError(msg)
+        n_gaussian, n_spins = resolve_latent_sizes(latent, n_latent, n_spins)
+        prior = build_prior(latent, n_gaussian, n_spins, prior_graph, n_chains)
+        super().__init__(
+            n_input=n_input,
+            n_batch=n_batch,
+            n_labels=n_labels,
+            n_hidden=n_hidden,
+            n_latent=prior.n_units,
+            n_layers=n_layers,
+            n_continuous_cov=n_continuous_cov,
+            n_cats_per_cov=n_cats_per_cov,
+            dropout_rate=dropout_rate,
+            dispersion=dispersion,
+            log_variational=log_variational,
+            gene_likelihood=gene_likelihood,
+            latent_distribution=latent_distribution,
+            encode_covariates=encode_covariates,
+            deeply_inject_covariates=deeply_inject_covariates,
+            batch_representation=batch_representation,
+            use_batch_norm=use_batch_norm,
+            use_layer_norm=use_layer_norm,
+            use_size_factor_key=use_size_factor_key,
+            use_observed_lib_size=use_observed_lib_size,
+            extra_payload_autotune=extra_payload_autotune,
+            library_log_means=library_log_means,
+            library_log_vars=library_log_vars,
+            var_activation=var_activation,
+            extra_encoder_kwargs=extra_encoder_kwargs,
+            extra_decoder_kwargs=extra_decoder_kwargs,
+            batch_embedding_kwargs=batch_embedding_kwargs,
+        )
+        self.prior = prior
+        self.z_encoder = BoltzmannEncoder(self.z_encoder, n_gaussian, n_spins, build_smoothing(smoothing))
+
+    @auto_move_data
+    def _cached_inference(
+        self, qzm: Tensor, qzv: Tensor, observed_lib_size: Tensor, n_samples: int = 1
+    ) -> dict[str, Tensor | Distribution | None]:
+        """Rebuild the posterior of minified data from its stored mean and variance."""
+        n_gaussian = self.prior.n_gaussian
+        limit = 1.0 - torch.finfo(qzm.dtype).eps
+        logits = 2.0 * torch.atanh(qzm[..., n_gaussian:].clamp(-limit, limit))
+        qz = FactorialPosterior(qzm[..., :n_gaussian], qzv[..., :n_gaussian].sqrt(), logits, self.z_encoder.smoothing)
+        z = self.z_encoder.z_transformation(qz.sample() if n_samples == 1 else qz.sample((n_samples,)))
+        library = torch.log(observed_lib_size)
+        if n_samples > 1:
+            library = library.unsqueeze(0).expand((n_samples, *library.shape))
+        return {
+            MODULE_KEYS.Z_KEY: z,
+            MODULE_KEYS.QZ_KEY: qz,
+            MODULE_KEYS.QL_KEY: None,
+            MODULE_KEYS.LIBRARY_KEY: library,
+        }
+
+    @auto_move_data
+    def generative(
+        self,
+        z: Tensor,
+        library: Tensor,
+        batch_index: Tensor,
+        cont_covs: Tensor | None = None,
+        cat_covs: Tensor | None = None,
+        size_factor: Tensor | None = None,
+        y: Tensor | None = None,
+        transform_batch: Tensor | None = None,
+    ) -> dict[str, Distribution | None]:
+        """Run scVI's generative process; the prior of ``z`` is the Boltzmann prior."""
+        outputs = super().generative(z, library, batch_index, cont_covs, cat_covs, size_factor, y, transform_batch)
+        outputs[MODULE_KEYS.PZ_KEY] = self.prior.distribution()
+        return outputs

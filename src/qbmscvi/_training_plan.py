@@ -1,0 +1,122 @@
+"""The training plan and runner of :class:`~qbmscvi.QBMSCVI`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from scvi.train import TrainingPlan, TrainRunner
+
+from qbmscvi._callbacks import FiniteStateGuard, SamplingCallback, SamplingSchedule
+from qbmscvi.exceptions import TrainingDivergedError
+from qbmscvi.samplers import build_sampler
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    import torch
+    from lightning.pytorch.callbacks import Callback
+
+    from qbmscvi._module import QBMVAE
+    from qbmscvi.samplers import Sampler
+
+_MAX_AUTO_WARMUP = 400  # scVI's default
+
+
+class QBMTrainingPlan(TrainingPlan):
+    """scVI's training plan with a sampled prior.
+
+    All arguments are those of :class:`scvi.train.TrainingPlan`, but for the following.
+
+    Parameters
+    ----------
+    module
+        The module to train.
+    sampler
+        Sampler of the prior: ``"gibbs"``, ``"simulated_annealing"``, ``"exact"``, or an instance.
+    schedule
+        When to sample; None for :class:`~qbmscvi.SamplingSchedule` with its defaults.
+    prior_lr
+        Learning rate of the prior's parameters; None for ``lr``.
+    prior_weight_decay
+        Weight decay of the prior's parameters; None for ``weight_decay``.
+    n_epochs_kl_warmup
+        Epochs until the KL weight is reached. ``"auto"`` takes half of ``max_epochs`` and at most scVI's 400, so that
+        the prior counts fully by the end of a short run (scVI's 400 would leave its weight below one in any run
+        shorter than that), or ``n_steps_kl_warmup`` if that is given.
+    eps
+        Adam's epsilon. scVI's 0.01 exceeds the gradients of the prior and would freeze them.
+    """
+
+    def __init__(
+        self,
+        module: QBMVAE,
+        *,
+        sampler: str | Sampler = "gibbs",
+        schedule: SamplingSchedule | None = None,
+        prior_lr: float | None = None,
+        prior_weight_decay: float | None = None,
+        n_epochs_kl_warmup: int | Literal["auto"] | None = "auto",
+        eps: float = 1e-8,
+        **kwargs: Any,
+    ) -> None:
+        self._is_auto_warmup = n_epochs_kl_warmup == "auto" and kwargs.get("n_steps_kl_warmup") is None
+        n_epochs = None if n_epochs_kl_warmup == "auto" else n_epochs_kl_warmup
+        super().__init__(module, n_epochs_kl_warmup=n_epochs, eps=eps, **kwargs)
+        self.prior_lr = prior_lr
+        self.prior_weight_decay = prior_weight_decay
+        self.sampling = SamplingCallback(module.prior, build_sampler(sampler), schedule or SamplingSchedule())
+        self.guard = FiniteStateGuard()
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Callbacks that Lightning attaches beside the user's."""
+        return [self.sampling, self.guard]
+
+    def on_fit_start(self) -> None:
+        """Fix the length of the KL warm-up, now that ``max_epochs`` is known."""
+        if self._is_auto_warmup:
+            max_epochs = self.trainer.max_epochs
+            known = max_epochs is not None and max_epochs > 0
+            self.n_epochs_kl_warmup = min(max_epochs // 2, _MAX_AUTO_WARMUP) if known else _MAX_AUTO_WARMUP
+
+    def get_optimizer_creator(self) -> Callable[[Iterable[torch.Tensor]], torch.optim.Optimizer]:
+        """Give the prior a parameter group of its own where it has settings of its own."""
+        create = super().get_optimizer_creator()
+        own = {"lr": self.prior_lr, "weight_decay": self.prior_weight_decay}
+        own = {key: value for key, value in own.items() if value is not None}
+        if not own:
+            return create
+        prior_ids = {id(parameter) for parameter in self.sampling.prior.parameters()}
+
+        def create_grouped(parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
+            parameters = list(parameters)
+            prior = [p for p in parameters if id(p) in prior_ids]
+            rest = [p for p in parameters if id(p) not in prior_ids]
+            return create([{"params": rest}, {"params": prior, **own}])
+
+        return create_grouped
+
+
+class QBMTrainRunner(TrainRunner):
+    """scVI's train runner, which leaves a usable model behind when training diverges."""
+
+    def __call__(self) -> None:
+        """Run training.
+
+        Raises
+        ------
+        TrainingDivergedError
+            If the loss or a parameter became non-finite; the model is in its last finite state.
+        """
+        try:
+            super().__call__()
+        except Exception as error:
+            guard: FiniteStateGuard = self.training_plan.guard
+            if guard.diverged_at_step is None:
+                raise
+            self.model.module.eval()
+            self.model.is_trained_ = True
+            self.model.train_indices = getattr(self.data_splitter, "train_idx", None)
+            self.model.validation_indices = getattr(self.data_splitter, "val_idx", None)
+            self.model.test_indices = getattr(self.data_splitter, "test_idx", None)
+            self.model.trainer = self.trainer
+            raise TrainingDivergedError(guard.message) from error
