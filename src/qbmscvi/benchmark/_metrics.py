@@ -1,0 +1,337 @@
+"""Numbers that say how well a latent representation keeps types, order and batches.
+
+Every number is computed on the representation itself, by scikit-learn and scanpy, so models of different latent spaces
+are scored alike. Higher is better, except for ``batch_knn_accuracy``. Nothing here looks at counts or at a model, and
+nothing averages the numbers into one: types, order and mixing pull against each other.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import ArrayLike
+
+__all__ = ["score_latent"]
+
+_N_FOLDS = 5
+_N_KMEANS_SEEDS = 3
+_N_ROOTS = 5
+_MAX_SILHOUETTE_CELLS = 2000
+_SLOW_EIGENVALUE = 0.9994  # scanpy.neighbors.Neighbors._get_dpt_row takes such components for the stationary state
+_MIN_ORDERED_CELLS = 6  # scanpy wants at least three diffusion components, and the eigensolver fewer than cells
+
+
+def score_latent(
+    latent: ArrayLike,
+    labels: ArrayLike,
+    batches: ArrayLike | None = None,
+    *,
+    order: ArrayLike | None = None,
+    root: int | Sequence[int] | None = None,
+    n_neighbors: int = 15,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Score a latent representation against known labels, batches and order.
+
+    Parameters
+    ----------
+    latent
+        Representation of shape ``(n_cells, n_dimensions)``.
+    labels
+        Type of each cell; at least two types with five cells or more.
+    batches
+        Batch of each cell.
+    order
+        Known position of each cell along a trajectory (a stage, a day, a true pseudotime); NaN for cells off it.
+    root
+        Position in ``latent`` of the cell, or cells, from which pseudotime starts. By default the five cells with the
+        smallest ``order``, ties broken at random.
+    n_neighbors
+        Neighbors of the two nearest-neighbor classifiers and of the graph under the pseudotime.
+    seed
+        Seed of folds, k-means, subsamples and roots. The global random state is neither read nor changed.
+
+    Returns
+    -------
+    By name:
+
+    - ``knn_accuracy``: accuracy of a nearest-neighbor classifier of the labels, over five stratified folds.
+    - ``logistic_accuracy``: the same for logistic regression on the standardized latent.
+    - ``kmeans_ari``: adjusted Rand index of k-means, as many clusters as labels; mean over three seeds.
+    - ``silhouette``: ``(s + 1) / 2`` for the mean silhouette width ``s`` of the labels, on at most 2000 cells; NaN if
+      these happen to carry a single label.
+    - ``batch_knn_accuracy``, with ``batches``: accuracy of a nearest-neighbor classifier of the batch; lower is better
+      mixed.
+    - ``batch_chance``, with ``batches``: share of the largest batch, what that classifier reaches without information.
+    - ``pseudotime_tau``, with ``order``: Kendall's tau-b between diffusion pseudotime and ``order``, mean over roots.
+      The graph holds only the cells on the trajectory. Cells without a finite pseudotime (no path leads to them) stay
+      in, tied behind all others.
+    - ``pseudotime_finite``, with ``order``: share of these cells with finite pseudotime, mean over roots. Read a tau
+      only beside it: below one, the neighbor graph has fallen into pieces.
+    - ``pseudotime_slow_components``, with ``order``: number of diffusion components with an eigenvalue of 0.9994 or
+      more, beyond the one that belongs to each piece of the graph. scanpy gives these the smallest weight in the
+      pseudotime, although they carry the longest paths: above zero, ``pseudotime_tau`` may miss an order that is there.
+
+    Raises
+    ------
+    ValueError
+        If ``latent`` is not a finite, non-empty table; a length differs from ``n_cells``; a label or batch is missing;
+        fewer than two labels, or no batch, have five cells; ``order`` is not numeric, has an infinite value or fewer
+        than two different ones; ``root`` is given without ``order`` or is not on the trajectory; or there are too few
+        cells for ``n_neighbors``, or it is below two.
+
+    Warns
+    -----
+    UserWarning
+        If a label or batch has fewer than five cells: it is left out of the classifiers, not of the other numbers. If
+        ``pseudotime_slow_components`` is above zero.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> latent = np.repeat([[0.0, 0.0], [9.0, 9.0]], 50, axis=0) + np.random.default_rng(0).normal(size=(100, 2))
+    >>> score_latent(latent, ["B cell"] * 50 + ["T cell"] * 50)["knn_accuracy"]
+    1.0
+    """
+    latent = _as_latent(latent)
+    labels = _as_codes("labels", labels, len(latent))
+    if isinstance(n_neighbors, bool) or not isinstance(n_neighbors, int | np.integer) or n_neighbors < 2:
+        msg = (
+            f"`n_neighbors` is out of range: got {n_neighbors!r}, but it must be an integer of at least 2. "
+            "The default of 15 suits most data."
+        )
+        raise ValueError(msg)
+    if root is not None and order is None:
+        msg = f"`root` is given ({root!r}) but `order` is not. Pass the known order too, or leave `root` out."
+        raise ValueError(msg)
+    batches = None if batches is None else _as_codes("batches", batches, len(latent))
+    if order is not None:
+        order = _as_order(order, len(latent), n_neighbors)
+        roots = _choose_roots(order, root, seed)
+
+    x, y = _classifiable("labels", latent, labels, n_neighbors, minimum_groups=2)
+    scores = {
+        "knn_accuracy": _knn_accuracy(x, y, n_neighbors, seed),
+        "logistic_accuracy": _logistic_accuracy(x, y, seed),
+        **_cluster_scores(latent, labels, seed),
+    }
+    if batches is not None:
+        x, y = _classifiable("batches", latent, batches, n_neighbors, minimum_groups=1)
+        scores["batch_knn_accuracy"] = _knn_accuracy(x, y, n_neighbors, seed)
+        scores["batch_chance"] = float(np.bincount(y).max() / len(y))
+    if order is not None:
+        scores |= _pseudotime_scores(latent, order, roots, n_neighbors, seed)
+    return scores
+
+
+def _as_latent(latent: ArrayLike) -> np.ndarray:
+    try:
+        latent = np.asarray(latent, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        msg = (
+            f"`latent` is not an array of numbers: got {type(latent).__name__}, but a dense table of cells by "
+            "dimensions is needed. Convert it first."
+        )
+        raise ValueError(msg) from error
+    if latent.ndim != 2 or 0 in latent.shape:
+        msg = (
+            f"`latent` has shape {latent.shape}, but it must have two axes, cells by dimensions, and neither empty. "
+            "Pass what `get_latent_representation` returns."
+        )
+        raise ValueError(msg)
+    is_finite = np.isfinite(latent).all(axis=1)
+    if not is_finite.all():
+        msg = (
+            f"`latent` has non-finite values in {np.sum(~is_finite)} of {len(latent)} cells, but every value must be "
+            "finite. Look for diverged training before scoring."
+        )
+        raise ValueError(msg)
+    return latent
+
+
+def _require_length(name: str, values: np.ndarray, n_cells: int) -> None:
+    if values.shape != (n_cells,):
+        msg = (
+            f"`{name}` has shape {values.shape}, but `latent` has {n_cells} cells and needs one value for each. "
+            f"Take `{name}` and `latent` from the same cells, in the same order."
+        )
+        raise ValueError(msg)
+
+
+def _as_codes(name: str, values: ArrayLike, n_cells: int) -> np.ndarray:
+    """Turn category names into integers ``0 .. n_groups - 1``, every one of them in use."""
+    if not hasattr(values, "shape"):
+        values = np.array(values, dtype=object)  # a plain list of str and nan would turn nan into the text "nan"
+    values = np.asarray(values)
+    _require_length(name, values, n_cells)
+    n_missing = int(pd.isna(values).sum())
+    if n_missing:
+        msg = (
+            f"`{name}` is missing for {n_missing} of {n_cells} cells, but every cell needs a value. "
+            "Score the annotated cells only."
+        )
+        raise ValueError(msg)
+    return pd.factorize(values)[0]
+
+
+def _as_order(order: ArrayLike, n_cells: int, n_neighbors: int) -> np.ndarray:
+    try:
+        order = np.asarray(order, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        msg = (
+            "`order` is not numeric, but it must hold one number per cell, NaN for cells off the trajectory. "
+            "Map stages to integers first."
+        )
+        raise ValueError(msg) from error
+    _require_length("order", order, n_cells)
+    if np.isinf(order).any():
+        msg = (
+            f"`order` is infinite for {np.isinf(order).sum()} cells, but only finite numbers and NaN are allowed. "
+            "Use NaN for cells off the trajectory."
+        )
+        raise ValueError(msg)
+    known = order[~np.isnan(order)]
+    n_needed = max(_MIN_ORDERED_CELLS, n_neighbors + 1)
+    if len(known) < n_needed:
+        msg = (
+            f"`order` places {len(known)} cells on the trajectory, but a graph of {n_neighbors} neighbors needs at "
+            f"least {n_needed}. Lower `n_neighbors`, or leave `order` out."
+        )
+        raise ValueError(msg)
+    if known.min() == known.max():
+        msg = (
+            f"`order` has the single value {known[0]:g}, but a rank correlation needs at least two different ones. "
+            "Leave `order` out."
+        )
+        raise ValueError(msg)
+    return order
+
+
+def _choose_roots(order: np.ndarray, root: int | Sequence[int] | None, seed: int) -> np.ndarray:
+    if root is None:
+        ties = np.random.default_rng(seed).random(len(order))
+        return np.lexsort((ties, order))[:_N_ROOTS]  # NaN sorts last
+    roots = np.atleast_1d(np.asarray(root))
+    is_valid = roots.ndim == 1 and len(roots) > 0 and np.issubdtype(roots.dtype, np.integer)
+    if not is_valid or roots.min() < 0 or roots.max() >= len(order) or np.isnan(order[roots]).any():
+        msg = (
+            f"`root` does not name cells on the trajectory: got {root!r}, but it must be a position, or several, from "
+            f"0 to {len(order) - 1} where `order` is a number. Choose among `numpy.flatnonzero(~numpy.isnan(order))`."
+        )
+        raise ValueError(msg)
+    return roots
+
+
+def _classifiable(
+    name: str, latent: np.ndarray, codes: np.ndarray, n_neighbors: int, *, minimum_groups: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Leave out groups with fewer cells than folds."""
+    sizes = np.bincount(codes)
+    is_large = sizes >= _N_FOLDS
+    if is_large.sum() < minimum_groups:
+        msg = (
+            f"`{name}` has {is_large.sum()} groups of {_N_FOLDS} cells or more, but needs at least {minimum_groups}. "
+            "Score more cells, or coarser groups."
+        )
+        raise ValueError(msg)
+    keep = is_large[codes]
+    n_train = keep.sum() - int(np.ceil(keep.sum() / _N_FOLDS))
+    if n_train < n_neighbors:
+        msg = (
+            f"`{name}` leaves {n_train} cells to learn from in each fold, but {n_neighbors} neighbors are asked for. "
+            "Lower `n_neighbors`, or score more cells."
+        )
+        raise ValueError(msg)
+    if not is_large.all():
+        warnings.warn(
+            f"{np.sum(~is_large)} of {len(sizes)} groups in `{name}` have fewer than {_N_FOLDS} cells "
+            f"({np.sum(~keep)} cells in all) and are left out of the cross-validated accuracies.",
+            UserWarning,
+            stacklevel=3,
+        )
+    return latent[keep], codes[keep]
+
+
+def _cross_validated_accuracy(classifier: object, x: np.ndarray, y: np.ndarray, seed: int) -> float:
+    from sklearn.model_selection import StratifiedKFold, cross_val_score
+
+    folds = StratifiedKFold(_N_FOLDS, shuffle=True, random_state=seed)
+    return float(cross_val_score(classifier, x, y, cv=folds, error_score="raise").mean())
+
+
+def _knn_accuracy(x: np.ndarray, y: np.ndarray, n_neighbors: int, seed: int) -> float:
+    from sklearn.neighbors import KNeighborsClassifier
+
+    return _cross_validated_accuracy(KNeighborsClassifier(n_neighbors), x, y, seed)
+
+
+def _logistic_accuracy(x: np.ndarray, y: np.ndarray, seed: int) -> float:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    return _cross_validated_accuracy(classifier, x, y, seed)
+
+
+def _cluster_scores(latent: np.ndarray, labels: np.ndarray, seed: int) -> dict[str, float]:
+    from sklearn.cluster import KMeans
+    from sklearn.metrics import adjusted_rand_score, silhouette_score
+
+    n_clusters = int(labels.max()) + 1
+    ari = [
+        adjusted_rand_score(labels, KMeans(n_clusters, n_init=10, random_state=seed + i).fit_predict(latent))
+        for i in range(_N_KMEANS_SEEDS)
+    ]
+    sample = np.arange(len(latent))
+    if len(latent) > _MAX_SILHOUETTE_CELLS:
+        sample = np.random.default_rng(seed).choice(len(latent), size=_MAX_SILHOUETTE_CELLS, replace=False)
+    has_two_labels = len(np.unique(labels[sample])) > 1
+    width = silhouette_score(latent[sample], labels[sample]) if has_two_labels else np.nan
+    return {"kmeans_ari": float(np.mean(ari)), "silhouette": float((width + 1) / 2)}
+
+
+def _pseudotime_scores(
+    latent: np.ndarray, order: np.ndarray, roots: np.ndarray, n_neighbors: int, seed: int
+) -> dict[str, float]:
+    import scanpy as sc
+    from anndata import AnnData
+    from scipy.sparse.csgraph import connected_components
+    from scipy.stats import kendalltau
+
+    is_ordered = ~np.isnan(order)
+    adata = AnnData(obs=pd.DataFrame(index=[str(i) for i in range(is_ordered.sum())]))
+    adata.obsm["latent"] = latent[is_ordered]
+    sc.pp.neighbors(adata, n_neighbors=n_neighbors, use_rep="latent", random_state=seed)
+    # 15 components and 10 of them in the distance are scanpy's defaults
+    sc.tl.diffmap(adata, n_comps=min(15, adata.n_obs - 2), random_state=seed)
+    n_pieces = connected_components(adata.obsp["connectivities"], directed=False, return_labels=False)
+    n_slow = max(0, int(np.sum(adata.uns["diffmap_evals"] >= _SLOW_EIGENVALUE)) - n_pieces)
+    if n_slow:
+        warnings.warn(
+            f"{n_slow} diffusion components have an eigenvalue of {_SLOW_EIGENVALUE} or more, to which scanpy gives "
+            "hardly any weight in the pseudotime: `pseudotime_tau` may miss an order that is there. "
+            "A larger `n_neighbors` connects the graph better.",
+            UserWarning,
+            stacklevel=3,
+        )
+    taus, finite = [], []
+    for root in np.cumsum(is_ordered)[roots] - 1:  # positions among the cells on the trajectory
+        adata.uns["iroot"] = int(root)
+        sc.tl.dpt(adata, n_dcs=min(10, adata.obsm["X_diffmap"].shape[1]))
+        pseudotime = adata.obs["dpt_pseudotime"].to_numpy(dtype=np.float64)
+        is_finite = np.isfinite(pseudotime)
+        taus.append(kendalltau(np.where(is_finite, pseudotime, np.inf), order[is_ordered]).statistic)
+        finite.append(is_finite.mean())
+    return {
+        "pseudotime_tau": float(np.mean(taus)),
+        "pseudotime_finite": float(np.mean(finite)),
+        "pseudotime_slow_components": float(n_slow),
+    }
