@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import numpy as np
 import pandas as pd
@@ -59,8 +59,8 @@ class QBMSCVI(SCVI):
         spins, or the Gaussian layer and the spins. ``"complete"``, ``"chimera"``, ``"pegasus"``, ``"zephyr"`` or any
         :class:`networkx.Graph`: couplings between the spins. ``"independent"``: none, the J = 0 control.
     smoothing
-        What the decoder sees of a spin in training: ``"straight-through"``, ``"reinmax"``, ``"gumbel"``,
-        ``"spike-exponential"``, or an instance from :mod:`qbmscvi.distributions`.
+        What the decoder sees of a spin in training: ``"straight-through"``, ``"reinmax"``, ``"disarm"``,
+        ``"gumbel"``, ``"spike-exponential"``, or an instance from :mod:`qbmscvi.distributions`.
     n_chains
         Persistent chains of the prior.
 
@@ -419,6 +419,30 @@ class QBMSCVI(SCVI):
             outputs = self.module.inference(**self.module._get_inference_input(tensors))
             energies.append(self.module.prior.expected_energy(outputs[MODULE_KEYS.QZ_KEY]).sum(-1).cpu())
         return torch.cat(energies).numpy()
+
+    def get_marginal_ll(self, *args: Any, **kwargs: Any) -> Any:
+        """Not available: scVI's importance weights hold the Gaussian prior. Use :meth:`get_elbo`."""
+        _refuse_gaussian("get_marginal_ll", "`get_elbo`, a lower bound of it")
+
+    def get_importance_weights(self, *args: Any, **kwargs: Any) -> Any:
+        """Not available: scVI's importance weights hold the Gaussian prior. Use ``weights="uniform"``."""
+        _refuse_gaussian("get_importance_weights", "`weights='uniform'`")
+
+    def get_aggregated_posterior(self, *args: Any, **kwargs: Any) -> Any:
+        """Not available: scVI mixes Gaussian posteriors. Use ``get_latent_representation(return_dist=True)``."""
+        _refuse_gaussian("get_aggregated_posterior", "`get_latent_representation(return_dist=True)`")
+
+    def differential_abundance(self, *args: Any, **kwargs: Any) -> Any:
+        """Not available: it rests on the aggregated posterior of Gaussians."""
+        _refuse_gaussian("differential_abundance", "a method on the neighbor graph of the latent representation")
+
+
+def _refuse_gaussian(method: str, remedy: str) -> NoReturn:
+    msg = (
+        f"`{method}` of scVI assumes Gaussian posteriors and a Gaussian prior and would return wrong numbers under a "
+        f"Boltzmann prior, so it is switched off. Use {remedy}."
+    )
+    raise NotImplementedError(msg)
 
 
 def _represent(qz: FactorialPosterior, representation: Representation, layer: Layer) -> torch.Tensor:

@@ -97,7 +97,7 @@ class QBMTrainingPlan(TrainingPlan):
 
 
 class QBMTrainRunner(TrainRunner):
-    """scVI's train runner, which leaves a usable model behind when training diverges."""
+    """scVI's train runner, for models trained before and for training that diverges."""
 
     def __call__(self) -> None:
         """Run training.
@@ -107,6 +107,9 @@ class QBMTrainRunner(TrainRunner):
         TrainingDivergedError
             If the loss or a parameter became non-finite; the model is in its last finite state.
         """
+        # scVI leaves the module in evaluation mode and Lightning no longer changes that: training a second time would
+        # go on without dropout, batch statistics and, here, without a gradient through the spins.
+        self.model.module.train()
         try:
             super().__call__()
         except Exception as error:
