@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -167,7 +167,8 @@ class SamplingCallback(Callback):
                     stacklevel=2,
                 )
             self.n_fallbacks += 1
-            return BlockGibbsSampler().sample(request)
+            chains = None if int(self.prior.n_updates) == 0 else self.prior.chains
+            return BlockGibbsSampler().sample(replace(request, initial_spins=chains, n_sweeps=None))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log what was sampled."""

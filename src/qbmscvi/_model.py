@@ -337,7 +337,8 @@ class QBMSCVI(SCVI):
         batch
             Category of the batch key to generate for; None for the first.
         library_size
-            Total count per cell: a number, or shape ``(n_cells,)``. None draws from those of the training data.
+            Total count per cell, or size factor if the data were set up with ``size_factor_key``: a number, or shape
+            ``(n_cells,)``. None draws from those of the training data.
         sampler
             Sampler of the prior.
         seed
@@ -353,11 +354,12 @@ class QBMSCVI(SCVI):
             If the batch is unknown, ``library_size`` is not positive or of the wrong length, or the model needs
             covariates or labels beyond the batch.
         """
-        stats = self.summary_stats
-        if stats.get("n_extra_categorical_covs", 0) or stats.get("n_extra_continuous_covs", 0):
+        stats, module = self.summary_stats, self.module
+        has_covariates = stats.get("n_extra_categorical_covs", 0) or stats.get("n_extra_continuous_covs", 0)
+        if has_covariates or module.dispersion == "gene-label":
             msg = (
-                "`generate` cannot choose values for further covariates. Decode `sample_prior(...)` with "
-                "`model.module.generative` and your own covariates instead."
+                "`generate` cannot choose values for covariates or labels. Decode `sample_prior(...)` with "
+                "`model.module.generative` and your own values instead."
             )
             raise ValueError(msg)
         categories = list(self.adata_manager.get_state_registry(REGISTRY_KEYS.BATCH_KEY).categorical_mapping)
@@ -366,27 +368,27 @@ class QBMSCVI(SCVI):
             raise ValueError(msg)
         seed = int(torch.randint(2**31 - 1, ())) if seed is None else seed
         if library_size is None:
-            totals = np.asarray(self.adata_manager.get_from_registry(REGISTRY_KEYS.X_KEY).sum(axis=1)).ravel()
+            key = REGISTRY_KEYS.SIZE_FACTOR_KEY if module.use_size_factor_key else REGISTRY_KEYS.X_KEY
+            totals = np.asarray(self.adata_manager.get_from_registry(key).sum(axis=1)).ravel()
             library_size = np.random.default_rng(seed).choice(totals, n_cells)
         library_size = np.broadcast_to(np.asarray(library_size, dtype=np.float32), (n_cells,))
         if not (library_size > 0).all():
             msg = f"library_size must be positive, got {library_size.min():g}."
             raise ValueError(msg)
         z = self.sample_prior(n_cells, sampler=sampler, seed=seed)
-        device, module = self.device, self.module
+        device = self.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             counts = []
             for rows in np.array_split(np.arange(n_cells), max(1, n_cells // 1024)):
                 column = torch.zeros(len(rows), 1, device=device, dtype=torch.long)
+                log_size = torch.from_numpy(np.log(library_size[rows])).to(device)[:, None]
                 outputs = module.generative(
                     z=module.z_encoder.z_transformation(torch.from_numpy(z[rows]).to(device)),
-                    library=torch.from_numpy(np.log(library_size[rows])).to(device)[:, None],
+                    library=log_size,
                     batch_index=column + (0 if batch is None else categories.index(batch)),
                     y=column,
-                    size_factor=torch.from_numpy(library_size[rows]).to(device)[:, None]
-                    if module.use_size_factor_key
-                    else None,
+                    size_factor=log_size,  # as `_get_generative_input` passes it: the logarithm
                 )
                 counts.append(outputs[MODULE_KEYS.PX_KEY].sample().cpu().numpy())
         generated = AnnData(

@@ -73,6 +73,7 @@ class QBMTrainingPlan(TrainingPlan):
 
     def on_fit_start(self) -> None:
         """Fix the length of the KL warm-up, now that ``max_epochs`` is known."""
+        super().on_fit_start()
         if self._is_auto_warmup:
             max_epochs = self.trainer.max_epochs
             known = max_epochs is not None and max_epochs > 0
