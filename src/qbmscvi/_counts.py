@@ -51,7 +51,15 @@ def check_counts(X: Any, *, is_count_likelihood: bool = True, needs_library_size
             raise ValueError(msg)
         if needs_library_size:
             totals = np.asarray(rows.sum(axis=1)).ravel()
-            empty = np.flatnonzero(totals <= 0)
+            negative = np.flatnonzero(totals < 0)
+            if negative.size:
+                msg = (
+                    f"Cell {start + negative[0]} has the negative total {totals[negative[0]]:g}, of which scVI takes "
+                    "the logarithm as its library size. Use `use_observed_lib_size=False`, or set the data up with "
+                    "`size_factor_key`."
+                )
+                raise ValueError(msg)
+            empty = np.flatnonzero(totals == 0)
             if empty.size:
                 msg = (
                     f"Cell {start + empty[0]} has no counts, so its library size has no logarithm. Remove empty cells, "

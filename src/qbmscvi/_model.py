@@ -16,6 +16,7 @@ from qbmscvi._counts import check_counts
 from qbmscvi._module import QBMVAE, LatentName
 from qbmscvi._training_plan import QBMTrainingPlan, QBMTrainRunner
 from qbmscvi.distributions import Smoothing, SmoothingName
+from qbmscvi.exceptions import require_integer
 from qbmscvi.samplers import SamplingRequest, build_sampler
 
 if TYPE_CHECKING:
@@ -185,6 +186,10 @@ class QBMSCVI(SCVI):
                 needs_library_size=self.module.use_observed_lib_size and not self.module.use_size_factor_key,
             )
         plan_kwargs = plan_kwargs.to_kwargs() if hasattr(plan_kwargs, "to_kwargs") else dict(plan_kwargs or {})
+        for name in ("sampler", "schedule"):
+            if name in plan_kwargs:
+                msg = f"`{name}` is an argument of its own: use train({name}=...) instead of plan_kwargs."
+                raise TypeError(msg)
         super().train(
             max_epochs=max_epochs,
             accelerator=accelerator,
@@ -247,14 +252,14 @@ class QBMSCVI(SCVI):
         ValueError
             If ``representation`` or ``layer`` is unknown, or the model has no Gaussian layer.
         """
-        if return_dist:
-            return super().get_latent_representation(
-                adata, indices, batch_size=batch_size, return_dist=True, dataloader=dataloader, **data_loader_kwargs
-            )
         layer = self._resolve_layer(layer)
         if representation not in ("mean", "logits", "bits"):
             msg = f"Unknown representation {representation!r}. Use 'mean', 'logits' or 'bits'."
             raise ValueError(msg)
+        if return_dist:
+            return super().get_latent_representation(
+                adata, indices, batch_size=batch_size, return_dist=True, dataloader=dataloader, **data_loader_kwargs
+            )
         self._check_if_trained(warn=False)
         if dataloader is None:
             adata = self._validate_anndata(adata)
@@ -312,10 +317,11 @@ class QBMSCVI(SCVI):
         Shape ``(n_samples, n_gaussian + n_spins)``: Gaussian units, then spins in ``{-1, +1}``.
         """
         prior = self.module.prior
+        spin_seed, gaussian_seed = _split_seed(seed, 2)
         batch = build_sampler(sampler).sample(
-            SamplingRequest(prior.to_ising(), n_samples, seed=seed, purpose="generation")
+            SamplingRequest(prior.to_ising(), n_samples, seed=spin_seed, purpose="generation")
         )
-        generator = torch.Generator(device=batch.spins.device).manual_seed(batch.info["seed"])
+        generator = torch.Generator(device=batch.spins.device).manual_seed(gaussian_seed)
         return prior.complete(batch.spins, generator).cpu().numpy()
 
     @torch.inference_mode()
@@ -366,19 +372,26 @@ class QBMSCVI(SCVI):
         if batch is not None and batch not in categories:
             msg = f"Unknown batch {batch!r}. Use one of {', '.join(map(repr, categories))}."
             raise ValueError(msg)
-        seed = int(torch.randint(2**31 - 1, ())) if seed is None else seed
+        require_integer("n_cells", n_cells, 1)
+        latent_seed, library_seed, count_seed = _split_seed(seed, 3)
         if library_size is None:
             key = REGISTRY_KEYS.SIZE_FACTOR_KEY if module.use_size_factor_key else REGISTRY_KEYS.X_KEY
             totals = np.asarray(self.adata_manager.get_from_registry(key).sum(axis=1)).ravel()
-            library_size = np.random.default_rng(seed).choice(totals, n_cells)
-        library_size = np.broadcast_to(np.asarray(library_size, dtype=np.float32), (n_cells,))
+            library_size = np.random.default_rng(library_seed).choice(totals, n_cells)
+        library_size = np.asarray(library_size, dtype=np.float32)
+        if library_size.shape not in ((), (n_cells,)):
+            msg = f"library_size has shape {library_size.shape}; it must be a number or have shape ({n_cells},)."
+            raise ValueError(msg)
+        library_size = np.broadcast_to(library_size, (n_cells,))
         if not (library_size > 0).all():
             msg = f"library_size must be positive, got {library_size.min():g}."
             raise ValueError(msg)
-        z = self.sample_prior(n_cells, sampler=sampler, seed=seed)
+        z = self.sample_prior(n_cells, sampler=sampler, seed=latent_seed)
         device = self.device
+        was_training = module.training
+        module.eval()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
+            torch.manual_seed(count_seed)
             counts = []
             for rows in np.array_split(np.arange(n_cells), max(1, n_cells // 1024)):
                 column = torch.zeros(len(rows), 1, device=device, dtype=torch.long)
@@ -391,6 +404,7 @@ class QBMSCVI(SCVI):
                     size_factor=log_size,  # as `_get_generative_input` passes it: the logarithm
                 )
                 counts.append(outputs[MODULE_KEYS.PX_KEY].sample().cpu().numpy())
+        module.train(was_training)
         generated = AnnData(
             X=np.concatenate(counts),
             obs=pd.DataFrame({"library_size": library_size}, index=[f"generated_{i}" for i in range(n_cells)]),
@@ -445,6 +459,12 @@ def _refuse_gaussian(method: str, remedy: str) -> NoReturn:
         f"Boltzmann prior, so it is switched off. Use {remedy}."
     )
     raise NotImplementedError(msg)
+
+
+def _split_seed(seed: int | None, n_seeds: int) -> list[int]:
+    """Independent seeds from one; None draws from torch's global stream."""
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    return torch.randint(2**31 - 1, (n_seeds,), generator=generator).tolist()
 
 
 def _represent(qz: FactorialPosterior, representation: Representation, layer: Layer) -> torch.Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qbmscvi._prior import BoltzmannPrior
 from qbmscvi.distributions import FactorialPosterior, Smoothing, SmoothingName, build_smoothing
+from qbmscvi.exceptions import require_integer
 from qbmscvi.graphs import Graph, GraphName, build_graph, independent
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 LatentName = Literal["gaussian-spins", "spins"]
 
+_LIKELIHOODS = ("zinb", "nb", "poisson", "normal")
 _DEFAULT_N_GAUSSIAN = 10
 _DEFAULT_N_SPINS = 32
 _DEFAULT_N_SPINS_ALONE = 64
@@ -39,11 +41,8 @@ def resolve_latent_sizes(latent: LatentName, n_latent: int | None, n_spins: int 
         If ``latent`` is unknown, a size is below one, or ``n_spins`` contradicts ``n_latent`` for ``"spins"``.
     """
     for name, value in (("n_latent", n_latent), ("n_spins", n_spins)):
-        if value is not None and value < 1:
-            msg = (
-                f"{name}={value} is too small: the latent space needs at least one unit. Leave it out for the default."
-            )
-            raise ValueError(msg)
+        if value is not None:
+            require_integer(name, value, 1, "Leave it out for the default.")
     if latent == "spins":
         if n_latent is not None and n_spins is not None and n_latent != n_spins:
             msg = (
@@ -70,9 +69,7 @@ def build_prior(
     With a Gaussian layer ``"bipartite"`` means Gaussian units against spins, without couplings between spins; any
     other graph adds couplings between the spins. ``"independent"`` switches off every coupling: the J = 0 control.
     """
-    if n_chains < 2:
-        msg = f"n_chains={n_chains}, but moments need at least 2 chains; 512 is usual."
-        raise ValueError(msg)
+    require_integer("n_chains", n_chains, 2, "Moments need several chains; 512 is usual.")
     if latent == "gaussian-spins" and isinstance(prior_graph, str) and prior_graph == "bipartite":
         graph, is_coupled = independent(n_spins), True
     else:
@@ -196,6 +193,9 @@ class QBMVAE(VAE):
                 f"latent_distribution={latent_distribution!r} has no meaning under a Boltzmann prior; only 'normal' is "
                 "accepted, for scVI's signature. Leave it out, and choose the latent family with `latent`."
             )
+            raise ValueError(msg)
+        if gene_likelihood not in _LIKELIHOODS:
+            msg = f"Unknown gene_likelihood {gene_likelihood!r}. Use one of {', '.join(map(repr, _LIKELIHOODS))}."
             raise ValueError(msg)
         n_gaussian, n_spins = resolve_latent_sizes(latent, n_latent, n_spins)
         prior = build_prior(latent, n_gaussian, n_spins, prior_graph, n_chains)

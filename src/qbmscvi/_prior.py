@@ -76,7 +76,7 @@ class BoltzmannPrior(nn.Module):
         self.register_buffer("edge_mean", torch.zeros(n_edges))
         self.register_buffer("spin_second", torch.eye(n_spins) if n_gaussian else torch.zeros(0, 0))
         self.register_buffer("chains", _random_chains(n_chains, n_spins))
-        self.register_buffer("tracking_log_weights", torch.zeros(n_chains // _TRACKING_SHARE))
+        self.register_buffer("tracking_log_weights", torch.zeros(max(1, n_chains // _TRACKING_SHARE)))
         self.register_buffer("n_updates", torch.zeros((), dtype=torch.long))
         self.register_buffer("log_z", torch.tensor(self._independent_log_z()))
         self.register_buffer("log_z_scale", torch.zeros(()))
@@ -120,13 +120,13 @@ class BoltzmannPrior(nn.Module):
         return torch.cat([gaussian, s * field], dim=-1)
 
     def to_ising(self) -> IsingModel:
-        r"""Return the Ising problem that is left when the Gaussian layer is integrated out; detached.
+        r"""Return the Ising problem that is left when the Gaussian layer is integrated out; a copy.
 
         .. math:: E(s) = -\tfrac12 \lVert a + W s \rVert^2 - \tfrac{d}{2} \log 2\pi + h \cdot s + \sum J_{ij} s_i s_j
 
         Its log Z is that of the prior, and its spins have the marginal law of the prior's.
         """
-        h, J, W, a = (p.detach() for p in (self.h, self.J, self.W, self.a))
+        h, J, W, a = (p.detach().clone() for p in (self.h, self.J, self.W, self.a))
         if not self.n_gaussian:
             return IsingModel(h, J, self.graph)
         offset = -0.5 * a.square().sum() - 0.5 * self.n_gaussian * math.log(2.0 * math.pi)
@@ -161,7 +161,7 @@ class BoltzmannPrior(nn.Module):
     def log_partition(self) -> Tensor:
         """Scalar with the value of the buffer ``log_z`` and the gradient of :meth:`negative_phase`."""
         surrogate = self.negative_phase()
-        return self.log_z + surrogate - surrogate.detach()
+        return self.log_z + (surrogate - surrogate.detach())
 
     def distribution(self) -> BoltzmannDistribution:
         """Return the prior as a torch distribution over ``z``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal
 
 from scvi.train import TrainingPlan, TrainRunner
@@ -59,6 +60,22 @@ class QBMTrainingPlan(TrainingPlan):
         eps: float = 1e-8,
         **kwargs: Any,
     ) -> None:
+        own = {"sampler", "schedule", "prior_lr", "prior_weight_decay", "n_epochs_kl_warmup", "eps"}
+        known = own | set(signature(TrainingPlan.__init__).parameters) | set(signature(module.loss).parameters)
+        unknown = sorted(set(kwargs) - known)
+        if unknown:
+            msg = f"QBMTrainingPlan got an unexpected argument {unknown[0]!r}. It takes: {', '.join(sorted(known))}."
+            raise TypeError(msg)
+        if schedule is not None and not isinstance(schedule, SamplingSchedule):
+            msg = f"`schedule` is a {type(schedule).__name__}; it must be a qbmscvi.SamplingSchedule."
+            raise TypeError(msg)
+        if isinstance(n_epochs_kl_warmup, str) and n_epochs_kl_warmup != "auto":
+            msg = f"n_epochs_kl_warmup={n_epochs_kl_warmup!r} is no number of epochs. Use an integer, None or 'auto'."
+            raise ValueError(msg)
+        for name, value in (("prior_lr", prior_lr), ("prior_weight_decay", prior_weight_decay)):
+            if value is not None and not value >= 0:
+                msg = f"{name}={value} must not be negative. Leave it out for the value of the other parameters."
+                raise ValueError(msg)
         self._is_auto_warmup = n_epochs_kl_warmup == "auto" and kwargs.get("n_steps_kl_warmup") is None
         n_epochs = None if n_epochs_kl_warmup == "auto" else n_epochs_kl_warmup
         super().__init__(module, n_epochs_kl_warmup=n_epochs, eps=eps, **kwargs)
@@ -124,3 +141,8 @@ class QBMTrainRunner(TrainRunner):
             self.model.test_indices = getattr(self.data_splitter, "test_idx", None)
             self.model.trainer = self.trainer
             raise TrainingDivergedError(guard.message) from error
+
+    def _update_history(self) -> None:
+        """Extend the history; scVI's version needs one that is not empty, as after divergence in the first epoch."""
+        self.model.is_trained_ = self.model.is_trained_ and bool(self.model.history_)
+        super()._update_history()

@@ -57,7 +57,7 @@ class StraightThrough(Smoothing):
     def relax(self, logits: Tensor, uniform: Tensor) -> Tensor:
         """See :meth:`Smoothing.relax`."""
         mean = torch.tanh(0.5 * logits)
-        return _harden(logits, uniform) + mean - mean.detach()
+        return _harden(logits, uniform) + (mean - mean.detach())
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,9 @@ class SpikeExponential(Smoothing):
 
     def emit(self, spins: Tensor, uniform: Tensor) -> Tensor:
         """Draw ``zeta`` given hard spins."""
-        return torch.where(spins > 0, 2.0 * self._inverse(uniform) - 1.0, -torch.ones_like(spins))
+        above_spike = -1.0 + torch.finfo(spins.dtype).eps
+        exponential = (2.0 * self._inverse(uniform) - 1.0).clamp(min=above_spike)
+        return torch.where(spins > 0, exponential, -torch.ones_like(spins))
 
     def recover(self, zeta: Tensor) -> Tensor:
         """Return the hard spins behind an emitted ``zeta``: -1 at the spike, +1 elsewhere."""

@@ -93,7 +93,7 @@ def enumerate_ising(problem: IsingModel, beta: float = 1.0) -> Enumeration:
             f"{MAX_ENUMERATED_SPINS} are feasible. Lower `n_latent` or `n_spins`, or use sampler='gibbs'."
         )
         raise GraphMismatchError(msg)
-    dense = problem.to_dense().to("cpu", torch.float64)
+    dense = problem.to("cpu", torch.float64).to_dense()
     summed = torch.from_numpy(max(dense.graph.color_classes, key=len))
     rest = torch.tensor(sorted(set(range(dense.n_spins)) - set(summed.tolist())), dtype=torch.long)
     matrix = dense.couplings()

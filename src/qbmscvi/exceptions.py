@@ -5,6 +5,10 @@ the caller's hands (samplers, devices, a training run that diverged) and for pro
 sampler.
 """
 
+from __future__ import annotations
+
+import operator
+
 
 class QBMSCVIError(Exception):
     """Base class of every error that is particular to this package."""
@@ -36,3 +40,23 @@ class InvalidSamples(SamplerError):
 
 class TrainingDivergedError(QBMSCVIError, ArithmeticError):
     """A non-finite loss or parameter ended training; the model holds its last finite state."""
+
+
+def require_integer(name: str, value: object, least: int, remedy: str = "") -> None:
+    """Raise unless ``value`` is an integer of at least ``least``.
+
+    Raises
+    ------
+    TypeError
+        If it is not an integer.
+    ValueError
+        If it is too small.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        msg = f"{name}={value!r} is a {type(value).__name__}; it must be an integer of at least {least}. {remedy}"
+        raise TypeError(msg.rstrip()) from None
+    if number < least:
+        msg = f"{name}={value} is too small; it must be at least {least}. {remedy}"
+        raise ValueError(msg.rstrip())

@@ -47,7 +47,11 @@ class Graph:
     name: str = "custom"
 
     def __post_init__(self) -> None:
-        edges = np.asarray(self.edges, dtype=np.int64).reshape(-1, 2)
+        given = np.asarray(self.edges)
+        if given.size and (given.ndim != 2 or given.shape[1] != 2 or (given != np.floor(given)).any()):
+            msg = f"`edges` has shape {given.shape}; it must hold pairs of node numbers, shape (n_edges, 2)."
+            raise ValueError(msg)
+        edges = given.astype(np.int64).reshape(-1, 2)
         if self.n_nodes < 1:
             msg = f"A graph needs at least one node, got n_nodes={self.n_nodes}. Raise the number of spins."
             raise ValueError(msg)
@@ -89,7 +93,8 @@ class Graph:
         """Endpoints of the edges as two index tensors of shape ``(n_edges,)``, kept per device."""
         cache = self.__dict__.setdefault("_edge_index", {})
         if str(device) not in cache:
-            ends = torch.tensor(self.edges.T, device=device)
+            with torch.inference_mode(False):  # or a later training step could not save them for backward
+                ends = torch.tensor(self.edges.T, device=device)
             cache[str(device)] = (ends[0], ends[1])
         return cache[str(device)]
 
