@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
 
 from qbmscvi.diagnostics import estimate_log_z
-from qbmscvi.exceptions import SamplerError, TrainingDivergedError
-from qbmscvi.samplers import BlockGibbsSampler, SamplingRequest
+from qbmscvi.exceptions import SamplerError, TrainingDivergedError, require_integer
+from qbmscvi.ising import SampleBatch
+from qbmscvi.samplers import BlockGibbsSampler, Broker, SamplingRequest
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
     from torch import Tensor
 
     from qbmscvi._prior import BoltzmannPrior
-    from qbmscvi.ising import IsingModel, SampleBatch
+    from qbmscvi.ising import IsingModel
     from qbmscvi.samplers import Sampler
 
 
 _RESAMPLE_BELOW = 0.5  # effective share of the tracking chains
+_REPORTED_FACTS = ("staleness", "effective_beta", "effective_share", "exchange_rate")
 
 
 @dataclass(frozen=True)
@@ -32,38 +34,51 @@ class SamplingSchedule:
     Parameters
     ----------
     every_n_steps
-        Optimizer steps between two requests; the moments stay as they are in between.
+        Optimizer steps between two questions to the sampler. The moments of a local sampler stay as they are in
+        between; with a remote one, local chains renew them at every step.
     n_sweeps
-        Sweeps of each persistent chain per request (the k of PCD-k).
+        Sweeps of each persistent chain per step (the k of PCD-k).
     burn_in
         Sweeps of the first request of a model, whose chains start from random spins.
+    latency
+        Steps between a question to a remote sampler and the use of its answer; training waits for an answer that is
+        later. Local samplers answer at once.
+    n_polish_sweeps
+        Local Gibbs sweeps that carry the states of a remote answer to the parameters of now.
 
     Raises
     ------
-    ValueError
-        If a value is below one.
+    TypeError, ValueError
+        If a value is not an integer, or is below one (``latency``: below zero).
     """
 
     every_n_steps: int = 1
     n_sweeps: int = 3
     burn_in: int = 100
+    latency: int = 20
+    n_polish_sweeps: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("every_n_steps", "n_sweeps", "burn_in"):
-            if getattr(self, name) < 1:
-                msg = f"SamplingSchedule.{name}={getattr(self, name)} must be at least 1."
-                raise ValueError(msg)
+        least_values = {"every_n_steps": 1, "n_sweeps": 1, "burn_in": 1, "latency": 0, "n_polish_sweeps": 1}
+        for name, least in least_values.items():
+            require_integer(f"SamplingSchedule.{name}", getattr(self, name), least)
 
 
 class SamplingCallback(Callback):
-    """Ask a sampler for samples of the prior before an optimizer step, and hand their moments to the prior.
+    """Ask for samples of the prior between optimizer steps, and hand their moments to the prior.
 
-    The cadence follows ``trainer.global_step``, so with gradient accumulation there is one request per optimizer
-    step. If the sampler fails, block Gibbs answers in its place: one warning, and a count in the history.
+    The cadence follows ``trainer.global_step``, so with gradient accumulation there is one refresh per optimizer
+    step. A local sampler answers on the spot. A remote one works while training goes on: its answer is used
+    ``schedule.latency`` steps after the question, as new states of chains that local block Gibbs sweeps carry from the
+    parameters of then to those of now; the loss only sees moments of these chains, at every step. If the sampler
+    fails, the chains go on without it: one warning, and a count in the history.
 
     The value of log Z is carried along by the work that each parameter update does on one chain in eight (Jarzynski's
     equality, :cite:p:`Carbone23`); those chains take no part in the moments. At the end of training log Z is
     estimated anew.
+
+    Under distributed training all ranks run the same chains from the same seeds, and only rank 0 talks to a remote
+    sampler and broadcasts its answer.
 
     Parameters
     ----------
@@ -79,70 +94,154 @@ class SamplingCallback(Callback):
         self.prior = prior
         self.sampler = sampler
         self.schedule = schedule
-        self.n_requests = 0
+        self.broker = Broker(sampler, schedule.latency)
         self.n_fallbacks = 0
+        self._local = BlockGibbsSampler()
         self._seeds = torch.Generator()
         self._last_step: int | None = None
-        self._last_batch: SampleBatch | None = None
+        self._last_asked: int | None = None
+        self._due: int | None = None
+        self._tracked: SampleBatch | None = None
+        self._mean_energy: Tensor | float = float("nan")
+        self._facts: dict[str, float] = {}
         self._epoch_seconds = 0.0
+        self._resumed: dict[str, Any] | None = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take one seed from torch's global stream, so that equal ``scvi.settings.seed`` gives equal runs."""
-        self._seeds.manual_seed(int(torch.randint(2**31 - 1, ())))
-        self._last_step, self._last_batch = None, None
+        if self._resumed is not None:
+            if trainer.is_global_zero:
+                self.broker.load_state_dict(self._resumed)
+            self._resumed = None
+            return
+        self._seeds.manual_seed(trainer.strategy.broadcast(int(torch.randint(2**31 - 1, ()))))
+        self._last_step = self._last_asked = self._due = self._tracked = None
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reset the timer."""
         self._epoch_seconds = 0.0
 
+    @torch.no_grad()
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Refresh the moments if the schedule says so."""
         step = trainer.global_step
-        is_due = self._last_step is None or step >= self._last_step + self.schedule.every_n_steps
-        if is_due and self.prior.h.requires_grad:
-            self._last_step = step
-            self._refresh()
+        if step == self._last_step or not any(p.requires_grad for p in self.prior.parameters()):
+            return
+        self._last_step = step
+        if self.sampler.traits.is_remote:
+            self._refresh_beside_remote(step, trainer)
+        elif self._is_time_to_ask(step):
+            self._refresh(step)
+
+    def _is_time_to_ask(self, step: int) -> bool:
+        return self._last_asked is None or step >= self._last_asked + self.schedule.every_n_steps
+
+    @property
+    def _is_first(self) -> bool:
+        return int(self.prior.n_updates) == 0
 
     @torch.no_grad()
-    def _refresh(self) -> None:
-        prior = self.prior
-        problem, is_first = prior.to_ising(), int(prior.n_updates) == 0
-        if self._last_batch is not None:
+    def _refresh(self, step: int = 0) -> None:
+        """Take the moments from a local sampler."""
+        problem = self._begin()
+        self._last_asked = step
+        continues = self.sampler.traits.is_persistent and not self._is_first
+        for request in self._questions(problem, continues):
+            self.broker.submit(request)
+        self.broker.dispatch(step)
+        try:
+            answers = self.broker.collect(step)
+        except SamplerError as error:
+            self._note_failure(error, problem)
+            continues = not self._is_first
+            answers = self._ask_locally(problem, self._local.n_sweeps)
+        self._finish(problem, answers, continues)
+
+    @torch.no_grad()
+    def _refresh_beside_remote(self, step: int, trainer: pl.Trainer) -> None:
+        """Take the moments from local chains, which get new states whenever an answer of the device is due."""
+        problem = self._begin()
+        n_sweeps = self.schedule.n_sweeps
+        if self._due is not None and step >= self._due:
+            self._due = None
+            states = trainer.strategy.broadcast(self._collect_states(step, problem) if trainer.is_global_zero else None)
+            if states is not None:
+                self.prior.chains.copy_(states)
+                self.prior.tracking_log_weights.zero_()
+                n_sweeps = max(n_sweeps, self.schedule.n_polish_sweeps)
+        if self._due is None and self._is_time_to_ask(step):
+            self._last_asked, self._due = step, step + self.schedule.latency
+            seed = self._draw_seed()
+            if trainer.is_global_zero:
+                name = f"refresh-{seed}-{step}"
+                n_samples = len(self.prior.chains)
+                self.broker.submit(SamplingRequest(problem, n_samples, seed=seed, purpose="refresh", request_id=name))
+                self.broker.dispatch(step)
+        self._finish(problem, self._ask_locally(problem, n_sweeps), continues=True)
+
+    def _collect_states(self, step: int, problem: IsingModel) -> Tensor | None:
+        try:
+            (batch,) = self.broker.collect(step)
+        except SamplerError as error:
+            self._note_failure(error, problem)
+            return None
+        self._note_facts(batch)
+        spins = batch.spins
+        return spins if batch.weights is None else spins[self._resample(batch.weights)]
+
+    def _begin(self) -> IsingModel:
+        problem = self.prior.to_ising()
+        if self._tracked is not None:
             self._track_log_z(problem)
-        continues = self.sampler.traits.is_persistent and not is_first
-        request = SamplingRequest(
-            problem,
-            n_samples=len(prior.chains),
-            initial_spins=prior.chains if continues else None,
-            n_sweeps=self.schedule.burn_in if is_first else self.schedule.n_sweeps,
-            seed=self._draw_seed(),
-            purpose="negative_phase",
-        )
-        batch = self._ask(request)
-        if is_first:
+        return problem
+
+    def _questions(self, problem: IsingModel, continues: bool, n_sweeps: int | None = None) -> list[SamplingRequest]:
+        """Two questions about one problem: for the moments, and for the chains that track log Z."""
+        schedule, n_tracking = self.schedule, len(self.prior.tracking_log_weights)
+        if self._is_first:
+            n_sweeps = schedule.burn_in
+        parts = {"negative_phase": self.prior.chains[:-n_tracking], "log_z": self.prior.chains[-n_tracking:]}
+        return [
+            SamplingRequest(
+                problem,
+                n_samples=len(chains),
+                initial_spins=chains if continues else None,
+                n_sweeps=n_sweeps or schedule.n_sweeps,
+                seed=self._draw_seed(),
+                purpose=purpose,
+            )
+            for purpose, chains in parts.items()
+        ]
+
+    def _ask_locally(self, problem: IsingModel, n_sweeps: int) -> list[SampleBatch]:
+        return self._local.sample_batch(self._questions(problem, not self._is_first, n_sweeps))
+
+    def _finish(self, problem: IsingModel, answers: list[SampleBatch], continues: bool) -> None:
+        """Hand the answers to the prior."""
+        prior, (batch, tracked) = self.prior, answers
+        if self._is_first:
             prior.log_z.fill_(estimate_log_z(problem, n_chains=64, n_steps=50, seed=self._draw_seed()).value)
-        if not continues:
+        if self._is_first or not continues:
             prior.tracking_log_weights.zero_()
-        prior.set_moments(batch[: -len(prior.tracking_log_weights)])
-        prior.chains.copy_(batch.spins)
-        self._last_batch = batch
-        self.n_requests += 1
-        self._epoch_seconds += batch.info["seconds"]
+        prior.set_moments(batch)
+        torch.cat([batch.spins, tracked.spins], out=prior.chains)
+        self._tracked, self._mean_energy = tracked, batch.energies.mean()
+        self._note_facts(batch)
+        self._epoch_seconds += batch.info["seconds"] + tracked.info["seconds"]
 
     def _draw_seed(self) -> int:
         return int(torch.randint(2**31 - 1, (), generator=self._seeds))
 
     def _track_log_z(self, problem: IsingModel) -> None:
         """Charge the tracking chains the work of the last update; add its free energy to log Z."""
-        prior, before = self.prior, self.prior.tracking_log_weights
-        tracking = self._last_batch[-len(before) :]
-        after = before + tracking.energies - problem.energy(tracking.spins)
+        prior, before, tracked = self.prior, self.prior.tracking_log_weights, self._tracked
+        after = before + tracked.energies - problem.energy(tracked.spins)
         prior.log_z += torch.logsumexp(after, 0) - torch.logsumexp(before, 0)
         weights = torch.softmax(after, 0)
         if 1.0 / weights.square().sum() < _RESAMPLE_BELOW * len(weights):
-            prior.chains[-len(weights) :] = tracking.spins[self._resample(weights)]
+            prior.chains[-len(weights) :] = tracked.spins[self._resample(weights)]
             after = torch.zeros_like(after)
         before.copy_(after)
 
@@ -153,47 +252,70 @@ class SamplingCallback(Callback):
         positions = (torch.arange(n_chains, device=weights.device) + offset) / n_chains
         return torch.searchsorted(weights.cumsum(0), positions).clamp(max=n_chains - 1)
 
-    def _ask(self, request: SamplingRequest) -> SampleBatch:
-        try:
-            return self.sampler.sample(request)
-        except SamplerError as error:
-            if not request.problem.is_finite:
-                raise TrainingDivergedError(str(error)) from error
-            if self.n_fallbacks == 0:
-                warnings.warn(
-                    f"{self.sampler.name} failed ({error}). Block Gibbs answers in its place, now and whenever it "
-                    "fails again; `model.history['sampling_fallbacks']` counts.",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-            self.n_fallbacks += 1
-            chains = None if int(self.prior.n_updates) == 0 else self.prior.chains
-            return BlockGibbsSampler().sample(replace(request, initial_spins=chains, n_sweeps=None))
+    def _note_failure(self, error: SamplerError, problem: IsingModel) -> None:
+        if not problem.is_finite:
+            raise TrainingDivergedError(str(error)) from error
+        if self.n_fallbacks == 0:
+            warnings.warn(
+                f"{self.sampler.name} failed ({error}). Block Gibbs answers in its place, now and whenever it fails "
+                "again; `model.history['sampling_fallbacks']` counts.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        self.n_fallbacks += 1
+
+    def _note_facts(self, batch: SampleBatch) -> None:
+        self._facts |= {key: float(batch.info[key]) for key in _REPORTED_FACTS if key in batch.info}
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log what was sampled."""
-        if self._last_batch is None:
+        if self._tracked is None:
             return
         pl_module.log_dict(
             {
-                "prior_energy": self._last_batch.energies.mean(),
+                "prior_energy": self._mean_energy,
                 "prior_log_z": self.prior.log_z,
                 "sampling_seconds": self._epoch_seconds,
                 "sampling_fallbacks": float(self.n_fallbacks),
+                **{f"sampling_{key}": value for key, value in self._facts.items()},
             }
         )
 
     @torch.no_grad()
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Estimate log Z of the trained prior."""
-        if self._last_batch is None:
+        if self._tracked is None:
             return
-        seed = int(torch.randint(2**31 - 1, (), generator=self._seeds))
         estimate = estimate_log_z(
-            self.prior.to_ising(), samples=self.prior.chains, n_chains=128, n_steps=300, seed=seed
+            self.prior.to_ising(), samples=self.prior.chains, n_chains=128, n_steps=300, seed=self._draw_seed()
         )
         self.prior.log_z.fill_(estimate.value)
         self.prior.log_z_scale.fill_(estimate.scale)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Drop a question that is still under way."""
+        self.broker.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """State for a Lightning checkpoint: a resumed run goes on as if it had not stopped."""
+        tracked = None
+        if self._tracked is not None:
+            tracked = {"spins": self._tracked.spins, "energies": self._tracked.energies}
+        return {
+            "seeds": self._seeds.get_state(),
+            "steps": (self._last_step, self._last_asked, self._due),
+            "n_fallbacks": self.n_fallbacks,
+            "tracked": tracked,
+            "broker": self.broker.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state; a question to a remote sampler that was under way is asked once more."""
+        self._seeds.set_state(state_dict["seeds"].cpu())
+        self._last_step, self._last_asked, self._due = state_dict["steps"]
+        self.n_fallbacks = state_dict["n_fallbacks"]
+        self._tracked = None if state_dict["tracked"] is None else SampleBatch(**state_dict["tracked"])
+        self._resumed = state_dict["broker"]
 
 
 class FiniteStateGuard(Callback):
@@ -236,8 +358,13 @@ class FiniteStateGuard(Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Restore the last finite state if the exception came from non-finite numbers."""
-        if self.diverged_at_step is None and self._good_state and not _is_finite(pl_module):
-            self._restore(trainer.global_step, pl_module)
+        if self.diverged_at_step is not None or not self._good_state:
+            return
+        # torch's distributions refuse parameters that are not finite with these words; a finite network can make them.
+        is_refused = isinstance(exception, ValueError) and "found invalid values" in str(exception)
+        if is_refused or not _is_finite(pl_module):
+            first_bad = int(self._first_bad_step)
+            self._restore(first_bad if first_bad >= 0 else trainer.global_step, pl_module)
 
     def _check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         first_bad = int(self._first_bad_step)

@@ -30,6 +30,8 @@ from torch import Tensor
 from qbmscvi import graphs
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import dimod
 
     from qbmscvi.graphs import Graph
@@ -126,16 +128,56 @@ class IsingModel:
         offset = self.offset - 0.5 * self.factor.square().sum()
         return IsingModel(self.h, self.couplings()[i, j], graph, offset)
 
+    def scaled(self, scale: float) -> IsingModel:
+        """Multiply the energy by a positive number; the result at ``beta`` is this problem at ``beta * scale``."""
+        factor = None if self.factor is None else self.factor * scale**0.5
+        return replace(self, h=self.h * scale, J=self.J * scale, offset=self.offset * scale, factor=factor)
+
+    def gauged(self, gauge: Tensor) -> IsingModel:
+        """Flip the sign convention of some spins: the energy of ``gauge * s`` here is that of ``s`` before.
+
+        Parameters
+        ----------
+        gauge
+            Shape ``(n_spins,)``, values in ``{-1, +1}``.
+        """
+        i, j = self.graph.edge_index(self.h.device)
+        gauge = gauge.to(self.h)
+        factor = None if self.factor is None else self.factor * gauge
+        return replace(self, h=self.h * gauge, J=self.J * gauge[i] * gauge[j], factor=factor)
+
     def to(self, *args: Any, **kwargs: Any) -> IsingModel:
         """Move or cast all tensors, with the arguments of :meth:`torch.Tensor.to`."""
         factor = None if self.factor is None else self.factor.to(*args, **kwargs)
-        return replace(self, h=self.h.to(*args, **kwargs), J=self.J.to(*args, **kwargs), factor=factor)
+        offset = self.offset.to(*args, **kwargs) if isinstance(self.offset, Tensor) else self.offset
+        return replace(self, h=self.h.to(*args, **kwargs), J=self.J.to(*args, **kwargs), offset=offset, factor=factor)
+
+    def __repr__(self) -> str:
+        rank = "" if self.factor is None else f", factor of rank {len(self.factor)}"
+        return f"IsingModel({self.n_spins} spins, {self.graph.n_edges} couplings, {self.graph.name}{rank})"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers from which the problem can be built again."""
+        return {
+            "h": self.h,
+            "J": self.J,
+            "factor": self.factor,
+            "offset": float(self.offset),
+            "edges": torch.tensor(self.graph.edges),
+            "graph_name": self.graph.name,
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> IsingModel:
+        """Build a problem from :meth:`state_dict`."""
+        graph = graphs.Graph(len(state["h"]), state["edges"].numpy(), state["graph_name"])
+        return cls(state["h"], state["J"], graph, state["offset"], state["factor"])
 
     def to_bqm(self) -> dimod.BinaryQuadraticModel:
         """Return the problem as a SPIN :class:`dimod.BinaryQuadraticModel` with variables ``0 .. n_spins - 1``."""
         import dimod
 
-        dense = self.to_dense().to("cpu", torch.float64)
+        dense = self.to("cpu", torch.float64).to_dense()
         i, j = dense.graph.edges.T
         return dimod.BinaryQuadraticModel.from_numpy_vectors(
             dense.h.numpy(), (i, j, dense.J.numpy()), float(dense.offset), "SPIN"
@@ -214,6 +256,27 @@ class SampleBatch:
 
 def _average(values: Tensor, weights: Tensor | None) -> Tensor:
     return values.mean(0) if weights is None else weights @ values
+
+
+def disjoint_union(problems: Sequence[IsingModel]) -> IsingModel:
+    """Put problems side by side, without couplings between them; spins in the order of the problems.
+
+    Samples of the union, cut into columns, are independent samples of the problems.
+    """
+    starts = np.cumsum([0, *(problem.n_spins for problem in problems)])
+    edges = np.concatenate([problem.graph.edges + start for problem, start in zip(problems, starts, strict=False)])
+    factors = [problem.factor for problem in problems]
+    factor = None
+    if any(part is not None for part in factors):
+        empty = [problem.h.new_zeros(0, problem.n_spins) for problem in problems]
+        factor = torch.block_diag(*(e if f is None else f for f, e in zip(factors, empty, strict=True)))
+    return IsingModel(
+        torch.cat([problem.h for problem in problems]),
+        torch.cat([problem.J for problem in problems]),
+        graphs.Graph(int(starts[-1]), edges, "union"),
+        sum(problem.offset for problem in problems),
+        factor,
+    )
 
 
 def coupling_matrix(J: Tensor, graph: Graph) -> Tensor:

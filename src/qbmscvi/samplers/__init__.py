@@ -3,31 +3,66 @@
 from __future__ import annotations
 
 from qbmscvi.samplers._base import Draw, Sampler, SamplerTraits, SamplingRequest
-from qbmscvi.samplers._dimod import DimodSampler, SimulatedAnnealingSampler
+from qbmscvi.samplers._broker import Broker, Ledger
+from qbmscvi.samplers._composites import Calibrated, Composite, Polished, Rescaled, Reweighted, SpinReversed
+from qbmscvi.samplers._dimod import (
+    DimodSampler,
+    PathIntegralAnnealingSampler,
+    SimulatedAnnealingSampler,
+    TreeDecompositionSampler,
+)
 from qbmscvi.samplers._exact import ExactSampler
 from qbmscvi.samplers._gibbs import BlockGibbsSampler
+from qbmscvi.samplers._resilience import Budgeted, Retrying, TimeLimited
+from qbmscvi.samplers._tape import Recorded, Replayed
+from qbmscvi.samplers._temperature import BetaEstimate, effective_beta
+from qbmscvi.samplers._tempering import ParallelTemperingSampler
 
 __all__ = [
+    "BetaEstimate",
     "BlockGibbsSampler",
+    "Broker",
+    "Budgeted",
+    "Calibrated",
+    "Composite",
     "DimodSampler",
     "Draw",
     "ExactSampler",
+    "Ledger",
+    "ParallelTemperingSampler",
+    "PathIntegralAnnealingSampler",
+    "Polished",
+    "Recorded",
+    "Replayed",
+    "Rescaled",
+    "Retrying",
+    "Reweighted",
     "Sampler",
     "SamplerTraits",
     "SamplingRequest",
     "SimulatedAnnealingSampler",
+    "SpinReversed",
+    "TimeLimited",
+    "TreeDecompositionSampler",
     "build_sampler",
+    "effective_beta",
 ]
 
 _BY_NAME = {
     "gibbs": BlockGibbsSampler,
+    "parallel_tempering": ParallelTemperingSampler,
     "simulated_annealing": SimulatedAnnealingSampler,
+    "path_integral_annealing": PathIntegralAnnealingSampler,
+    "tree_decomposition": TreeDecompositionSampler,
     "exact": ExactSampler,
 }
 
 
 def build_sampler(spec: str | Sampler) -> Sampler:
-    """Turn a sampler's name (``"gibbs"``, ``"simulated_annealing"``, ``"exact"``) into an instance.
+    """Turn a sampler's name into an instance with default settings.
+
+    Names: ``"gibbs"``, ``"parallel_tempering"``, ``"simulated_annealing"``, ``"path_integral_annealing"``,
+    ``"tree_decomposition"``, ``"exact"``.
 
     Raises
     ------

@@ -9,7 +9,6 @@ implementation only has to return spins. Its own exceptions come out as
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, final
 
@@ -17,13 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qbmscvi.exceptions import GraphMismatchError, InvalidSamples, SamplerError
-from qbmscvi.ising import SampleBatch
+from qbmscvi.exceptions import GraphMismatchError, InvalidSamples, SamplerError, require_integer
+from qbmscvi.ising import IsingModel, SampleBatch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from qbmscvi.ising import IsingModel
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,9 @@ class SamplerTraits:
     is_persistent
         Uses ``initial_spins`` of a request as the states of running chains.
     is_remote
-        Answers come from another machine.
+        Answers come from another machine, and may be slow or fail.
+    packs_problems
+        Several small problems may be sent as one problem without couplings between them, to save trips.
     max_spins
         Largest problem accepted, or None.
     """
@@ -49,6 +48,7 @@ class SamplerTraits:
     is_exact: bool = False
     is_persistent: bool = False
     is_remote: bool = False
+    packs_problems: bool = False
     max_spins: int | None = None
 
 
@@ -72,6 +72,8 @@ class SamplingRequest:
         Seed of the random numbers; None draws one from torch's global stream.
     purpose
         Word for logs, e.g. ``"negative_phase"``.
+    request_id
+        Name of the question, the same when it is asked again after a restart, so that a device can find the job.
     """
 
     problem: IsingModel
@@ -81,21 +83,33 @@ class SamplingRequest:
     n_sweeps: int | None = None
     seed: int | None = None
     purpose: str = "samples"
+    request_id: str | None = None
 
     def __post_init__(self) -> None:
         if not (self.beta > 0 and np.isfinite(self.beta)):
             msg = f"beta={self.beta} is not a positive finite number. Pass an inverse temperature above zero."
             raise ValueError(msg)
-        if self.n_samples < 1:
-            msg = f"n_samples={self.n_samples}, but at least one sample must be asked for."
-            raise ValueError(msg)
-        if self.n_sweeps is not None and self.n_sweeps < 1:
-            msg = f"n_sweeps={self.n_sweeps}, but at least one sweep is needed. Use None for the sampler's default."
-            raise ValueError(msg)
+        require_integer("n_samples", self.n_samples, 1, "Ask for at least one sample.")
+        if self.n_sweeps is not None:
+            require_integer("n_sweeps", self.n_sweeps, 1, "Use None for the sampler's default.")
         expected = (self.n_samples, self.problem.n_spins)
         if self.initial_spins is not None and tuple(self.initial_spins.shape) != expected:
             msg = f"initial_spins has shape {tuple(self.initial_spins.shape)}; it must be {expected}."
             raise ValueError(msg)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers and words from which the request can be built again."""
+        own = {name: getattr(self, name) for name in _PLAIN_FIELDS}
+        return {**own, "problem": self.problem.state_dict(), "initial_spins": self.initial_spins}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> SamplingRequest:
+        """Build a request from :meth:`state_dict`."""
+        return cls(**{**state, "problem": IsingModel.from_state_dict(state["problem"])})
+
+
+_WEIGHT_TOLERANCE = 1e-4  # sums of many float32 weights
+_PLAIN_FIELDS = ("n_samples", "beta", "n_sweeps", "seed", "purpose", "request_id")
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +121,7 @@ class Draw:
     info: dict[str, Any] = field(default_factory=dict)
 
 
-class Sampler(ABC):
+class Sampler:
     """Source of samples of Ising problems.
 
     Subclasses set ``traits`` and implement ``_sample`` (or ``_sample_batch``, if the device takes several
@@ -118,10 +132,17 @@ class Sampler(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        overridden = {"sample", "sample_batch"} & set(vars(cls))
+        overridden = [name for name in ("sample", "sample_batch") if getattr(cls, name) is not getattr(Sampler, name)]
         if overridden:
-            msg = f"{cls.__name__} overrides {sorted(overridden)}, which are final. Implement `_sample` instead."
+            msg = f"{cls.__name__} overrides {overridden}, which are final. Implement `_sample` instead."
             raise TypeError(msg)
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Sampler:
+        """Refuse to build the base class itself."""
+        if cls is Sampler:
+            msg = "Sampler is abstract. Build one of its subclasses, or write one that implements `_sample`."
+            raise TypeError(msg)
+        return super().__new__(cls)
 
     @property
     def name(self) -> str:
@@ -194,7 +215,13 @@ class Sampler(ABC):
 
     def _finish(self, request: SamplingRequest, draw: Draw, seed: int, seconds: float) -> SampleBatch:
         problem = request.problem
-        spins = torch.as_tensor(draw.spins).to(problem.h.device)
+        try:
+            spins = torch.as_tensor(draw.spins).to(problem.h.device)
+            weights = None if draw.weights is None else torch.as_tensor(draw.weights).to(problem.h)
+            info = dict(draw.info)
+        except (AttributeError, TypeError, ValueError) as error:
+            msg = f"{self.name} returned {type(draw).__name__}, which is not a Draw of spins: {error}"
+            raise InvalidSamples(msg) from error
         expected = (request.n_samples, problem.n_spins)
         if tuple(spins.shape) != expected:
             msg = f"{self.name} returned samples of shape {tuple(spins.shape)}; {expected} were asked for."
@@ -202,15 +229,25 @@ class Sampler(ABC):
         if not bool((spins.abs() == 1).all()):
             msg = f"{self.name} returned values other than -1 and +1. Convert bits with `qbmscvi.ising.bits_to_spins`."
             raise InvalidSamples(msg)
-        info = {"sampler": self.name, "seed": seed, "beta": request.beta, "seconds": seconds, **draw.info}
-        return SampleBatch(spins.to(torch.int8), problem.energy(spins), draw.weights, info)
+        if weights is not None:
+            total = weights.sum()
+            is_good = weights.shape == (request.n_samples,) and bool((weights >= 0).all())
+            if not is_good or not torch.isclose(total, torch.ones_like(total), atol=_WEIGHT_TOLERANCE):
+                msg = (
+                    f"{self.name} returned weights of shape {tuple(weights.shape)} and sum {float(total):g}; "
+                    f"{request.n_samples} weights, none negative, with sum 1 are needed."
+                )
+                raise InvalidSamples(msg)
+        info = {"sampler": self.name, "seed": seed, "beta": request.beta, "seconds": seconds, **info}
+        return SampleBatch(spins.to(torch.int8), problem.energy(spins), weights, info)
 
     def _sample_batch(self, requests: list[SamplingRequest], seeds: list[int]) -> list[Draw]:
         return [self._sample(request, seed) for request, seed in zip(requests, seeds, strict=True)]
 
-    @abstractmethod
     def _sample(self, request: SamplingRequest, seed: int) -> Draw:
         """Draw the samples of one request."""
+        msg = f"{self.name} implements neither `_sample` nor `_sample_batch`."
+        raise NotImplementedError(msg)
 
     def __repr__(self) -> str:
         return f"{self.name}()"

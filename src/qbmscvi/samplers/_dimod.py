@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
+from qbmscvi.exceptions import GraphMismatchError
 from qbmscvi.samplers._base import Draw, Sampler, SamplerTraits
 
 if TYPE_CHECKING:
     import dimod
 
+    from qbmscvi.ising import IsingModel
     from qbmscvi.samplers._base import SamplingRequest
 
 
@@ -36,7 +38,12 @@ class _DimodAdapter(Sampler):
         columns = [sample_set.variables.index(spin) for spin in range(request.problem.n_spins)]
         record = sample_set.record
         spins = np.repeat(record.sample[:, columns], record.num_occurrences, axis=0)
-        return Draw(torch.from_numpy(spins), info={"backend": type(self.sampler).__name__})
+        facts = {"backend": type(self.sampler).__name__, **self._facts(sample_set)}
+        return Draw(torch.from_numpy(spins), info=facts)
+
+    def _facts(self, sample_set: dimod.SampleSet) -> dict[str, Any]:
+        """Facts that the backend reports and that are worth keeping."""
+        return {}
 
 
 class DimodSampler(_DimodAdapter):
@@ -134,3 +141,80 @@ class SimulatedAnnealingSampler(_DimodAdapter):
             initial = request.initial_spins.to("cpu", torch.int8).numpy()
             arguments["initial_states"] = (initial, list(range(request.problem.n_spins)))
         return arguments
+
+
+class TreeDecompositionSampler(_DimodAdapter):
+    """Exact independent draws for problems of low treewidth, by the tree decomposition of ``dwave-samplers``.
+
+    ``info["log_z"]`` is log Z of the problem times ``beta``. Chains, rings, trees, and bipartite problems with few
+    spins in the smaller layer fit; the sampler refuses a treewidth above its limit (25).
+    """
+
+    traits = SamplerTraits(target="boltzmann", is_exact=True)
+
+    def __init__(self) -> None:
+        from dwave.samplers import TreeDecompositionSampler as Backend
+
+        self.sampler = Backend()
+
+    def check(self, problem: IsingModel) -> None:
+        """Raise :class:`~qbmscvi.exceptions.GraphMismatchError` if the treewidth is too large."""
+        from networkx.algorithms.approximation import treewidth_min_fill_in
+
+        limit = self.sampler.properties["max_treewidth"]
+        treewidth, _ = treewidth_min_fill_in(problem.to_dense().graph.to_networkx())
+        if treewidth > limit:
+            msg = (
+                f"The problem's treewidth is about {treewidth}, but tree decomposition takes at most {limit}. Use a "
+                "sparser `prior_graph` or fewer spins, or sampler='gibbs'."
+            )
+            raise GraphMismatchError(msg)
+
+    def _call_arguments(self, request: SamplingRequest, seed: int) -> dict[str, Any]:
+        return {"num_reads": request.n_samples, "seed": seed, "marginals": False}
+
+    def _facts(self, sample_set: dimod.SampleSet) -> dict[str, Any]:
+        return {"log_z": float(sample_set.info["log_partition_function"])}
+
+
+class PathIntegralAnnealingSampler(_DimodAdapter):
+    """Simulated quantum annealing by path-integral Monte Carlo, from ``dwave-samplers``.
+
+    The transverse field falls linearly to zero while the problem grows to the requested ``beta``; then classical sweeps
+    follow at that temperature. Worldlines freeze on the way as spins of an annealer do, so the samples are
+    near, but not at, the requested distribution: declared approximate.
+
+    Parameters
+    ----------
+    n_ramp
+        Sweeps of the ramp.
+    n_hold
+        Sweeps after it.
+    transverse_field
+        Transverse field at the start, in units of the problem times ``beta``.
+    """
+
+    traits = SamplerTraits(target="approximate")
+
+    def __init__(self, n_ramp: int = 200, n_hold: int = 50, transverse_field: float = 3.0) -> None:
+        if n_ramp < 2 or n_hold < 0 or not transverse_field > 0:
+            msg = (
+                f"n_ramp={n_ramp} must be at least 2, n_hold={n_hold} at least 0 and "
+                f"transverse_field={transverse_field} positive."
+            )
+            raise ValueError(msg)
+        from dwave.samplers import PathIntegralAnnealingSampler as Backend
+
+        self.sampler = Backend()
+        self.problem_schedule = np.concatenate([np.linspace(0.0, 1.0, n_ramp), np.ones(n_hold)])
+        self.transverse_schedule = transverse_field * np.concatenate([np.linspace(1.0, 0.0, n_ramp), np.zeros(n_hold)])
+
+    def _call_arguments(self, request: SamplingRequest, seed: int) -> dict[str, Any]:
+        return {
+            "num_reads": request.n_samples,
+            "seed": seed,
+            "beta_schedule_type": "custom",
+            "num_sweeps_per_beta": 1,
+            "Hp_field": self.problem_schedule,
+            "Hd_field": self.transverse_schedule,
+        }

@@ -1,0 +1,316 @@
+"""Composites that change what a sampler is asked, or what is made of its answer.
+
+Each wraps one sampler and is a sampler itself, so they nest. What they did is in ``info`` of the batch.
+
+A usual stack around a device of fixed, roughly known temperature and limited ranges, from the inside out: ``Rescaled``
+(fit the ranges), ``SpinReversed`` (average out its bias fields), ``Calibrated`` (find out and correct its temperature),
+``Polished`` (repair what is left by a few Gibbs sweeps).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from qbmscvi.exceptions import InvalidSamples
+from qbmscvi.samplers._base import Draw, Sampler
+from qbmscvi.samplers._gibbs import gibbs_sweeps
+from qbmscvi.samplers._temperature import effective_beta
+
+if TYPE_CHECKING:
+    from qbmscvi.ising import IsingModel, SampleBatch
+    from qbmscvi.samplers._base import SamplerTraits, SamplingRequest
+
+_OWN_FACTS = ("sampler", "seed", "beta", "seconds")
+
+
+class Composite(Sampler):
+    """Base of samplers that wrap another one.
+
+    Parameters
+    ----------
+    child
+        The wrapped sampler.
+    """
+
+    def __init__(self, child: Sampler) -> None:
+        self.child = child
+
+    @property
+    def traits(self) -> SamplerTraits:
+        """Those of the child."""
+        return self.child.traits
+
+    @property
+    def name(self) -> str:
+        """Name for logs and provenance."""
+        return f"{type(self).__name__}({self.child.name})"
+
+    def check(self, problem: IsingModel) -> None:
+        """Raise if the child cannot take the problem."""
+        self.child.check(problem)
+
+    def _sample(self, request: SamplingRequest, seed: int) -> Draw:
+        return self._sample_batch([request], [seed])[0]
+
+
+def pass_on(batch: SampleBatch, **facts: Any) -> Draw:
+    """Hand a child's batch upwards, with further facts beside those that it reported."""
+    inherited = {key: value for key, value in batch.info.items() if key not in _OWN_FACTS}
+    return Draw(batch.spins, batch.weights, {**inherited, **facts})
+
+
+class Rescaled(Composite):
+    r"""Fit problems into the ranges and the precision of a device, and keep account of the temperature.
+
+    The energy is multiplied by a scale :math:`c`; samples of the scaled problem at :math:`\beta / c` are those asked
+    for. Nothing is clipped: a problem that does not fit is scaled down. On a device of fixed temperature
+    (``device_beta``) the scale sets the temperature, :math:`c = \beta / \beta_\text{dev}`; where the ranges do not
+    allow it the samples are hotter than asked for, and ``info["effective_beta"]`` says so. Problems with a factor are
+    written out densely.
+
+    Parameters
+    ----------
+    child
+        The wrapped sampler.
+    h_limit, J_limit
+        Largest absolute field and coupling that it takes; None for no limit.
+    n_bits
+        Signed precision of fields and couplings within the limits; None for no rounding.
+    device_beta
+        Inverse temperature of the device in its own units, if it cannot be chosen.
+    """
+
+    def __init__(
+        self,
+        child: Sampler,
+        *,
+        h_limit: float | None = None,
+        J_limit: float | None = None,
+        n_bits: int | None = None,
+        device_beta: float | None = None,
+    ) -> None:
+        super().__init__(child)
+        for name, value in (("h_limit", h_limit), ("J_limit", J_limit), ("device_beta", device_beta)):
+            if value is not None and not value > 0:
+                msg = f"{name}={value} must be positive, or None for none."
+                raise ValueError(msg)
+        if n_bits is not None and (n_bits < 2 or h_limit is None or J_limit is None):
+            msg = f"n_bits={n_bits} needs at least 2 bits and both `h_limit` and `J_limit`, which set the step."
+            raise ValueError(msg)
+        self.h_limit, self.J_limit, self.n_bits, self.device_beta = h_limit, J_limit, n_bits, device_beta
+
+    def _sample_batch(self, requests: list[SamplingRequest], seeds: list[int]) -> list[Draw]:
+        fitted = [self._fit(request, seed) for request, seed in zip(requests, seeds, strict=True)]
+        batches = self.child.sample_batch([request for request, _ in fitted])
+        return [pass_on(batch, **facts) for batch, (_, facts) in zip(batches, fitted, strict=True)]
+
+    def _fit(self, request: SamplingRequest, seed: int) -> tuple[SamplingRequest, dict[str, Any]]:
+        problem = request.problem.to_dense()
+        largest = [(problem.h, self.h_limit), (problem.J, self.J_limit)]
+        room = [limit / float(values.abs().max()) for values, limit in largest if limit and values.any()]
+        fills_range = min(room, default=1.0)
+        wanted = fills_range if self.device_beta is None else request.beta / self.device_beta
+        scale = min(wanted, fills_range) if room else wanted
+        child_beta = request.beta / scale if self.device_beta is None else self.device_beta
+        scaled = problem.scaled(scale)
+        facts = {"scale": scale, "effective_beta": child_beta * scale, "is_range_limited": scale < wanted}
+        if self.n_bits is not None:
+            levels = 2 ** (self.n_bits - 1) - 1
+            h_step, J_step = self.h_limit / levels, self.J_limit / levels
+            rounded = replace(scaled, h=(scaled.h / h_step).round() * h_step, J=(scaled.J / J_step).round() * J_step)
+            error = torch.cat([rounded.h - scaled.h, rounded.J - scaled.J]) / scale
+            facts["rounding_error"] = float(error.square().mean().sqrt())
+            scaled = rounded
+        return replace(request, problem=scaled, beta=child_beta, seed=seed), facts
+
+
+class SpinReversed(Composite):
+    """Average over random gauges, so that fields that a device adds to its spins cancel.
+
+    Each gauge flips the sign convention of half the spins at random, in the problem and back in the answer; all gauges
+    of a request travel in one trip.
+
+    Parameters
+    ----------
+    child
+        The wrapped sampler.
+    n_gauges
+        Gauges per request; the samples are shared out among them.
+    """
+
+    def __init__(self, child: Sampler, n_gauges: int = 4) -> None:
+        super().__init__(child)
+        if n_gauges < 1:
+            msg = f"n_gauges={n_gauges} must be at least 1; 4 to 16 is usual."
+            raise ValueError(msg)
+        self.n_gauges = n_gauges
+
+    def _sample_batch(self, requests: list[SamplingRequest], seeds: list[int]) -> list[Draw]:
+        flipped, gauges = [], []
+        for request, seed in zip(requests, seeds, strict=True):
+            generator = torch.Generator().manual_seed(seed)
+            rows = torch.tensor_split(torch.arange(request.n_samples), min(self.n_gauges, request.n_samples))
+            for part in rows:
+                gauge = (2 * torch.randint(2, (request.problem.n_spins,), generator=generator) - 1).to(
+                    request.problem.h.device, torch.int8
+                )
+                start = None if request.initial_spins is None else request.initial_spins[part] * gauge
+                flipped.append(
+                    replace(
+                        request,
+                        problem=request.problem.gauged(gauge),
+                        n_samples=len(part),
+                        initial_spins=start,
+                        seed=int(torch.randint(2**31 - 1, (), generator=generator)),
+                    )
+                )
+                gauges.append(gauge)
+        batches = self.child.sample_batch(flipped)
+        draws, position = [], 0
+        for request in requests:
+            n_parts = min(self.n_gauges, request.n_samples)
+            parts = list(zip(batches, gauges, strict=True))[position : position + n_parts]
+            position += n_parts
+            spins = torch.cat([batch.spins * gauge for batch, gauge in parts])
+            weights = None
+            if parts[0][0].weights is not None:
+                weights = torch.cat([batch.weights * batch.n_samples for batch, _ in parts]) / request.n_samples
+            draws.append(replace(pass_on(parts[0][0], n_gauges=n_parts), spins=spins, weights=weights))
+        return draws
+
+
+class Calibrated(Composite):
+    """Measure the temperature of every answer, and correct the next question by it.
+
+    The child is taken to answer at ``gain * beta`` when asked for ``beta``. Each answer gives an estimate of the gain;
+    a running mean of its logarithm corrects what the child is asked. ``info`` has ``effective_beta``,
+    ``effective_beta_scale`` (its standard error) and ``gain``.
+
+    Parameters
+    ----------
+    child
+        The wrapped sampler.
+    method
+        Estimator; see :func:`~qbmscvi.samplers.effective_beta`.
+    memory
+        Weight of the past in the running mean, in ``[0, 1)``.
+    """
+
+    def __init__(
+        self,
+        child: Sampler,
+        *,
+        method: Literal["pseudo-likelihood", "energy"] = "pseudo-likelihood",
+        memory: float = 0.7,
+    ) -> None:
+        super().__init__(child)
+        if not 0.0 <= memory < 1.0:
+            msg = f"memory={memory} must be at least 0 and below 1."
+            raise ValueError(msg)
+        self.method = method
+        self.memory = memory
+        self.log_gain: float | None = None
+
+    def _sample_batch(self, requests: list[SamplingRequest], seeds: list[int]) -> list[Draw]:
+        gain = 1.0 if self.log_gain is None else float(torch.tensor(self.log_gain).exp())
+        asked = [
+            replace(request, beta=request.beta / gain, seed=seed) for request, seed in zip(requests, seeds, strict=True)
+        ]
+        draws = []
+        for request, question, batch in zip(requests, asked, self.child.sample_batch(asked), strict=True):
+            try:
+                estimate = effective_beta(request.problem, batch, method=self.method, seed=question.seed)
+            except ValueError as error:
+                msg = f"The answer of {self.child.name} has no temperature: {error}"
+                raise InvalidSamples(msg) from error
+            observed = float(torch.tensor(estimate.value / question.beta).log())
+            if self.log_gain is None:
+                self.log_gain = observed
+            else:
+                self.log_gain = self.memory * self.log_gain + (1.0 - self.memory) * observed
+            facts = {"effective_beta": estimate.value, "effective_beta_scale": estimate.scale, "gain": gain}
+            draws.append(pass_on(batch, **facts))
+        return draws
+
+
+class Polished(Composite):
+    """Run a few Gibbs sweeps at the requested temperature from the states of the answer.
+
+    Sweeps leave the Boltzmann distribution alone and pull everything else towards it, fastest where single spins relax;
+    shares of far-apart modes stay those of the child.
+
+    Parameters
+    ----------
+    child
+        The wrapped sampler.
+    n_sweeps
+        Gibbs sweeps.
+    """
+
+    def __init__(self, child: Sampler, n_sweeps: int = 10) -> None:
+        super().__init__(child)
+        if n_sweeps < 1:
+            msg = f"n_sweeps={n_sweeps} must be at least 1."
+            raise ValueError(msg)
+        self.n_sweeps = n_sweeps
+
+    def _sample_batch(self, requests: list[SamplingRequest], seeds: list[int]) -> list[Draw]:
+        asked = [replace(request, seed=seed) for request, seed in zip(requests, seeds, strict=True)]
+        draws = []
+        for request, batch in zip(asked, self.child.sample_batch(asked), strict=True):
+            problem = request.problem
+            generator = torch.Generator(device=problem.h.device).manual_seed(request.seed + 1)
+            spins = gibbs_sweeps(problem, batch.spins.to(problem.h), self.n_sweeps, request.beta, generator)
+            draws.append(replace(pass_on(batch, n_polish_sweeps=self.n_sweeps), spins=spins))
+        return draws
+
+
+class Reweighted(Composite):
+    r"""Weight samples drawn at another temperature, :math:`w \propto e^{-(\beta - \beta_\text{eff}) E}`.
+
+    The effective temperature is the one the child reports, or an estimate. Too few effective samples are an error and
+    not an answer.
+
+    Parameters
+    ----------
+    child
+        The wrapped sampler.
+    min_effective_share
+        Smallest acceptable effective share of the samples.
+    """
+
+    def __init__(self, child: Sampler, min_effective_share: float = 0.1) -> None:
+        super().__init__(child)
+        if not 0.0 < min_effective_share <= 1.0:
+            msg = f"min_effective_share={min_effective_share} must be above 0 and at most 1."
+            raise ValueError(msg)
+        self.min_effective_share = min_effective_share
+
+    def _sample_batch(self, requests: list[SamplingRequest], seeds: list[int]) -> list[Draw]:
+        asked = [replace(request, seed=seed) for request, seed in zip(requests, seeds, strict=True)]
+        draws = []
+        for request, batch in zip(asked, self.child.sample_batch(asked), strict=True):
+            beta = batch.info.get("effective_beta")
+            if beta is None:
+                try:
+                    beta = effective_beta(request.problem, batch, seed=request.seed).value
+                except ValueError as error:
+                    msg = f"The answer of {self.child.name} has no temperature: {error}"
+                    raise InvalidSamples(msg) from error
+            log_weights = -(request.beta - beta) * batch.energies
+            if batch.weights is not None:
+                log_weights = log_weights + batch.weights.log()
+            weights = torch.softmax(log_weights, 0)
+            share = float(1.0 / weights.square().sum() / len(weights))
+            if share < self.min_effective_share:
+                msg = (
+                    f"Samples of {self.child.name} drawn at beta={beta:.3g} are worth {share:.1%} of their number at "
+                    f"beta={request.beta:.3g}; at least {self.min_effective_share:.0%} is asked for. Calibrate the "
+                    "sampler, or use `Polished` instead of weights."
+                )
+                raise InvalidSamples(msg)
+            draws.append(replace(pass_on(batch, effective_beta=beta, effective_share=share), weights=weights))
+        return draws

@@ -1,0 +1,164 @@
+"""Composites that stand between a training run and an unreliable or expensive device."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from qbmscvi.exceptions import BudgetExceeded, SamplerError, SamplerTimeout
+from qbmscvi.samplers._composites import Composite, pass_on
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from qbmscvi.samplers._base import Draw, Sampler, SamplingRequest
+
+
+class Retrying(Composite):
+    """Ask again when the child fails, with growing pauses, until a deadline.
+
+    Parameters
+    ----------
+    child
+        The wrapped sampler.
+    n_attempts
+        Calls in all.
+    pause
+        Seconds before the second call; doubled before each further one.
+    deadline
+        Seconds after which no further call is made; None for no deadline. A call under way is not cut short.
+    sleep
+        Function that waits; replaced in tests.
+    """
+
+    def __init__(
+        self,
+        child: Sampler,
+        n_attempts: int = 3,
+        *,
+        pause: float = 1.0,
+        deadline: float | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        super().__init__(child)
+        if n_attempts < 1 or pause < 0 or (deadline is not None and deadline <= 0):
+            msg = (
+                f"n_attempts={n_attempts} must be at least 1, pause={pause} at least 0 and deadline={deadline} "
+                "positive or None."
+            )
+            raise ValueError(msg)
+        self.n_attempts = n_attempts
+        self.pause = pause
+        self.deadline = deadline
+        self._sleep = sleep
+
+    def _sample_batch(self, requests: list[SamplingRequest], seeds: list[int]) -> list[Draw]:
+        asked = [replace(request, seed=seed) for request, seed in zip(requests, seeds, strict=True)]
+        started, pause = time.monotonic(), self.pause
+        for attempt in range(1, self.n_attempts + 1):
+            try:
+                return [pass_on(batch, n_attempts=attempt) for batch in self.child.sample_batch(asked)]
+            except BudgetExceeded:
+                raise
+            except SamplerError as error:
+                if attempt == self.n_attempts:
+                    raise
+                if self.deadline is not None and time.monotonic() - started + pause > self.deadline:
+                    msg = f"{self.child.name} did not answer within {self.deadline:g} s ({attempt} attempts): {error}"
+                    raise SamplerTimeout(msg) from error
+            self._sleep(pause)
+            pause *= 2.0
+        raise AssertionError  # the loop returns or raises
+
+
+class TimeLimited(Composite):
+    """Give up on a call that takes too long.
+
+    The call runs in a thread of its own, which cannot be stopped: an answer that comes late is dropped.
+
+    Parameters
+    ----------
+    child
+        The wrapped sampler.
+    seconds
+        Longest wait.
+    """
+
+    def __init__(self, child: Sampler, seconds: float) -> None:
+        super().__init__(child)
+        if not seconds > 0:
+            msg = f"seconds={seconds} must be positive."
+            raise ValueError(msg)
+        self.seconds = seconds
+
+    def _sample_batch(self, requests: list[SamplingRequest], seeds: list[int]) -> list[Draw]:
+        asked = [replace(request, seed=seed) for request, seed in zip(requests, seeds, strict=True)]
+        answer: Future = Future()
+        threading.Thread(target=_answer, args=(answer, self.child, asked), daemon=True).start()
+        try:
+            return [pass_on(batch) for batch in answer.result(timeout=self.seconds)]
+        except TimeoutError as error:
+            msg = f"{self.child.name} did not answer within {self.seconds:g} s."
+            raise SamplerTimeout(msg) from error
+
+
+def _answer(future: Future, sampler: Sampler, requests: list[SamplingRequest]) -> None:
+    try:
+        future.set_result(sampler.sample_batch(requests))
+    except SamplerError as error:
+        future.set_exception(error)
+
+
+class Budgeted(Composite):
+    """Refuse requests beyond a budget, before they reach the child.
+
+    Parameters
+    ----------
+    child
+        The wrapped sampler.
+    n_calls, n_samples
+        Trips to the child, and samples, in all; None for no limit.
+    device_seconds
+        Device time in all, as the child reports it in ``info["device_seconds"]``, or else the time it took to answer.
+        The call that passes the limit is answered; the next is not made.
+    """
+
+    def __init__(
+        self,
+        child: Sampler,
+        *,
+        n_calls: int | None = None,
+        n_samples: int | None = None,
+        device_seconds: float | None = None,
+    ) -> None:
+        super().__init__(child)
+        self.limits = {"n_calls": n_calls, "n_samples": n_samples, "device_seconds": device_seconds}
+        if all(limit is None for limit in self.limits.values()):
+            msg = "A budget needs a limit: set n_calls, n_samples or device_seconds."
+            raise ValueError(msg)
+        self.spent = {"n_calls": 0, "n_samples": 0, "device_seconds": 0.0}
+
+    def _sample_batch(self, requests: list[SamplingRequest], seeds: list[int]) -> list[Draw]:
+        asked = [replace(request, seed=seed) for request, seed in zip(requests, seeds, strict=True)]
+        price = {"n_calls": 1, "n_samples": sum(request.n_samples for request in asked), "device_seconds": 0.0}
+        for name, limit in self.limits.items():
+            is_spent = limit is not None and (
+                self.spent[name] + price[name] > limit or (name == "device_seconds" and self.spent[name] >= limit)
+            )
+            if is_spent:
+                msg = (
+                    f"The budget of {name}={limit:g} for {self.child.name} is spent ({self.spent[name]:g} used, "
+                    f"{price[name]:g} more asked for). Raise it, or let training go on with local samples."
+                )
+                raise BudgetExceeded(msg)
+        # A call that fails may have cost all the same, so it is charged before it is made.
+        self.spent["n_calls"] += 1
+        self.spent["n_samples"] += price["n_samples"]
+        batches = self.child.sample_batch(asked)
+        self.spent["device_seconds"] += sum(
+            batch.info.get("device_seconds", batch.info["seconds"]) for batch in batches
+        )
+        return [pass_on(batch, spent=dict(self.spent)) for batch in batches]
