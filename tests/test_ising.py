@@ -1,0 +1,305 @@
+"""Laws of Ising problems and sample batches: one energy in every form, moments from the definition."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import dimod
+import numpy as np
+import pytest
+import torch
+from laws import PROBLEMS, energy_table, random_problem, ring, scrambled_bipartite, state_table
+
+from qbmscvi import graphs
+from qbmscvi.ising import (
+    IsingModel,
+    SampleBatch,
+    bits_to_spins,
+    coupling_matrix,
+    edge_fields,
+    spins_to_bits,
+)
+
+# The problems of the samplers, one whose edges are gathered instead of multiplied out, and two borderline ones.
+CASES = PROBLEMS | {
+    "sparse-ring-11": lambda **kw: random_problem(ring(11), seed=4, **kw),
+    "sparse-ring-11-factor-3": lambda **kw: random_problem(ring(11), rank=3, seed=5, **kw),
+    "no-edges-4": lambda **kw: random_problem(graphs.independent(4), seed=6, **kw),
+    "one-spin": lambda **kw: random_problem(graphs.independent(1), seed=7, **kw),
+}
+each_problem = pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in CASES.items()])
+# Energies are sums of at most 80 terms of order one.
+each_dtype = pytest.mark.parametrize(
+    ("dtype", "atol"),
+    [pytest.param(torch.float64, 1e-12, id="float64"), pytest.param(torch.float32, 2e-5, id="float32")],
+)
+
+
+def energy_by_loops(problem, spins):
+    """Energy of one configuration, term by term in Python."""
+    energy = float(problem.offset)
+    for i in range(problem.n_spins):
+        energy += float(problem.h[i]) * spins[i]
+    for e in range(problem.graph.n_edges):
+        i, j = problem.graph.edges[e]
+        energy += float(problem.J[e]) * spins[i] * spins[j]
+    if problem.factor is not None:
+        for row in range(len(problem.factor)):
+            total = 0.0
+            for i in range(problem.n_spins):
+                total += float(problem.factor[row, i]) * spins[i]
+            energy -= 0.5 * total**2
+    return energy
+
+
+def some_states(problem, n_states=40, seed=0):
+    return np.random.default_rng(seed).choice([-1, 1], size=(n_states, problem.n_spins))
+
+
+@each_dtype
+@each_problem
+def test_energy_matches_the_definition_term_by_term(make, dtype, atol):
+    problem = make(dtype=dtype)
+    states = some_states(problem)
+    energy = problem.energy(torch.tensor(states))
+    assert energy.dtype == dtype
+    assert np.allclose(energy.numpy(), [energy_by_loops(problem, s) for s in states], rtol=0, atol=atol)
+
+
+@each_problem
+def test_oracle_of_these_tests_matches_the_definition_term_by_term(make):
+    problem = make()
+    table, states = energy_table(problem), state_table(problem.n_spins)
+    rows = np.random.default_rng(1).integers(len(states), size=40)
+    assert np.allclose(table[rows], [energy_by_loops(problem, states[r]) for r in rows], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.float32, torch.float64], ids=str)
+def test_energy_takes_spins_of_any_dtype_and_shape(dtype):
+    problem = CASES["ring-7-factor-2"]()
+    states = torch.tensor(some_states(problem, 6)).to(dtype).reshape(2, 3, 7)
+    expected = [[energy_by_loops(problem, s) for s in block] for block in states.tolist()]
+    assert np.allclose(problem.energy(states).numpy(), expected, rtol=0, atol=1e-12)
+
+
+@each_problem
+def test_flipping_one_spin_costs_twice_its_local_field(make):
+    problem = make()
+    states = torch.tensor(some_states(problem)).double()
+    fields = problem.h + states @ problem.couplings()
+    for i in range(problem.n_spins):
+        flipped = states.clone()
+        flipped[:, i] *= -1
+        cost = problem.energy(flipped) - problem.energy(states)
+        assert torch.allclose(cost, -2.0 * states[:, i] * fields[:, i], rtol=0, atol=1e-12)
+
+
+@each_problem
+def test_couplings_are_symmetric_with_zero_diagonal(make):
+    matrix = make().couplings()
+    assert torch.equal(matrix, matrix.T)
+    assert not matrix.diagonal().any()
+
+
+@each_problem
+def test_writing_the_factor_out_keeps_energies_and_constants(make):
+    problem = make()
+    dense = problem.to_dense()
+    states = torch.tensor(state_table(problem.n_spins))
+    assert dense.factor is None
+    assert torch.allclose(dense.energy(states), problem.energy(states), rtol=0, atol=1e-11)
+
+
+def test_writing_out_a_problem_without_factor_changes_nothing():
+    problem = CASES["bipartite-3x5"]()
+    assert problem.to_dense() is problem
+
+
+@each_problem
+def test_bqm_has_the_same_energies(make):
+    problem = make()
+    bqm = problem.to_bqm()
+    assert bqm.vartype is dimod.SPIN
+    assert list(bqm.variables) == list(range(problem.n_spins))
+    states = some_states(problem)
+    expected = [energy_by_loops(problem, s) for s in states]
+    assert np.allclose(bqm.energies((states, range(problem.n_spins))), expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("vartype", ["SPIN", "BINARY"])
+@each_problem
+def test_bqm_round_trip_keeps_every_energy(make, vartype):
+    problem = make()
+    back = IsingModel.from_bqm(problem.to_bqm().change_vartype(vartype, inplace=False), dtype=torch.float64)
+    states = some_states(problem)
+    expected = [energy_by_loops(problem, s) for s in states]
+    assert np.allclose(back.energy(torch.tensor(states)).numpy(), expected, rtol=0, atol=1e-11)
+    assert back.factor is None
+
+
+def test_round_trip_through_a_spin_bqm_is_the_identity():
+    problem = CASES["bipartite-3x5"]()
+    back = IsingModel.from_bqm(problem.to_bqm(), dtype=torch.float64)
+    assert torch.equal(back.h, problem.h)
+    assert torch.equal(back.J, problem.J)
+    assert back.offset == problem.offset
+    assert back.graph.edges.tolist() == problem.graph.edges.tolist()
+
+
+@pytest.mark.parametrize(
+    ("vartype", "values"),
+    [pytest.param("SPIN", (-1, 1), id="SPIN"), pytest.param("BINARY", (0, 1), id="BINARY")],
+)
+def test_from_bqm_numbers_spins_in_the_order_of_its_variables(vartype, values):
+    names = ["c", 7, "a", ("b", 2)]
+    bqm = dimod.BinaryQuadraticModel(vartype)
+    bqm.offset = -0.83
+    for name, bias in zip(names, (0.3, -0.7, 1.1, 0.0), strict=True):
+        bqm.add_linear(name, bias)
+    for a, b, value in (("a", "c", 0.9), (("b", 2), 7, -0.4), (7, "c", 0.2)):
+        bqm.add_quadratic(a, b, value)
+    problem = IsingModel.from_bqm(bqm, dtype=torch.float64)
+    for state in itertools.product(values, repeat=4):
+        spins = torch.tensor([1 if value == 1 else -1 for value in state])
+        expected = bqm.energy(dict(zip(names, state, strict=True)))
+        assert math.isclose(float(problem.energy(spins)), expected, abs_tol=1e-12)
+
+
+@each_problem
+def test_qubo_has_the_same_energies_on_bits(make):
+    problem = make()
+    Q, offset = problem.to_qubo()
+    assert torch.equal(Q, torch.triu(Q))
+    for state in some_states(problem):
+        bits = [(s + 1) // 2 for s in state]
+        energy = offset
+        for i, j in itertools.product(range(problem.n_spins), repeat=2):
+            energy += bits[i] * float(Q[i, j]) * bits[j]
+        assert math.isclose(energy, energy_by_loops(problem, state), abs_tol=1e-11)
+
+
+def test_dimod_reads_our_qubo_with_the_same_energies():
+    problem = CASES["ring-7-factor-2"]()
+    Q, offset = problem.to_qubo()
+    bqm = dimod.BinaryQuadraticModel.from_qubo(
+        {(i, j): float(Q[i, j]) for i in range(7) for j in range(i, 7)}, offset=offset
+    )
+    states = some_states(problem)
+    expected = [energy_by_loops(problem, s) for s in states]
+    assert np.allclose(bqm.energies(((states + 1) // 2, range(7))), expected, rtol=0, atol=1e-11)
+
+
+def test_bits_and_spins_are_inverse():
+    spins = torch.tensor([[-1, 1, 1], [1, -1, -1]], dtype=torch.int8)
+    bits = spins_to_bits(spins)
+    assert bits.tolist() == [[0, 1, 1], [1, 0, 0]]
+    assert torch.equal(bits_to_spins(bits), spins)
+    assert torch.equal(bits_to_spins(spins_to_bits(spins.float())), spins.float())
+
+
+@pytest.mark.parametrize(
+    ("h", "J", "factor", "match"),
+    [
+        pytest.param(5, 15, None, r"h has shape \(5,\).*15 edges", id="h"),
+        pytest.param(8, 14, None, r"J has shape \(14,\).*8 nodes and 15 edges", id="J"),
+        pytest.param(8, 15, (2, 7), r"`factor` has shape \(2, 7\); it must be \(rank, 8\)", id="factor-width"),
+        pytest.param(8, 15, (8,), r"`factor` has shape \(8,\)", id="factor-vector"),
+    ],
+)
+def test_problem_refuses_shapes_that_disagree_with_the_graph(h, J, factor, match):
+    factor = None if factor is None else torch.zeros(factor)
+    with pytest.raises(ValueError, match=match):
+        IsingModel(torch.zeros(h), torch.zeros(J), graphs.bipartite(3, 5), factor=factor)
+
+
+@pytest.mark.parametrize("value", [pytest.param(math.nan, id="nan"), pytest.param(-math.inf, id="inf")])
+@pytest.mark.parametrize("where", ["h", "J", "factor", "offset"])
+def test_one_bad_value_anywhere_makes_a_problem_not_finite(where, value):
+    problem = CASES["ring-7-factor-2"]()
+    assert problem.is_finite
+    parts = {"h": problem.h.clone(), "J": problem.J.clone(), "factor": problem.factor.clone(), "offset": problem.offset}
+    if where == "offset":
+        parts["offset"] = value
+    else:
+        parts[where].view(-1)[3] = value
+    assert not IsingModel(graph=problem.graph, **parts).is_finite
+
+
+def test_casting_a_problem_casts_every_tensor():
+    problem = CASES["ring-7-factor-2"]().to(torch.float32)
+    assert {problem.h.dtype, problem.J.dtype, problem.factor.dtype} == {torch.float32}
+    assert problem.energy(torch.ones(7)).dtype == torch.float32
+
+
+def test_casting_a_problem_casts_an_offset_that_is_a_tensor():
+    problem = IsingModel(torch.zeros(2), torch.zeros(1), graphs.complete(2), offset=torch.tensor(0.1))
+    assert problem.to(torch.float64).offset.dtype == torch.float64
+
+
+@each_dtype
+@pytest.mark.parametrize(
+    "graph",
+    [pytest.param(ring(11), id="gathered"), pytest.param(scrambled_bipartite(), id="matrix-product")],
+)
+def test_edge_fields_sum_over_neighbors(graph, dtype, atol):
+    rng = np.random.default_rng(2)
+    J = torch.tensor(rng.normal(size=graph.n_edges), dtype=dtype)
+    values = torch.tensor(rng.normal(size=(2, 3, graph.n_nodes)), dtype=dtype)
+    expected = torch.zeros_like(values)
+    for (i, j), coupling in zip(graph.edges.tolist(), J.tolist(), strict=True):
+        expected[..., i] += coupling * values[..., j]
+        expected[..., j] += coupling * values[..., i]
+    assert torch.allclose(edge_fields(values, J, graph), expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("graph", [pytest.param(ring(9), id="gathered"), pytest.param(graphs.complete(5), id="matrix")])
+def test_edge_fields_and_coupling_matrix_carry_exact_gradients(graph):
+    rng = np.random.default_rng(3)
+    J = torch.tensor(rng.normal(size=graph.n_edges), requires_grad=True)
+    values = torch.tensor(rng.normal(size=(4, graph.n_nodes)), requires_grad=True)
+    assert torch.autograd.gradcheck(lambda v, c: edge_fields(v, c, graph), (values, J))
+    assert torch.autograd.gradcheck(lambda c: coupling_matrix(c, graph), (J,))
+
+
+def batch_of(n_spins, dtype=torch.float64, is_weighted=False, n_samples=50, seed=8):
+    rng = np.random.default_rng(seed)
+    spins = torch.tensor(rng.choice([-1, 1], size=(n_samples, n_spins), p=[0.3, 0.7]), dtype=torch.int8)
+    weights = torch.tensor(rng.dirichlet(np.ones(n_samples)), dtype=dtype) if is_weighted else None
+    return SampleBatch(spins, torch.tensor(rng.normal(size=n_samples), dtype=dtype), weights)
+
+
+@each_dtype
+@pytest.mark.parametrize("is_weighted", [pytest.param(False, id="equal"), pytest.param(True, id="weighted")])
+@pytest.mark.parametrize(
+    "graph",
+    [pytest.param(ring(11), id="gathered"), pytest.param(scrambled_bipartite(), id="matrix-product")],
+)
+def test_batch_moments_match_their_definition(graph, is_weighted, dtype, atol):
+    batch = batch_of(graph.n_nodes, dtype, is_weighted)
+    weight = [1 / 50] * 50 if batch.weights is None else batch.weights.tolist()
+    rows = batch.spins.tolist()
+    mean, edge_mean = batch.moments(graph)
+    second = batch.second_moments()
+    for i in range(graph.n_nodes):
+        assert math.isclose(mean[i], sum(w * row[i] for w, row in zip(weight, rows, strict=True)), abs_tol=atol)
+        for j in range(graph.n_nodes):
+            expected = sum(w * row[i] * row[j] for w, row in zip(weight, rows, strict=True))
+            assert math.isclose(second[i, j], expected, abs_tol=atol)
+    assert edge_mean.shape == (graph.n_edges,)
+    for value, (i, j) in zip(edge_mean.tolist(), graph.edges.tolist(), strict=True):
+        assert math.isclose(value, second[i, j], abs_tol=atol)
+
+
+@pytest.mark.parametrize("is_weighted", [pytest.param(False, id="equal"), pytest.param(True, id="weighted")])
+def test_part_of_a_batch_keeps_its_rows_and_normalizes_their_weights(is_weighted):
+    batch = batch_of(5, is_weighted=is_weighted)
+    part = batch[10:25]
+    assert part.n_samples == 15
+    assert torch.equal(part.spins, batch.spins[10:25])
+    assert torch.equal(part.energies, batch.energies[10:25])
+    if is_weighted:
+        assert torch.allclose(part.weights, batch.weights[10:25] / batch.weights[10:25].sum())
+        assert math.isclose(part.weights.sum(), 1.0, abs_tol=1e-12)
+    else:
+        assert part.weights is None

@@ -1,0 +1,317 @@
+"""Laws of log Z: annealed importance sampling inside its own interval, and the estimate carried along in training."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from laws import PROBLEMS, Law, random_problem, ring, scrambled_bipartite
+from scipy import stats
+
+from qbmscvi import graphs
+from qbmscvi._callbacks import SamplingCallback, SamplingSchedule
+from qbmscvi._prior import BoltzmannPrior
+from qbmscvi.diagnostics import LogPartition, _partition, estimate_log_z
+from qbmscvi.enumeration import exact_log_z
+from qbmscvi.exceptions import GraphMismatchError
+from qbmscvi.samplers import BlockGibbsSampler, ExactSampler, SamplingRequest
+
+N_PROBLEMS = 20
+FAMILIES = {
+    "bipartite-5x7": lambda seed: random_problem(scrambled_bipartite(5, 7), seed=seed),
+    "complete-8": lambda seed: random_problem(graphs.complete(8), seed=seed),
+    "chimera-12": lambda seed: random_problem(graphs.hardware("chimera", 12), seed=seed),
+    "ring-9-factor-2": lambda seed: random_problem(ring(9), rank=2, seed=seed),
+    "factor-2-alone-9": lambda seed: random_problem(graphs.independent(9), rank=2, seed=seed),
+}
+
+
+def run_family(make, n_problems=N_PROBLEMS, n_steps=30):
+    """Estimates and exact values; every other problem starts its reverse runs from exact samples."""
+    rows = []
+    for seed in range(200, 200 + n_problems):
+        problem = make(seed)
+        law = Law.boltzmann(problem)
+        samples = law.draw(500, seed) if seed % 2 else None
+        estimate = estimate_log_z(problem, samples=samples, n_chains=64, n_steps=n_steps, seed=seed, method="ais")
+        rows.append((estimate, law.log_z))
+    return rows
+
+
+def n_inside(rows):
+    return sum(estimate.interval[0] <= exact <= estimate.interval[1] for estimate, exact in rows)
+
+
+@pytest.fixture(scope="module")
+def estimates():
+    return {name: run_family(make) for name, make in FAMILIES.items()}
+
+
+def test_exact_log_z_lies_inside_the_interval_as_often_as_it_says(estimates):
+    """100 random problems of five families at h, J and F near 0.5.
+
+    If the interval covers with 95 %, fewer than 87 of 100 fall inside in 3 of 10,000 suites, and fewer than 15 of the
+    20 of a family likewise. The counts themselves carry a binomial error of 2.2 and 1.0; they are printed with -s.
+    """
+    inside = {name: n_inside(rows) for name, rows in estimates.items()}
+    print(inside)
+    assert stats.binom.cdf(86, 100, 0.95) < 1e-3
+    assert stats.binom.cdf(14, 20, 0.95) < 1e-3
+    assert sum(inside.values()) >= 87
+    assert min(inside.values()) >= 15
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_lower_bound_is_below_the_upper_one_within_errors(estimates, name):
+    """Their difference may turn by chance, but not by more than three standard errors."""
+    for estimate, _ in estimates[name]:
+        assert estimate.method == "ais"
+        assert estimate.lower - estimate.upper < 3 * estimate.scale
+        assert math.isclose(estimate.value, 0.5 * (estimate.lower + estimate.upper))
+        assert estimate.scale >= 0.5 * abs(estimate.upper - estimate.lower)
+
+
+def test_bounds_are_bounds_on_average(estimates):
+    """E log of a mean weight is below log Z for forward runs, above for reverse ones started from exact samples."""
+    lower = np.array([e.lower - exact for rows in estimates.values() for e, exact in rows])
+    upper = np.array([e.upper - exact for rows in estimates.values() for e, exact in rows[1::2]])
+    assert lower.mean() < 3 * lower.std() / math.sqrt(len(lower))
+    assert upper.mean() > -3 * upper.std() / math.sqrt(len(upper))
+
+
+def _wrong_base_field(path):
+    path.log_z0 += float((torch.cosh(1.1 * path.h) / torch.cosh(path.h)).log().sum())
+
+
+def _lost_offset(path):
+    path.log_z0 += path.offset
+
+
+def _wrong_couplings(path):
+    path.coupling = -path.coupling
+    path.factor = path.factor.flip(1)  # its sign would not matter
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(_wrong_base_field, id="base-field-10-percent-off"),
+        pytest.param(_lost_offset, id="offset-lost"),
+        pytest.param(_wrong_couplings, id="couplings-flipped-factor-reversed"),
+    ],
+)
+def test_a_faulty_path_misses_the_exact_value(monkeypatch, fault):
+    """Each planted fault leaves fewer than half of the problems inside; the gate asks for 87 %."""
+    build = _partition._AnnealingPath.__init__
+
+    def faulty(path, problem, generator):
+        build(path, problem, generator)
+        fault(path)
+
+    monkeypatch.setattr(_partition._AnnealingPath, "__init__", faulty)
+    inside = {name: n_inside(run_family(make, n_problems=6)) for name, make in FAMILIES.items()}
+    print(inside)
+    assert sum(inside.values()) < 0.5 * 6 * len(FAMILIES)
+
+
+@pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in FAMILIES.items()])
+def test_longer_annealing_narrows_the_interval(make):
+    short, long = (
+        np.mean([e.scale for e, _ in run_family(make, n_problems=3, n_steps=n_steps)]) for n_steps in (5, 120)
+    )
+    assert long < 0.5 * short
+
+
+def test_annealing_is_exact_without_couplings():
+    problem = random_problem(graphs.independent(7), seed=1)
+    estimate = estimate_log_z(problem, n_chains=2, n_steps=1, method="ais")
+    assert math.isclose(estimate.value, Law.boltzmann(problem).log_z, rel_tol=1e-12)
+    assert estimate.scale < 1e-12
+
+
+def test_annealing_meets_enumeration_on_a_problem_beyond_the_automatic_limit():
+    problem = random_problem(graphs.bipartite(17, 18), seed=2, scale=0.2, dtype=torch.float32)
+    estimate = estimate_log_z(problem, n_chains=128, n_steps=300, seed=3)
+    assert estimate.method == "ais"
+    assert estimate.scale < 0.05
+    assert abs(estimate.value - exact_log_z(problem)) < 3 * estimate.scale
+
+
+@pytest.mark.parametrize(
+    ("graph", "rank", "method"),
+    [
+        pytest.param(graphs.bipartite(16, 18), 0, "exact", id="16-of-34"),
+        pytest.param(graphs.bipartite(17, 18), 0, "ais", id="17-of-35"),
+        pytest.param(graphs.complete(10), 0, "exact", id="complete-10"),
+        pytest.param(graphs.independent(17), 2, "exact", id="factor-16-of-17"),
+        pytest.param(graphs.independent(18), 2, "ais", id="factor-17-of-18"),
+        pytest.param(graphs.independent(40), 0, "exact", id="independent-40"),
+    ],
+)
+def test_small_problems_are_enumerated(graph, rank, method):
+    problem = random_problem(graph, rank=rank, seed=4, scale=0.1)
+    estimate = estimate_log_z(problem, n_chains=4, n_steps=2)
+    assert estimate.method == method
+    if method == "exact":
+        value = exact_log_z(problem)
+        assert estimate == LogPartition(value, value, value, 0.0, "exact")
+        assert estimate.interval == (value, value)
+
+
+def test_method_exact_goes_up_to_the_limit_of_enumeration():
+    problem = random_problem(graphs.bipartite(17, 18), seed=5)
+    assert estimate_log_z(problem, method="exact").value == exact_log_z(problem)
+    with pytest.raises(GraphMismatchError, match="states of 21 spins"):
+        estimate_log_z(random_problem(graphs.bipartite(21, 22)), method="exact")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        pytest.param({"method": "tap"}, "Unknown method 'tap'", id="method"),
+        pytest.param({"n_chains": 1}, "n_chains=1 must be at least 2", id="one-chain"),
+        pytest.param({"n_steps": 0}, "n_steps=0 at least 1", id="no-steps"),
+    ],
+)
+def test_estimate_refuses(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        estimate_log_z(PROBLEMS["complete-6"](), **arguments)
+
+
+def test_equal_seeds_give_equal_estimates_and_leave_the_global_stream_alone():
+    problem = PROBLEMS["ring-7-factor-2"]()
+    before = torch.get_rng_state()
+    first, second, other = (
+        estimate_log_z(problem, n_chains=8, n_steps=10, seed=seed, method="ais") for seed in (1, 1, 2)
+    )
+    assert first == second
+    assert first != other
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# The estimate carried along in training ----------------------------------------------------------------------------
+
+
+def make_callback(seed, n_chains, graph=None, sampler=None, n_gaussian=0):
+    torch.manual_seed(seed)
+    prior = BoltzmannPrior(graph or graphs.bipartite(8, 8), n_gaussian, n_chains=n_chains)
+    callback = SamplingCallback(prior, sampler or BlockGibbsSampler(), SamplingSchedule())
+    callback._seeds.manual_seed(seed)
+    return prior, callback
+
+
+def drive(seed, n_chains=512, n_steps=200, sampler=None, graph=None, n_gaussian=0):
+    """Move all parameters on a straight line to a random machine; return the errors of log Z and its exact course."""
+    prior, callback = make_callback(seed, n_chains, graph, sampler, n_gaussian)
+    generator = torch.Generator().manual_seed(seed)
+    parameters = [parameter for parameter in prior.parameters() if parameter.numel()]
+    start = [parameter.detach().clone() for parameter in parameters]
+    end = [0.3 * torch.randn(parameter.shape, generator=generator) for parameter in parameters]
+    errors, course = [], []
+    for step in range(n_steps):
+        callback._refresh()
+        course.append(exact_log_z(prior.to_ising()))
+        errors.append(float(prior.log_z) - course[-1])
+        with torch.no_grad():
+            for parameter, a, b in zip(parameters, start, end, strict=True):
+                parameter.copy_(torch.lerp(a, b, (step + 1) / n_steps))
+    return np.array(errors), np.array(course)
+
+
+@pytest.mark.parametrize(
+    ("seed", "options"),
+    [
+        pytest.param(0, {}, id="persistent-chains-0"),
+        pytest.param(1, {}, id="persistent-chains-1"),
+        pytest.param(2, {"sampler": ExactSampler()}, id="fresh-samples"),
+        pytest.param(3, {"graph": graphs.independent(9), "n_gaussian": 2}, id="gaussian-layer"),
+    ],
+)
+def test_running_log_z_stays_within_a_tenth_of_a_nat_of_exact(seed, options):
+    """512 chains, 64 of them tracking, 200 updates; the error over ten seeds is 0.01 to 0.06 at worst."""
+    errors, course = drive(seed, **options)
+    print(f"largest error {np.abs(errors).max():.3f} on a course of {np.ptp(course):.2f} nats")
+    assert np.ptp(course) > 1.0
+    assert np.abs(errors).max() < 0.1
+
+
+def learn(seed, n_steps, take_moments):
+    """Maximum likelihood on 4 + 4 spins at a high learning rate; return the last error of log Z."""
+    target = random_problem(graphs.bipartite(4, 4), seed=81, offset=0.0)
+    data = ExactSampler().sample(SamplingRequest(target, 2000, seed=82)).spins.float()
+    prior, callback = make_callback(seed, 256, graphs.bipartite(4, 4))
+    optimizer = torch.optim.Adam(prior.parameters(), lr=0.02)
+    for step in range(n_steps):
+        callback._refresh()
+        take_moments(prior, callback)
+        rows = torch.arange(100 * step, 100 * (step + 1)) % len(data)
+        loss = prior.energy(data[rows]).mean() + prior.log_partition()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    callback._refresh()
+    return float(prior.log_z) - exact_log_z(prior.to_ising())
+
+
+@pytest.fixture(scope="module")
+def learning_errors():
+    return np.array([learn(seed, 60, lambda prior, callback: None) for seed in range(12)])
+
+
+def test_running_log_z_is_unbiased_in_training(learning_errors):
+    """Jarzynski's equality holds if the path does not look at the tracking chains: <exp(error)> = 1, 4 SE."""
+    ratio = np.exp(learning_errors)
+    print(f"error {learning_errors.mean():.3f}, spread {learning_errors.std():.3f}, <exp> {ratio.mean():.3f}")
+    assert abs(ratio.mean() - 1) < 4 * ratio.std() / math.sqrt(len(ratio))
+    assert learning_errors.std() < 0.15
+
+
+def test_running_log_z_drifts_if_the_moments_come_from_the_tracking_chains(learning_errors):
+    """The planted fault that the separate tracking chains exist for: log Z is underestimated, by far."""
+
+    def from_tracking_chains(prior, callback):
+        prior.set_moments(callback._tracked)
+
+    errors = np.array([learn(seed, 60, from_tracking_chains) for seed in range(4)])
+    print(f"error {errors.mean():.3f}")
+    assert errors.max() < learning_errors.mean() - 4 * learning_errors.std()
+
+
+def test_tracking_chains_take_no_part_in_the_moments():
+    prior, callback = make_callback(4, 64)
+    callback._refresh()
+    assert torch.allclose(prior.spin_mean, prior.chains[:-8].float().mean(0))
+    assert torch.equal(prior.chains[-8:], callback._tracked.spins)
+
+
+def test_resampling_keeps_log_z_and_equalizes_the_weights():
+    """A jump in the parameters kills most tracking chains; the survivors take their places, the estimate stays."""
+    prior, callback = make_callback(5, 512)
+    callback._refresh()
+    with torch.no_grad():
+        prior.h.add_(1.0)
+    spins = callback._tracked.spins.double()
+    log_z, problem = float(prior.log_z), prior.to_ising()
+    work = spins.sum(1)  # the energy rises by the sum of the spins
+    callback._track_log_z(problem)
+    assert float(prior.log_z) - log_z == pytest.approx(float(torch.logsumexp(-work, 0)) - math.log(64), abs=1e-4)
+    assert not prior.tracking_log_weights.any()
+    weights = torch.softmax(-work, 0)
+    assert 1 / float(weights.square().sum()) < 32
+    counts = [(prior.chains[-64:].double() == row).all(1).sum() for row in spins.unique(dim=0)]
+    shares = [weights[(spins == row).all(1)].sum() for row in spins.unique(dim=0)]
+    # Systematic resampling gives each chain its share, rounded up or down; equal rows add their roundings.
+    slack = [max(1.0, float((spins == row).all(1).sum())) for row in spins.unique(dim=0)]
+    assert all(abs(float(c) - 64 * float(w)) <= s for c, w, s in zip(counts, shares, slack, strict=True))
+    assert sum(int(c) for c in counts) == 64
+
+
+@pytest.mark.parametrize("n_chains", [pytest.param(2, id="2"), pytest.param(7, id="7")])
+def test_few_chains_still_give_moments_and_log_z(n_chains):
+    prior, callback = make_callback(6, n_chains)
+    for _ in range(2):
+        callback._refresh()
+    assert prior.spin_mean.isfinite().all()
+    assert prior.log_z.isfinite()
