@@ -1,0 +1,518 @@
+"""Bad input of QBMSCVI is refused before training starts, by a message that names the cause and the remedy.
+
+Messages of scvi-tools itself are matched on the cause only: they are not ours to word.
+"""
+
+from __future__ import annotations
+
+import re
+
+import dimod
+import networkx as nx
+import numpy as np
+import pytest
+import scvi
+import torch
+
+from qbmscvi import QBMSCVI, SamplingSchedule
+from qbmscvi.datasets import synthetic_counts
+from qbmscvi.distributions import Gumbel, SpikeExponential
+from qbmscvi.exceptions import GraphMismatchError, QBMSCVIError
+from qbmscvi.samplers import BlockGibbsSampler, DimodSampler, ExactSampler, SimulatedAnnealingSampler
+
+N_CELLS, N_GENES = 200, 60
+
+
+@pytest.fixture(scope="module")
+def counts():
+    """Not registered: copies of registered data share their registration."""
+    return synthetic_counts(N_CELLS, N_GENES, seed=2)
+
+
+@pytest.fixture(scope="module")
+def adata(counts):
+    adata = counts.copy()
+    QBMSCVI.setup_anndata(adata, batch_key="batch")
+    return adata
+
+
+def train(model: QBMSCVI, **kwargs) -> QBMSCVI:
+    defaults = {"max_epochs": 1, "batch_size": 64, "accelerator": "cpu", "enable_progress_bar": False}
+    model.train(**{**defaults, **kwargs})
+    return model
+
+
+def small(adata, **kwargs) -> QBMSCVI:
+    return QBMSCVI(adata, **{"n_latent": 3, "n_spins": 6, "n_chains": 16, **kwargs})
+
+
+def assert_untrained(model: QBMSCVI) -> None:
+    assert not model.is_trained
+    assert model.history is None
+    assert int(model.module.prior.n_updates) == 0
+
+
+def message(cause: str, remedy: str) -> str:
+    return f"(?s){cause}.*{remedy}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _set(value):
+    def change(X):
+        X[3, 5] = value
+        return X
+
+    return change
+
+
+def _empty(X):
+    X[7] = 0.0
+    return X
+
+
+DATA = [
+    pytest.param(np.log1p, "not counts: they contain values such as 0.69", "layer with raw counts", id="log"),
+    pytest.param(
+        _set(2.5), r"contain values such as 2\.5", r"setup_anndata\(\.\.\., layer='counts'\)", id="fractional"
+    ),
+    pytest.param(_set(-1.0), r"negative values \(minimum -1\)", r"layer='counts'", id="negative"),
+    pytest.param(lambda X: X - X.mean(0), "negative values .*scaled or centered", "layer='counts'", id="centered"),
+    pytest.param(_set(np.nan), "NaN or infinite", r"set the affected entries to 0", id="nan"),
+    pytest.param(_set(np.inf), "NaN or infinite", r"layer that holds counts", id="infinite"),
+    pytest.param(_set(-np.inf), "NaN or infinite", r"layer that holds counts", id="minus-infinite"),
+    pytest.param(_empty, "Cell 7 has no counts", r"scanpy\.pp\.filter_cells\(adata, min_counts=1\)", id="empty-cell"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*does not contain unnormalized count data")
+@pytest.mark.parametrize("is_sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize(("change", "cause", "remedy"), DATA)
+def test_data_that_are_not_counts_are_refused(counts, change, cause, remedy, is_sparse):
+    bad = counts.copy()
+    X = change(bad.X.toarray())
+    bad.X = type(counts.X)(X) if is_sparse else X
+    QBMSCVI.setup_anndata(bad)
+    model = small(bad)
+    with pytest.raises(ValueError, match=message(cause, remedy)):
+        train(model)
+    assert_untrained(model)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not contain unnormalized count data")
+def test_data_are_taken_from_the_registered_layer(counts):
+    adata = counts.copy()
+    adata.layers["counts"] = adata.X.copy()
+    adata.X = adata.X.log1p()
+    QBMSCVI.setup_anndata(adata, layer="counts")
+    assert train(small(adata)).is_trained
+    swapped = counts.copy()
+    swapped.layers["logs"] = swapped.X.log1p()
+    QBMSCVI.setup_anndata(swapped, layer="logs")
+    with pytest.raises(ValueError, match="not counts"):
+        train(small(swapped))
+
+
+@pytest.mark.parametrize("kind", ["int64", "float64", "csc"])
+def test_counts_of_every_kind_are_taken(counts, kind):
+    adata = counts.copy()
+    adata.X = adata.X.tocsc() if kind == "csc" else adata.X.toarray().astype(kind)
+    QBMSCVI.setup_anndata(adata)
+    assert train(small(adata)).is_trained
+
+
+@pytest.mark.filterwarnings("ignore:.*does not contain unnormalized count data")
+def test_continuous_data_need_a_normal_likelihood(counts):
+    adata = counts.copy()
+    adata.X = adata.X.log1p()
+    QBMSCVI.setup_anndata(adata)
+    with pytest.raises(ValueError, match="gene_likelihood='normal' for continuous data|gene_likelihood='normal'`"):
+        train(small(adata))
+    assert train(small(adata, gene_likelihood="normal")).is_trained
+
+
+@pytest.mark.filterwarnings("ignore:.*does not contain unnormalized count data")
+def test_negative_totals_are_not_called_empty_cells(counts):
+    adata = counts.copy()
+    X = adata.X.toarray()
+    adata.X = X - X.mean(0)
+    QBMSCVI.setup_anndata(adata)
+    with pytest.raises(ValueError, match=r"negative total|use_observed_lib_size=False|size_factor_key"):
+        train(small(adata, gene_likelihood="normal"))
+
+
+def test_empty_cell_is_no_trouble_without_an_observed_library_size(counts):
+    adata = counts.copy()
+    X = adata.X.toarray()
+    X[7] = 0.0
+    adata.X = X
+    adata.obs["size_factor"] = 1.0
+    QBMSCVI.setup_anndata(adata, size_factor_key="size_factor")
+    assert train(small(adata)).is_trained
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Setup: messages of scvi-tools
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setup", "error", "cause"),
+    [
+        pytest.param({"batch_key": "donor"}, KeyError, "donor not found in adata.obs", id="batch_key"),
+        pytest.param({"labels_key": "kind"}, KeyError, "kind not found in adata.obs", id="labels_key"),
+        pytest.param({"size_factor_key": "size"}, KeyError, "size not found in adata.obs", id="size_factor_key"),
+        pytest.param({"layer": "raw"}, ValueError, "raw is not a valid key in adata.layers", id="layer"),
+        pytest.param({"categorical_covariate_keys": ["x"]}, KeyError, "x not found in adata.obs", id="categorical"),
+        pytest.param({"continuous_covariate_keys": ["y"]}, KeyError, "y not found in adata.obs", id="continuous"),
+        pytest.param({"batch": "batch"}, TypeError, "unexpected keyword arguments {'batch'", id="unknown-argument"),
+    ],
+)
+def test_missing_keys_are_named_at_setup(counts, setup, error, cause):
+    with pytest.raises(error, match=re.escape(cause)):
+        QBMSCVI.setup_anndata(counts.copy(), **setup)
+
+
+def test_data_set_up_with_scvi_must_be_set_up_again(counts):
+    adata = counts.copy()
+    scvi.model.SCVI.setup_anndata(adata, batch_key="batch")
+    cause, remedy = "has been setup with a different model", r"QBMSCVI\.setup_anndata first"
+    with pytest.raises(ValueError, match=f"(?s){remedy}.*{cause}"):
+        QBMSCVI(adata)
+    QBMSCVI.setup_anndata(adata, batch_key="batch")
+    assert train(small(adata)).is_trained
+
+
+def test_data_without_setup_are_refused(counts):
+    with pytest.raises(ValueError, match=r"Please set up your AnnData with QBMSCVI\.setup_anndata first"):
+        QBMSCVI(counts.copy())
+
+
+def test_copy_of_registered_data_is_refused(adata):
+    with pytest.raises(ValueError, match="does not match.*Did you make a copy"):
+        QBMSCVI(adata.copy())
+
+
+def test_model_without_data_is_refused():
+    with pytest.raises(ValueError, match="adata or registry must be provided"):
+        QBMSCVI()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Constructor
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _with_self_loop():
+    graph = nx.path_graph(6)
+    graph.add_edge(2, 2)
+    return graph
+
+
+CONSTRUCTOR = [
+    pytest.param(
+        {"latent": "spins", "n_latent": 7, "n_spins": None},
+        ValueError,
+        "two equal layers, but there are 7",
+        r"even number .*\(nearest: 8\).*bipartite\(n_left, n_right\)",
+        id="odd-n_latent",
+    ),
+    pytest.param({"n_latent": 0}, ValueError, "n_latent=0 is too small", "Leave it out", id="n_latent-0"),
+    pytest.param({"n_latent": -3}, ValueError, "n_latent=-3 is too small", "Leave it out", id="n_latent-negative"),
+    pytest.param({"n_spins": 0}, ValueError, "n_spins=0 is too small", "Leave it out", id="n_spins-0"),
+    pytest.param(
+        {"latent": "spins", "n_latent": 8, "n_spins": 6},
+        ValueError,
+        "n_latent=8 and n_spins=6 differ",
+        "Pass `n_latent` only",
+        id="sizes-contradict",
+    ),
+    pytest.param(
+        {"prior_graph": _with_self_loop()},
+        ValueError,
+        "Node 2 has a self-loop",
+        r"Remove it.*selfloop_edges",
+        id="self-loop",
+    ),
+    pytest.param(
+        {"prior_graph": nx.path_graph(9)},
+        ValueError,
+        "prior graph has 9 nodes, but the model has 6 spins",
+        "Set the number of spins to 9",
+        id="graph-size",
+    ),
+    pytest.param(
+        {"prior_graph": nx.DiGraph([(i, i + 1) for i in range(5)])},
+        TypeError,
+        "graph is a DiGraph",
+        r"Convert it first.*to_undirected",
+        id="directed-graph",
+    ),
+    pytest.param(
+        {"prior_graph": nx.MultiGraph([(i, i + 1) for i in range(5)])},
+        TypeError,
+        "graph is a MultiGraph",
+        "Convert it first",
+        id="multigraph",
+    ),
+    pytest.param(
+        {"prior_graph": nx.Graph()}, ValueError, "at least one node", "Raise the number of spins", id="empty-graph"
+    ),
+    pytest.param(
+        {"prior_graph": "lattice"},
+        ValueError,
+        "Unknown prior graph 'lattice'",
+        "Use one of bipartite, complete, independent, .* or pass a networkx.Graph",
+        id="graph-name",
+    ),
+    pytest.param(
+        {"prior_graph": np.eye(6)},
+        TypeError,
+        "must be a name, a networkx.Graph or a qbmscvi.graphs.Graph, got ndarray",
+        "Use e.g. 'bipartite'",
+        id="graph-type",
+    ),
+    pytest.param(
+        {"latent": "bits"}, ValueError, "Unknown latent family 'bits'", "Use 'gaussian-spins' or 'spins'", id="latent"
+    ),
+    pytest.param({"latent": 3}, ValueError, "Unknown latent family 3", "Use 'gaussian-spins'", id="latent-type"),
+    pytest.param(
+        {"smoothing": "sharp"},
+        ValueError,
+        "Unknown smoothing 'sharp'",
+        r"Use one of 'straight-through', .*Gumbel\(temperature=0\.3\)",
+        id="smoothing",
+    ),
+    pytest.param(
+        {"smoothing": 0.3},
+        TypeError,
+        "must be a name or a qbmscvi.distributions.Smoothing, got float",
+        "",
+        id="smoothing-type",
+    ),
+    pytest.param(
+        {"smoothing": Gumbel}, TypeError, "must be a name or a .*Smoothing, got ABCMeta", "", id="smoothing-class"
+    ),
+    pytest.param(
+        {"n_chains": 1}, ValueError, "n_chains=1 is too small; it must be at least 2", "512 is usual", id="n_chains"
+    ),
+    pytest.param(
+        {"latent_distribution": "ln"},
+        ValueError,
+        "latent_distribution='ln' has no meaning under a Boltzmann prior",
+        "Leave it out, and choose the latent family with `latent`",
+        id="logistic-normal",
+    ),
+    pytest.param(
+        {"dispersion": "cell"}, ValueError, "`dispersion` must be one of", "'gene', 'gene-batch'", id="dispersion"
+    ),
+    pytest.param(
+        {"batch_representation": "hashed"},
+        ValueError,
+        "`batch_representation` must be one of",
+        "'one-hot', 'embedding'",
+        id="batch_representation",
+    ),
+    pytest.param({"n_latents": 4}, TypeError, "unexpected keyword argument 'n_latents'", "", id="unknown-argument"),
+    pytest.param({"n_latent": "4"}, TypeError, "n_latent", "integer", id="n_latent-text"),
+    pytest.param({"n_latent": 4.5}, TypeError, "n_latent", "integer", id="n_latent-float"),
+    pytest.param({"n_spins": 4.0}, TypeError, "n_spins", "integer", id="n_spins-float"),
+    pytest.param({"n_chains": "64"}, TypeError, "n_chains", "integer", id="n_chains-text"),
+    pytest.param({"n_chains": 64.0}, TypeError, "n_chains", "integer", id="n_chains-float"),
+    pytest.param(
+        {"gene_likelihood": "gamma"},
+        ValueError,
+        "gene_likelihood",
+        "'zinb'",
+        id="gene_likelihood",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "cause", "remedy"), CONSTRUCTOR)
+def test_impossible_models_are_refused(adata, arguments, error, cause, remedy):
+    with pytest.raises(error, match=message(cause, remedy)):
+        small(adata, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("build", "cause", "remedy"),
+    [
+        pytest.param(lambda: Gumbel(temperature=0.0), "temperature=0.0 must be above zero", "0.3 to 1", id="gumbel"),
+        pytest.param(lambda: Gumbel(temperature=np.nan), "temperature=nan must be above zero", "", id="gumbel-nan"),
+        pytest.param(lambda: SpikeExponential(sharpness=-1), "sharpness=-1 must be above zero", "3 to 6", id="spike"),
+        pytest.param(lambda: BlockGibbsSampler(n_sweeps=0), "n_sweeps=0", "must both be at least 1", id="gibbs"),
+        pytest.param(lambda: SimulatedAnnealingSampler(n_hold=0), "n_hold=0", "at least 1", id="annealing"),
+        pytest.param(lambda: SamplingSchedule(every_n_steps=0), "every_n_steps=0", "must be at least 1", id="every"),
+        pytest.param(lambda: SamplingSchedule(n_sweeps=-2), "n_sweeps=-2", "must be at least 1", id="sweeps"),
+        pytest.param(lambda: SamplingSchedule(burn_in=0), "burn_in=0", "must be at least 1", id="burn_in"),
+        pytest.param(
+            lambda: SamplingSchedule(every_n_steps=1.5),
+            "every_n_steps=1.5",
+            "integer",
+            id="every-float",
+        ),
+        pytest.param(
+            lambda: SamplingSchedule(burn_in="100"),
+            "burn_in='100'",
+            "integer",
+            id="burn_in-text",
+        ),
+    ],
+)
+def test_impossible_settings_are_refused(build, cause, remedy):
+    with pytest.raises((TypeError, ValueError), match=message(cause, remedy)):
+        build()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train
+# ---------------------------------------------------------------------------------------------------------------------
+
+TRAIN = [
+    pytest.param(
+        {}, {"sampler": "annealer"}, ValueError, "Unknown sampler 'annealer'", "Use one of 'gibbs'", id="sampler-name"
+    ),
+    pytest.param(
+        {},
+        {"sampler": dimod.ExactSolver()},
+        TypeError,
+        "must be a name or a qbmscvi.samplers.Sampler, got ExactSolver",
+        r"Wrap a dimod sampler as `qbmscvi\.samplers\.DimodSampler\(sampler\)`",
+        id="sampler-type",
+    ),
+    pytest.param(
+        {},
+        {"sampler": ExactSampler},
+        TypeError,
+        "must be a name or a qbmscvi.samplers.Sampler, got type",
+        "",
+        id="sampler-class",
+    ),
+    pytest.param(
+        {},
+        {"sampler": DimodSampler(dimod.ExactSolver(), max_spins=4)},
+        GraphMismatchError,
+        r"problem has 6 spins, but DimodSampler\[ExactSolver\] accepts at most 4",
+        "Lower `n_latent` or `n_spins`, or .*sampler='gibbs'",
+        id="max_spins",
+    ),
+    pytest.param(
+        {"latent": "spins", "n_latent": 64, "n_spins": None},
+        {"sampler": "exact"},
+        GraphMismatchError,
+        "enumerate 32 of the 64 spins, but at most 20",
+        "Lower `n_latent` or `n_spins`, or use sampler='gibbs'",
+        id="exact-64-spins",
+    ),
+    pytest.param(
+        {"n_spins": 64},
+        {"sampler": ExactSampler()},
+        GraphMismatchError,
+        "enumerate 63 of the 64 spins",
+        "use sampler='gibbs'",
+        id="exact-64-spins-gaussian",
+    ),
+    pytest.param(
+        {},
+        {"sampler": DimodSampler(dimod.ExactSolver(), target="ground_state")},
+        ValueError,
+        r"DimodSampler\[ExactSolver\] finds ground states",
+        "Use sampler='gibbs' or another sampler",
+        id="ground-states",
+    ),
+    pytest.param({}, {"samplers": "gibbs"}, TypeError, "unexpected keyword argument 'samplers'", "", id="unknown"),
+    pytest.param(
+        {},
+        {"plan_kwargs": {"prior_rate": 1}},
+        TypeError,
+        "argument 'prior_rate'",
+        "",
+        id="unknown-plan-argument",
+    ),
+    pytest.param(
+        {},
+        {"plan_kwargs": {"sampler": "exact"}},
+        (TypeError, ValueError),
+        "sampler",
+        r"train\(",
+        id="sampler-in-plan_kwargs",
+    ),
+    pytest.param(
+        {},
+        {"schedule": {"every_n_steps": 2}},
+        TypeError,
+        "schedule",
+        "SamplingSchedule",
+        id="schedule-type",
+    ),
+    pytest.param(
+        {},
+        {"plan_kwargs": {"n_epochs_kl_warmup": "half"}},
+        ValueError,
+        "n_epochs_kl_warmup='half'",
+        "'auto'",
+        id="warmup",
+    ),
+    pytest.param(
+        {},
+        {"plan_kwargs": {"prior_lr": -1.0}},
+        ValueError,
+        "prior_lr",
+        "",
+        id="negative-prior_lr",
+    ),
+]
+
+
+@pytest.mark.parametrize(("model_arguments", "arguments", "error", "cause", "remedy"), TRAIN)
+def test_impossible_training_is_refused_before_it_starts(adata, model_arguments, arguments, error, cause, remedy):
+    model = small(adata, **model_arguments)
+    before = {name: value.clone() for name, value in model.module.state_dict().items()}
+    with pytest.raises(error, match=message(cause, remedy)):
+        train(model, **arguments)
+    assert_untrained(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.module.state_dict().items())
+
+
+def test_own_errors_are_also_those_of_python():
+    # `except ValueError` of code that knows nothing of this package keeps working
+    assert issubclass(GraphMismatchError, (QBMSCVIError, ValueError))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading the model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "cause", "remedy"),
+    [
+        pytest.param({"n_samples": 0}, ValueError, "n_(samples|cells)=0", "at least 1", id="none"),
+        pytest.param({"sampler": "mcmc"}, ValueError, "Unknown sampler 'mcmc'", "Use one of", id="sampler"),
+        pytest.param(
+            {"sampler": DimodSampler(dimod.ExactSolver(), max_spins=2)},
+            GraphMismatchError,
+            "accepts at most 2",
+            "sampler='gibbs'",
+            id="max_spins",
+        ),
+        pytest.param(
+            {"n_samples": 2.5},
+            (TypeError, ValueError),
+            "n_(samples|cells)=2.5",
+            "integer",
+            id="fraction",
+        ),
+    ],
+)
+@pytest.mark.parametrize("method", ["sample_prior", "generate"])
+def test_impossible_samples_are_refused(adata, method, arguments, error, cause, remedy):
+    arguments = dict(arguments)
+    if method == "generate" and "n_samples" in arguments:
+        arguments["n_cells"] = arguments.pop("n_samples")
+    with pytest.raises(error, match=message(cause, remedy)):
+        getattr(small(adata), method)(**arguments)
