@@ -52,7 +52,8 @@ class QBMSCVI(SCVI):
     latent
         ``"gaussian-spins"``: a Gaussian layer coupled to spins, a Gaussian-Bernoulli restricted Boltzmann machine; the
         prior of the Gaussian layer is a mixture of exponentially many Gaussians. ``"spins"``: spins alone, the family
-        of the QBM-VAE.
+        of the QBM-VAE; on two batches of ``kang_ifnb`` it mixes them as scVI does (kNN accuracy of the batch 0.74),
+        which the default does not (0.83).
     n_spins
         Number of spins beside the Gaussian layer, default 32.
     prior_graph
@@ -241,7 +242,9 @@ class QBMSCVI(SCVI):
             is represented by its mean in any case.
         layer
             ``"gaussian"`` (default of ``latent="gaussian-spins"``), ``"spins"`` (default of ``latent="spins"``), or
-            ``"both"``, Gaussian units first.
+            ``"both"``, Gaussian units first. The defaults are the readings that keep cell types and order in
+            ``benchmarks/REPRESENTATION.md``: beside a Gaussian layer the spins alone lose the order (Kendall tau of
+            pseudotime 0.04 to 0.36, against 0.83 of the Gaussian layer and of scVI, three seeds).
 
         Returns
         -------
