@@ -126,13 +126,13 @@ def block_gibbs_law(problem: IsingModel, beta: float, n_sweeps: int, start: np.n
     """Exact law after block Gibbs sweeps, from a state or from uniform spins.
 
     Color class after color class, spin by spin (spins of a class do not feel each other). With a factor each sweep
-    starts with its Gaussian variable, here on a grid of half a unit: the trapezoid rule, off by less than 1e-4 in total
-    variation at beta=2 (by halving the grid).
+    starts with its Gaussian variable, here on a grid of 0.7 of its standard deviation: the trapezoid rule, off by less
+    than 1e-5 in total variation after two sweeps (by halving the grid).
     """
     return _as_law(problem, _block_gibbs(problem, beta, n_sweeps, _start(problem, start)))
 
 
-def _block_gibbs(problem, beta, n_sweeps, law, step=0.5):
+def _block_gibbs(problem, beta, n_sweeps, law, relative_step=0.7):
     n = problem.n_spins
     axis = np.array([-1.0, 1.0])
     spins = [axis.reshape([-1 if k == i else 1 for k in range(n)]) for i in range(n)]
@@ -147,7 +147,8 @@ def _block_gibbs(problem, beta, n_sweeps, law, step=0.5):
     else:
         F = problem.factor.double().numpy()
         drive = np.stack([sum(F[a, i] * spins[i] for i in range(n)) for a in range(len(F))])  # (rank, 2, ..., 2)
-        reach = np.abs(drive).max() + 6.0 / math.sqrt(beta)
+        width = 1.0 / math.sqrt(beta)
+        reach, step = np.abs(drive).max() + 6.0 * width, relative_step * width
         line = np.arange(-reach, reach + step, step)
         grid = np.array(list(itertools.product(line, repeat=len(F))))  # (n_grid, rank)
         exponent = sum((grid[:, a].reshape(-1, *(1,) * n) - drive[a]) ** 2 for a in range(len(F)))

@@ -233,3 +233,14 @@ def test_build_graph_takes_graphs_as_they_are():
 def test_build_graph_refuses(spec, n_nodes, error, match):
     with pytest.raises(error, match=match):
         build_graph(spec, n_nodes)
+
+
+def test_unknown_topology_is_refused():
+    with pytest.raises(ValueError, match="Unknown topology 'hexagon'. Use one of 'chimera'"):
+        graphs.hardware("hexagon", 3)
+
+
+def test_edges_stay_read_only_after_pickling():
+    graph = pickle.loads(pickle.dumps(graphs.bipartite(2, 3)))
+    with pytest.raises(ValueError, match="read-only"):
+        graph.edges[0, 0] = 1

@@ -111,9 +111,9 @@ def test_a_faulty_path_misses_the_exact_value(monkeypatch, fault):
         fault(path)
 
     monkeypatch.setattr(_partition._AnnealingPath, "__init__", faulty)
-    inside = {name: n_inside(run_family(make, n_problems=6)) for name, make in FAMILIES.items()}
+    inside = {name: n_inside(run_family(make, n_problems=5)) for name, make in FAMILIES.items()}
     print(inside)
-    assert sum(inside.values()) < 0.5 * 6 * len(FAMILIES)
+    assert sum(inside.values()) < 0.5 * 5 * len(FAMILIES)
 
 
 @pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in FAMILIES.items()])
@@ -237,6 +237,19 @@ def test_running_log_z_stays_within_a_tenth_of_a_nat_of_exact(seed, options):
     assert np.abs(errors).max() < 0.1
 
 
+@pytest.mark.parametrize(
+    ("sampler", "is_fresh"),
+    [pytest.param(ExactSampler(), True, id="fresh"), pytest.param(BlockGibbsSampler(), False, id="persistent")],
+)
+def test_weights_of_the_tracking_chains_last_as_long_as_the_chains(sampler, is_fresh):
+    prior, callback = make_callback(7, 64, sampler=sampler)
+    callback._refresh()
+    with torch.no_grad():
+        prior.h.add_(0.05)
+    callback._refresh()
+    assert prior.tracking_log_weights.any() != is_fresh
+
+
 def learn(seed, n_steps, take_moments):
     """Maximum likelihood on 4 + 4 spins at a high learning rate; return the last error of log Z."""
     target = random_problem(graphs.bipartite(4, 4), seed=81, offset=0.0)
@@ -257,7 +270,7 @@ def learn(seed, n_steps, take_moments):
 
 @pytest.fixture(scope="module")
 def learning_errors():
-    return np.array([learn(seed, 60, lambda prior, callback: None) for seed in range(12)])
+    return np.array([learn(seed, 60, lambda prior, callback: None) for seed in range(8)])
 
 
 def test_running_log_z_is_unbiased_in_training(learning_errors):
@@ -274,7 +287,7 @@ def test_running_log_z_drifts_if_the_moments_come_from_the_tracking_chains(learn
     def from_tracking_chains(prior, callback):
         prior.set_moments(callback._tracked)
 
-    errors = np.array([learn(seed, 60, from_tracking_chains) for seed in range(4)])
+    errors = np.array([learn(seed, 60, from_tracking_chains) for seed in range(3)])
     print(f"error {errors.mean():.3f}")
     assert errors.max() < learning_errors.mean() - 4 * learning_errors.std()
 

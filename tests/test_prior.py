@@ -94,7 +94,7 @@ def exact_batch(prior):
 
 def set_exact(prior):
     prior.set_moments(exact_batch(prior))
-    prior.log_z.fill_(float(oracle_log_z(prior)))
+    prior.log_z.fill_(oracle_log_z(prior).item())
 
 
 # Energy and KL -----------------------------------------------------------------------------------------------------
@@ -127,7 +127,7 @@ def test_kl_matches_enumeration_and_sums_over_units(make):
     per_unit = kl_divergence(q, prior.distribution())
     assert per_unit.shape == (6, prior.n_units)
     for found, loc, scale, logits in zip(per_unit.sum(-1), q.gaussian_loc, q.gaussian_scale, q.logits, strict=True):
-        assert math.isclose(found, oracle_kl(prior, loc, scale, logits), abs_tol=1e-11)
+        assert math.isclose(found.item(), oracle_kl(prior, loc, scale, logits).item(), abs_tol=1e-11)
         assert found > 0
 
 
@@ -186,7 +186,7 @@ def test_expected_energy_is_the_mean_energy_of_samples(make):
     q = random_posterior(prior, batch=())
     torch.manual_seed(9)
     energy = prior.energy(q.sample((100_000,))).detach()
-    expected = float(prior.expected_energy(q).sum())
+    expected = prior.expected_energy(q).sum().item()
     assert abs(float(energy.mean()) - expected) < 4.5 * float(energy.std()) / math.sqrt(100_000)
 
 
@@ -199,7 +199,7 @@ def test_log_prob_is_normalized_and_its_gradient_too(make):
     z = torch.cat([prior.a.detach() + states @ prior.W.detach().T, states], dim=-1)
     log_p = prior.distribution().log_prob(z) + 0.5 * prior.n_gaussian * math.log(2 * math.pi)
     p = log_p.exp()
-    assert math.isclose(p.sum(), 1.0, rel_tol=1e-12)
+    assert math.isclose(p.sum().item(), 1.0, rel_tol=1e-12)
     assert torch.allclose(p.detach(), exact_batch(prior).weights, rtol=1e-10)
 
 
@@ -272,7 +272,7 @@ def test_moments_go_into_buffers_of_fixed_shape(make):
 @each_prior
 def test_log_z_of_the_ising_problem_is_that_of_the_prior(make):
     prior = make()
-    assert math.isclose(exact_log_z(prior.to_ising()), oracle_log_z(prior), abs_tol=1e-11)
+    assert math.isclose(exact_log_z(prior.to_ising()), oracle_log_z(prior).item(), abs_tol=1e-11)
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def test_integrating_the_gaussian_layer_out_matches_quadrature(make):
     for state, energy in zip(states, energies.tolist(), strict=True):
         z = torch.cat([grid, state.expand(len(grid), -1)], dim=1)
         log_integral = torch.logsumexp(-prior.energy(z), 0) + prior.n_gaussian * math.log(0.25)
-        assert math.isclose(float(log_integral), -energy, abs_tol=1e-10)
+        assert math.isclose(log_integral.item(), -energy, abs_tol=1e-10)
 
 
 @each_prior

@@ -614,3 +614,13 @@ def test_binomial_p_value_is_two_sided_and_exact():
     assert binomial_p_value(0, 10, 0.5) == pytest.approx(2 / 1024)
     assert binomial_p_value(10, 10, 0.5) == pytest.approx(2 / 1024)
     assert binomial_p_value(5, 10, 0.5) == 1.0
+
+
+def test_chain_states_that_are_not_spins_are_refused(problem):
+    with pytest.raises(ValueError, match=r"initial_spins has values other than -1 and \+1"):
+        SamplingRequest(problem, 4, initial_spins=torch.full((4, problem.n_spins), 7.0))
+
+
+def test_annealing_takes_seeds_beyond_32_bits(problem):
+    request = SamplingRequest(problem, 4, seed=2**40 + 5)
+    assert SimulatedAnnealingSampler().sample(request).info["seed"] == 2**40 + 5

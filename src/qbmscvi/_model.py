@@ -376,7 +376,8 @@ class QBMSCVI(SCVI):
             msg = f"Unknown batch {batch!r}. Use one of {', '.join(map(repr, categories))}."
             raise ValueError(msg)
         require_integer("n_cells", n_cells, 1)
-        latent_seed, library_seed, count_seed = _split_seed(seed, 3)
+        seed = int(torch.randint(2**31 - 1, ())) if seed is None else seed
+        library_seed, count_seed = _split_seed(seed, 4)[2:]  # the first two are those of `sample_prior`
         if library_size is None:
             key = REGISTRY_KEYS.SIZE_FACTOR_KEY if module.use_size_factor_key else REGISTRY_KEYS.X_KEY
             totals = np.asarray(self.adata_manager.get_from_registry(key).sum(axis=1)).ravel()
@@ -389,7 +390,7 @@ class QBMSCVI(SCVI):
         if not (library_size > 0).all():
             msg = f"library_size must be positive, got {library_size.min():g}."
             raise ValueError(msg)
-        z = self.sample_prior(n_cells, sampler=sampler, seed=latent_seed)
+        z = self.sample_prior(n_cells, sampler=sampler, seed=seed)
         device = self.device
         was_training = module.training
         module.eval()

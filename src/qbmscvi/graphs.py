@@ -112,6 +112,11 @@ class Graph:
         """Leave cached tensors out of pickles."""
         return {"n_nodes": self.n_nodes, "edges": self.edges, "name": self.name}
 
+    def __setstate__(self, state: dict) -> None:
+        """Restore the fields; the edges are read-only again."""
+        self.__dict__.update(state)
+        self.edges.setflags(write=False)
+
     def to_networkx(self) -> nx.Graph:
         """Return the graph as a :class:`networkx.Graph` with integer nodes."""
         graph = nx.empty_graph(self.n_nodes)
@@ -198,7 +203,12 @@ def hardware(topology: Literal["chimera", "pegasus", "zephyr"], n_nodes: int) ->
     ------
     ModuleNotFoundError
         If ``dwave-networkx`` is not installed.
+    ValueError
+        If the topology is unknown.
     """
+    if topology not in _HARDWARE_TOPOLOGIES:
+        msg = f"Unknown topology {topology!r}. Use one of {', '.join(map(repr, _HARDWARE_TOPOLOGIES))}."
+        raise ValueError(msg)
     try:
         import dwave_networkx as dnx
     except ModuleNotFoundError as error:

@@ -96,6 +96,9 @@ class SamplingRequest:
         if self.initial_spins is not None and tuple(self.initial_spins.shape) != expected:
             msg = f"initial_spins has shape {tuple(self.initial_spins.shape)}; it must be {expected}."
             raise ValueError(msg)
+        if self.initial_spins is not None and not bool((self.initial_spins.abs() == 1).all()):
+            msg = "initial_spins has values other than -1 and +1. Convert bits with `qbmscvi.ising.bits_to_spins`."
+            raise ValueError(msg)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers and words from which the request can be built again."""

@@ -34,7 +34,7 @@ class _DimodAdapter(Sampler):
     def _sample(self, request: SamplingRequest, seed: int) -> Draw:
         bqm = request.problem.to_bqm()
         bqm.scale(request.beta)
-        sample_set = self.sampler.sample(bqm, **self._call_arguments(request, seed))
+        sample_set = self.sampler.sample(bqm, **self._call_arguments(request, seed % 2**31))  # C integers
         columns = [sample_set.variables.index(spin) for spin in range(request.problem.n_spins)]
         record = sample_set.record
         spins = np.repeat(record.sample[:, columns], record.num_occurrences, axis=0)
