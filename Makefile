@@ -13,7 +13,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.qbmscvi-installed
 
 export MPLBACKEND ?= Agg
-export OMP_NUM_THREADS ?= 2
+# The matrices are small: a second thread gains little, and loses much where another program wants the core.
+export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
