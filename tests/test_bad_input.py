@@ -102,6 +102,17 @@ def test_data_that_are_not_counts_are_refused(counts, change, cause, remedy, is_
     assert_untrained(model)
 
 
+def test_cells_are_numbered_through_all_chunks(counts, monkeypatch):
+    monkeypatch.setattr("qbmscvi._counts._CHUNK_ROWS", 50)
+    bad = counts.copy()
+    X = bad.X.toarray()
+    X[[120, 170]] = 0.0
+    bad.X = X
+    QBMSCVI.setup_anndata(bad)
+    with pytest.raises(ValueError, match="Cell 120 has no counts"):
+        train(small(bad))
+
+
 @pytest.mark.filterwarnings("ignore:.*does not contain unnormalized count data")
 def test_data_are_taken_from_the_registered_layer(counts):
     adata = counts.copy()

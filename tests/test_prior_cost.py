@@ -41,14 +41,14 @@ class Meter(Callback):
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.steps, self.sampling, self.kl = [], [], []
         self._started = None
-        refresh = SamplingCallback._refresh
+        refresh = SamplingCallback.on_train_batch_start
 
-        def timed(callback):
+        def timed(*args, **kwargs):
             started = time.process_time()
-            refresh(callback)
+            refresh(*args, **kwargs)
             self.sampling.append(time.process_time() - started)
 
-        monkeypatch.setattr(SamplingCallback, "_refresh", timed)
+        monkeypatch.setattr(SamplingCallback, "on_train_batch_start", timed)
 
     def on_train_epoch_start(self, trainer, pl_module):
         self._started = None

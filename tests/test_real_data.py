@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scanpy as sc
 import scvi
+import torch
 
 from qbmscvi import QBMSCVI, SamplingSchedule
 
@@ -18,6 +19,7 @@ def kang(shared_data):
     adata = sc.read_h5ad(shared_data / "kang_ifnb.h5ad")
     sc.pp.highly_variable_genes(adata, n_top_genes=2000, flavor="seurat_v3", batch_key="batch", subset=True)
     assert adata.X.sum(axis=1).min() > 0
+    torch.set_num_threads(1)  # numba, which scanpy calls, sets the threads of torch's OpenMP anew
     QBMSCVI.setup_anndata(adata, batch_key="batch")
     return adata
 

@@ -19,9 +19,17 @@ from lightning.pytorch.callbacks import Callback
 from qbmscvi import QBMSCVI, SamplingSchedule
 from qbmscvi.datasets import synthetic_counts
 from qbmscvi.exceptions import SamplerError, SamplerTimeout, TrainingDivergedError
-from qbmscvi.samplers import BlockGibbsSampler, DimodSampler, Draw, ExactSampler, Sampler
+from qbmscvi.samplers import BlockGibbsSampler, DimodSampler, Draw, ExactSampler, Sampler, build_sampler
 
 LATENTS = ("gaussian-spins", "spins")
+SAMPLER_NAMES = (
+    "gibbs",
+    "parallel_tempering",
+    "simulated_annealing",
+    "path_integral_annealing",
+    "tree_decomposition",
+    "exact",
+)
 N_STEPS = 4  # steps of an epoch: 216 of 240 cells in batches of 64
 
 
@@ -269,7 +277,7 @@ def test_saved_file_holds_no_sampler(adata, tmp_path):
 
 
 @pytest.mark.parametrize("latent", LATENTS)
-@pytest.mark.parametrize("sampler", ["gibbs", "simulated_annealing", "exact"])
+@pytest.mark.parametrize("sampler", SAMPLER_NAMES)
 def test_equal_seeds_give_bit_equal_models(adata, latent, sampler):
     def run(seed):
         scvi.settings.seed = seed
@@ -287,8 +295,7 @@ def test_equal_seeds_give_bit_equal_models(adata, latent, sampler):
     [
         pytest.param({"schedule": SamplingSchedule(n_sweeps=9, burn_in=20)}, id="n_sweeps"),
         pytest.param({"schedule": SamplingSchedule(every_n_steps=3)}, id="every_n_steps"),
-        pytest.param({"sampler": "simulated_annealing"}, id="simulated_annealing"),
-        pytest.param({"sampler": "exact"}, id="exact"),
+        *(pytest.param({"sampler": name}, id=name) for name in SAMPLER_NAMES[1:]),
         pytest.param({"sampler": Fault(lambda draw: _raise(SamplerError("busy")))}, id="failing"),
     ],
 )
@@ -354,6 +361,16 @@ def test_accumulated_gradients_need_one_request_per_optimizer_step(adata):
     assert len(sampler.requests) == n_updates(model) == 3 * N_STEPS / 2
 
 
+def test_accumulated_gradients_move_the_chains_beside_a_remote_sampler_once_per_step(adata):
+    sampler = RecordingSampler()
+    sampler.traits = replace(sampler.traits, is_remote=True)
+    schedule = SamplingSchedule(latency=2)
+    model = train(build(adata), max_epochs=3, sampler=sampler, schedule=schedule, accumulate_grad_batches=2)
+    assert n_updates(model) == 3 * N_STEPS / 2
+    # asked at steps 0, 2 and 4; the answers of the first two are used at 2 and 4
+    assert model.trainer.lightning_module.sampling.broker.ledger.n_trips == 3
+
+
 @pytest.mark.parametrize(("every", "n_checks"), [(None, None), (1, 4), (2, 2)], ids=["never", "each", "second"])
 def test_validation_runs_as_often_as_asked(adata, every, n_checks):
     model = train(build(adata), max_epochs=4, check_val_every_n_epoch=every)
@@ -393,13 +410,17 @@ def test_plan_config_reaches_the_plan(adata):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def test_every_sampler_name_is_listed_here():
+    with pytest.raises(ValueError, match="Unknown sampler") as error:
+        build_sampler("")
+    assert set(re.findall(r"'(\w+)'", str(error.value))) == set(SAMPLER_NAMES)
+
+
 @pytest.mark.parametrize("latent", LATENTS)
 @pytest.mark.parametrize(
     "sampler",
     [
-        pytest.param("gibbs", id="gibbs"),
-        pytest.param("simulated_annealing", id="simulated_annealing"),
-        pytest.param("exact", id="exact"),
+        *(pytest.param(name, id=name) for name in SAMPLER_NAMES),
         pytest.param(BlockGibbsSampler(n_sweeps=1), id="instance"),
     ],
 )

@@ -1,0 +1,700 @@
+"""Composites: each keeps the law of a good child, removes from a bad one what it says it removes, and nests.
+
+The bad child is a device as annealers are: one temperature that is not the one believed, a field that it adds to every
+spin, limited ranges and eight bits. What it does is known exactly, so that what a composite leaves is, too.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from dwave.samplers import RandomSampler, SteepestDescentSampler
+from laws import Law, assert_follows, block_gibbs_law, random_problem, state_table
+
+from qbmscvi import graphs
+from qbmscvi.enumeration import draw_exact
+from qbmscvi.exceptions import GraphMismatchError, InvalidSamples, SamplerError
+from qbmscvi.ising import IsingModel
+from qbmscvi.samplers import (
+    BlockGibbsSampler,
+    Budgeted,
+    Calibrated,
+    DimodSampler,
+    Draw,
+    ExactSampler,
+    Polished,
+    Recorded,
+    Rescaled,
+    Retrying,
+    Reweighted,
+    Sampler,
+    SamplerTraits,
+    SamplingRequest,
+    SpinReversed,
+    effective_beta,
+)
+from qbmscvi.testing import SamplerCheckError, assert_boltzmann, check_sampler, compare_with_boltzmann, tiny_problems
+
+PROBLEMS = tiny_problems()
+each_problem = pytest.mark.parametrize("name", list(PROBLEMS))
+
+
+class Spy(ExactSampler):
+    """Keeps what it was asked."""
+
+    def __init__(self):
+        self.requests = []
+        self.n_trips = 0
+
+    def _sample_batch(self, requests, seeds):
+        self.requests += requests
+        self.n_trips += 1
+        return super()._sample_batch(requests, seeds)
+
+
+class OffTemperature(ExactSampler):
+    """Exact, at ``gain * beta``; ``reports`` says whether it says so."""
+
+    traits = SamplerTraits(target="boltzmann")
+
+    def __init__(self, gain, reports=False):
+        self.gain, self.reports = gain, reports
+
+    def _sample(self, request, seed):
+        draw = super()._sample(replace(request, beta=self.gain * request.beta), seed)
+        return replace(draw, info={"effective_beta": self.gain * request.beta} if self.reports else {})
+
+
+class Weighing(ExactSampler):
+    """Exact draws at three quarters of beta, with importance weights."""
+
+    def _sample(self, request, seed):
+        spins = super()._sample(replace(request, beta=0.75 * request.beta), seed).spins
+        weights = torch.softmax(-0.25 * request.beta * request.problem.energy(spins).double(), 0)
+        return Draw(spins, weights)
+
+
+class Frozen(Sampler):
+    """Chains of zero moves."""
+
+    traits = SamplerTraits(is_persistent=True)
+
+    def _sample(self, request, seed):
+        return Draw(request.initial_spins)
+
+
+class Reporting(ExactSampler):
+    """Tells the device time and the fields and couplings of every question."""
+
+    def _sample(self, request, seed):
+        return replace(super()._sample(request, seed), info={"device_seconds": 2.0, "chain_breaks": 0.01})
+
+
+def ask(sampler, problem, n_samples=2000, beta=1.0, seed=0, **kwargs):
+    return sampler.sample(SamplingRequest(problem, n_samples, beta, seed=seed, **kwargs))
+
+
+# The law -----------------------------------------------------------------------------------------------------------
+
+LAWFUL = {
+    "rescaled-up": lambda path: Rescaled(ExactSampler(), h_limit=1, J_limit=0.5),
+    "rescaled-down": lambda path: Rescaled(ExactSampler(), h_limit=0.01, J_limit=2.0),
+    "rescaled-sixteen-bits": lambda path: Rescaled(ExactSampler(), h_limit=1, J_limit=1, n_bits=16),
+    "rescaled-fixed-temperature": lambda path: Rescaled(ExactSampler(), device_beta=5.0),
+    "spin-reversed": lambda path: SpinReversed(ExactSampler(), 4),
+    "spin-reversed-weights": lambda path: SpinReversed(Weighing(), 7),
+    "polished": lambda path: Polished(ExactSampler(), 3),
+    "polished-weights": lambda path: Polished(Weighing(), 3),
+    "reweighted": lambda path: Reweighted(OffTemperature(0.8)),
+    "reweighted-report": lambda path: Reweighted(OffTemperature(0.8, reports=True)),
+    "retrying": lambda path: Retrying(ExactSampler()),
+    "budgeted": lambda path: Budgeted(ExactSampler(), n_calls=1000),
+    "recorded": lambda path: Recorded(ExactSampler(), path / "tape"),
+    "stack": lambda path: Polished(SpinReversed(Rescaled(Retrying(ExactSampler()), h_limit=1, J_limit=1), 3), 2),
+    "stack-upside-down": lambda path: Rescaled(SpinReversed(Reweighted(Polished(ExactSampler(), 2)), 3), J_limit=0.1),
+}
+
+
+@pytest.mark.parametrize("build", [pytest.param(build, id=name) for name, build in LAWFUL.items()])
+def test_composites_keep_the_contract_of_a_good_child(build, tmp_path):
+    """Alpha 1e-4 a case."""
+    report = check_sampler(build(tmp_path), betas=(0.5, 1.5), n_samples=2000)
+    assert len(report.verdicts) == 16
+
+
+def test_calibrated_breaks_no_law_but_that_of_seeds():
+    """What it asks depends on what it was answered before."""
+    with pytest.raises(SamplerCheckError) as caught:
+        check_sampler(Calibrated(ExactSampler()), n_samples=2000)
+    assert {failure.law for failure in caught.value.report.failures} == {"seeds"}
+    first, second = (ask(Calibrated(ExactSampler()), PROBLEMS["complete-6"], seed=3).spins for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("build", [pytest.param(build, id=name) for name, build in LAWFUL.items()])
+def test_traits_and_limits_are_those_of_the_child(build, tmp_path):
+    composite = build(tmp_path)
+    child = composite
+    while hasattr(child, "child"):
+        child = child.child
+    assert composite.traits == child.traits
+    assert composite.name.startswith(f"{type(composite).__name__}(")
+    assert child.name in composite.name
+    assert repr(composite) == f"{composite.name}()"
+    with pytest.raises(GraphMismatchError, match="ExactSampler|OffTemperature|Weighing"):
+        composite.check(random_problem(graphs.complete(30)))
+
+
+# The device --------------------------------------------------------------------------------------------------------
+
+TRUE_BETA, BELIEVED_BETA, RANGE, N_BITS = 3.7, 5.0, 0.2, 8
+
+
+class Device(Sampler):
+    """Answers at 3.7, whatever is asked, with a field of its own; refuses what it cannot represent."""
+
+    traits = SamplerTraits(target="approximate", max_spins=12)
+
+    def __init__(self, bias=0.03):
+        self.bias = bias
+        self.asked = []
+
+    def _sample(self, request, seed):
+        problem = request.problem
+        assert request.beta == BELIEVED_BETA, "this device has one temperature"
+        assert problem.factor is None, "this device has no factors"
+        for values in (problem.h, problem.J):
+            level = values.double() / (RANGE / (2 ** (N_BITS - 1) - 1))
+            assert (values.double().abs() <= RANGE * (1 + 1e-6)).all(), "out of range"
+            assert (level - level.round()).abs().max() < 1e-3, "finer than eight bits"
+        self.asked.append(problem)
+        biased = replace(problem, h=problem.h + self.bias)
+        generator = torch.Generator().manual_seed(seed)
+        return Draw(draw_exact(biased, request.n_samples, TRUE_BETA, generator))
+
+
+def rescaled(device, device_beta=BELIEVED_BETA) -> Rescaled:
+    return Rescaled(device, h_limit=RANGE, J_limit=RANGE, n_bits=N_BITS, device_beta=device_beta)
+
+
+def worst_mean(batch, law) -> float:
+    return float(np.abs(batch.spins.double().mean(0).numpy() - law.mean).max())
+
+
+def test_each_layer_around_a_device_removes_what_it_says(capsys):
+    problem, n = PROBLEMS["bipartite-3x5"].to(torch.float32), 40_000
+    target = Law.boltzmann(problem, 1.0)
+    hot = Law.boltzmann(problem, TRUE_BETA / BELIEVED_BETA)
+    noise = np.sqrt((1 - target.mean**2) / n).max()
+
+    bare = rescaled(Device())
+    reversed_ = SpinReversed(rescaled(Device()), 400)
+    calibrated = Calibrated(SpinReversed(rescaled(Device()), 400))
+    polished = Polished(Calibrated(SpinReversed(rescaled(Device()), 400)), 10)
+    batches = {
+        "Rescaled": ask(bare, problem, n, seed=1),
+        "SpinReversed": ask(reversed_, problem, n, seed=1),
+        "Calibrated, first answer": ask(calibrated, problem, n, seed=2),
+        "Calibrated, second answer": ask(calibrated, problem, n, seed=3),
+        "Polished, first answer": ask(polished, problem, n, seed=2),
+        "Polished, second answer": ask(polished, problem, n, seed=3),
+    }
+    worst = {stage: worst_mean(batch, target) for stage, batch in batches.items()}
+    worst_hot = {stage: worst_mean(batch, hot) for stage, batch in batches.items()}
+    with capsys.disabled():
+        print(f"\nlargest error of <s_i>, one standard error {noise:.4f}; in brackets against the law at 0.74")
+        for stage in batches:
+            print(f"  {stage:26} {worst[stage]:.4f}  ({worst_hot[stage]:.4f})")
+
+    # The field is gone: what is left is the law at the true temperature.
+    assert worst_hot["Rescaled"] > 10 * noise
+    assert worst_hot["SpinReversed"] < 5 * noise
+    assert worst["SpinReversed"] > 10 * noise
+    # The temperature is measured, and right from the second answer on.
+    info = batches["Calibrated, first answer"].info
+    assert abs(info["effective_beta"] - TRUE_BETA / BELIEVED_BETA) < 1.96 * info["effective_beta_scale"]
+    assert worst["Calibrated, first answer"] > 10 * noise
+    assert worst["Calibrated, second answer"] < 5 * noise
+    info = batches["Calibrated, second answer"].info
+    assert abs(info["effective_beta"] - 1.0) < 4 * info["effective_beta_scale"]
+    # Ten sweeps at the right temperature repair what is left, and most of it before anything is calibrated.
+    assert worst["Polished, first answer"] < 5 * noise
+    assert_boltzmann(problem, batches["Polished, second answer"], 1.0)
+    # By themselves the layers below are not enough.
+    for stage in ("Rescaled", "SpinReversed", "Calibrated, first answer"):
+        assert compare_with_boltzmann(problem, batches[stage], 1.0).p_value < 1e-6
+
+
+def test_gauges_average_a_field_out_up_to_second_order():
+    """The mean over all 256 gauges, enumerated: above 0.1 before, 0.006 after."""
+    problem, bias = PROBLEMS["bipartite-3x5"].scaled(1 / BELIEVED_BETA), Device().bias
+    target = Law.boltzmann(problem, TRUE_BETA).mean
+    means = [
+        Law.boltzmann(replace(problem, h=problem.h + bias * torch.tensor(gauge)), TRUE_BETA).mean
+        for gauge in itertools.product((-1.0, 1.0), repeat=8)
+    ]
+    assert np.abs(means[-1] - target).max() > 0.1
+    assert np.abs(np.mean(means, axis=0) - target).max() < 0.007
+
+
+def test_many_gauges_leave_no_field_beyond_their_standard_error():
+    """Standard errors from the spread between 400 gauges of 50 samples; 5 of them over 8 spins, alpha 5e-6."""
+    problem, n_gauges = PROBLEMS["bipartite-3x5"], 400
+    law = Law.boltzmann(problem, TRUE_BETA / BELIEVED_BETA)
+    batch = ask(SpinReversed(rescaled(Device()), n_gauges), problem, 50 * n_gauges, seed=4)
+    by_gauge = batch.spins.double().reshape(n_gauges, 50, 8).mean(1).numpy()
+    z = (by_gauge.mean(0) - law.mean) / (by_gauge.std(0, ddof=1) / np.sqrt(n_gauges))
+    assert np.abs(z).max() < 5
+    plain = ask(rescaled(Device()), problem, 50 * n_gauges, seed=4)
+    assert (np.abs(plain.spins.double().mean(0).numpy() - law.mean) > 0.05).sum() >= 6
+
+
+# Rescaled ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("h_limit", "J_limit"), [(1.0, 0.5), (0.01, None), (None, 3.0), (100.0, 1e-3)], ids=str)
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_rescaled_scales_and_never_clips(h_limit, J_limit, size):
+    """The child's problem is a multiple of the caller's, fills a range, and beta takes the multiple up."""
+    problem, spy = random_problem(graphs.bipartite(3, 4), seed=1, scale=size), Spy()
+    batch = ask(Rescaled(spy, h_limit=h_limit, J_limit=J_limit), problem, 5, beta=0.7 / size)
+    asked, scale = spy.requests[0], batch.info["scale"]
+    assert torch.allclose(asked.problem.h, problem.h * scale, rtol=1e-12, atol=0)
+    assert torch.allclose(asked.problem.J, problem.J * scale, rtol=1e-12, atol=0)
+    assert asked.beta * scale == pytest.approx(0.7 / size, rel=1e-12)
+    shares = [float(v.abs().max()) / lim for v, lim in ((asked.problem.h, h_limit), (asked.problem.J, J_limit)) if lim]
+    assert max(shares) == pytest.approx(1.0, rel=1e-12)
+    assert batch.info["effective_beta"] == pytest.approx(0.7 / size, rel=1e-12)
+    assert not batch.info["is_range_limited"]
+    assert "rounding_error" not in batch.info
+    assert torch.allclose(batch.energies, problem.energy(batch.spins))
+
+
+@pytest.mark.xfail(reason="the scale times the largest value may exceed the limit by half a unit in the last place")
+@pytest.mark.parametrize("n_bits", [None, 8])
+def test_limits_hold_to_the_last_bit(n_bits):
+    """A device compares with its limits exactly."""
+    for seed in range(50):
+        problem, spy = random_problem(graphs.bipartite(2, 3), seed=seed, dtype=torch.float32), Spy()
+        ask(Rescaled(spy, h_limit=0.3, J_limit=0.3, n_bits=n_bits), problem, 1)
+        seen = spy.requests[0].problem
+        assert float(seen.h.abs().max()) <= 0.3
+        assert float(seen.J.abs().max()) <= 0.3
+
+
+def test_a_fixed_temperature_sets_the_scale():
+    problem, spy = PROBLEMS["complete-6"], Spy()
+    batch = ask(Rescaled(spy, h_limit=1, J_limit=1, device_beta=5.0), problem, 5, beta=2.0)
+    assert spy.requests[0].beta == 5.0
+    assert batch.info["scale"] == pytest.approx(0.4)
+    assert batch.info["effective_beta"] == pytest.approx(2.0)
+    assert batch.info["beta"] == 2.0
+    assert not batch.info["is_range_limited"]
+    assert torch.allclose(spy.requests[0].problem.h, 0.4 * problem.h)
+
+
+@each_problem
+def test_where_the_range_ends_samples_are_as_hot_as_reported(name):
+    """Gate at alpha = 1e-4 at the reported temperature, and rejection at the one asked for."""
+    problem = PROBLEMS[name]
+    sampler = Rescaled(ExactSampler(), h_limit=0.1, J_limit=0.1, device_beta=5.0)
+    batch = ask(sampler, problem, 5000, beta=2.0, seed=5)
+    info, largest = batch.info, max(float(problem.h.abs().max()), float(problem.to_dense().J.abs().max()))
+    assert info["is_range_limited"] is True
+    assert info["scale"] == pytest.approx(0.1 / largest)
+    assert info["effective_beta"] == pytest.approx(5.0 * 0.1 / largest)
+    assert info["effective_beta"] < 2.0
+    assert_boltzmann(problem, batch, info["effective_beta"])
+    assert compare_with_boltzmann(problem, batch, 2.0).p_value < 1e-6
+
+
+@pytest.mark.parametrize("n_bits", [2, 5, 8, 16])
+@each_problem
+def test_rounding_is_to_the_grid_and_its_error_is_recorded(name, n_bits):
+    problem, spy = PROBLEMS[name], Spy()
+    batch = ask(Rescaled(spy, h_limit=2.0, J_limit=1.0, n_bits=n_bits), problem, 5)
+    dense, seen, scale = problem.to_dense(), spy.requests[0].problem, batch.info["scale"]
+    levels = 2 ** (n_bits - 1) - 1
+    for values, limit in ((seen.h, 2.0), (seen.J, 1.0)):
+        level = values / limit * levels
+        assert torch.allclose(level, level.round(), rtol=0, atol=1e-9)
+        assert level.abs().max() <= levels + 1e-9
+    error = torch.cat([seen.h / scale - dense.h, seen.J / scale - dense.J])
+    assert batch.info["rounding_error"] == pytest.approx(float(error.square().mean().sqrt()), rel=1e-9)
+    steps = torch.cat([torch.full_like(seen.h, 2.0), torch.full_like(seen.J, 1.0)]) / levels / scale
+    assert (error.abs() <= 0.5 * steps * (1 + 1e-9)).all()
+    if n_bits == 16:
+        assert batch.info["rounding_error"] < 1e-4
+
+
+def test_a_problem_with_a_factor_is_written_out_densely():
+    problem, spy = PROBLEMS["ring-7-factor-2"], Spy()
+    scale = ask(Rescaled(spy, h_limit=1, J_limit=1), problem, 5).info["scale"]
+    seen = spy.requests[0].problem
+    assert seen.factor is None
+    assert seen.graph.n_edges == 21
+    states = torch.from_numpy(state_table(7))
+    assert torch.allclose(seen.energy(states), scale * problem.energy(states))
+
+
+@pytest.mark.parametrize("device_beta", [None, 5.0])
+def test_a_problem_of_zeros_needs_no_scale(device_beta):
+    problem, spy = IsingModel(torch.zeros(4), torch.zeros(6), graphs.complete(4)), Spy()
+    sampler = Rescaled(spy, h_limit=1, J_limit=1, n_bits=8, device_beta=device_beta)
+    info = ask(sampler, problem, 5, beta=2.0).info
+    assert info["effective_beta"] == pytest.approx(2.0)
+    assert not info["is_range_limited"]
+    assert info["rounding_error"] == 0.0
+
+
+def test_without_limits_a_problem_is_passed_on_as_it_is():
+    problem, spy = PROBLEMS["complete-6"], Spy()
+    info = ask(Rescaled(spy), problem, 5, beta=0.7).info
+    assert (info["scale"], spy.requests[0].beta) == (1.0, 0.7)
+    assert torch.equal(spy.requests[0].problem.h, problem.h)
+
+
+def test_each_request_of_a_batch_has_its_own_scale():
+    spy = Spy()
+    requests = [SamplingRequest(p, 3 + k, 0.5 + k, seed=k) for k, p in enumerate(PROBLEMS.values())]
+    batches = Rescaled(spy, h_limit=1, J_limit=1).sample_batch(requests)
+    assert spy.n_trips == 1
+    for request, batch, seen in zip(requests, batches, spy.requests, strict=True):
+        assert batch.spins.shape == (request.n_samples, request.problem.n_spins)
+        assert torch.allclose(seen.problem.h, request.problem.h * batch.info["scale"])
+        assert seen.seed == request.seed
+    assert len({batch.info["scale"] for batch in batches}) == 4
+
+
+# SpinReversed ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n_samples", "n_gauges"), [(10, 3), (7, 7), (2, 5), (1, 4), (12, 1)])
+def test_samples_are_shared_out_among_gauges_in_one_trip(n_samples, n_gauges):
+    problem, spy = PROBLEMS["ring-7-factor-2"], Spy()
+    batch = ask(SpinReversed(spy, n_gauges), problem, n_samples)
+    sizes = [request.n_samples for request in spy.requests]
+    assert spy.n_trips == 1
+    assert sum(sizes) == n_samples
+    assert max(sizes) - min(sizes) <= 1
+    assert len(sizes) == batch.info["n_gauges"] == min(n_gauges, n_samples)
+    assert len({request.seed for request in spy.requests}) == len(sizes)
+
+
+def test_gauges_flip_about_half_of_the_spins_and_leave_energies_alone():
+    """Of 8 x 500 signs between 1,850 and 2,150 are negative (binomial, alpha 2e-6)."""
+    problem, spy = PROBLEMS["bipartite-3x5"], Spy()
+    batch = ask(SpinReversed(spy, 500), problem, 500, seed=6)
+    gauges = torch.stack([(request.problem.h / problem.h).sign() for request in spy.requests])
+    assert 1850 < (gauges < 0).sum() < 2150
+    i, j = problem.graph.edge_index()
+    for request, gauge, spins, energy in zip(spy.requests, gauges, batch.spins, batch.energies, strict=True):
+        assert torch.equal(request.problem.h, gauge * problem.h)
+        assert torch.equal(request.problem.J, gauge[i] * gauge[j] * problem.J)
+        assert request.problem.energy(spins * gauge) == pytest.approx(float(energy), abs=1e-12)
+
+
+def test_gauges_follow_the_seed_and_the_requests():
+    problem, spy = PROBLEMS["complete-6"], Spy()
+    sampler = SpinReversed(spy, 2)
+    for seed in (1, 1, 2):
+        ask(sampler, problem, 4, seed=seed)
+    signs = [request.problem.h.sign().tolist() for request in spy.requests]
+    assert signs[0:2] == signs[2:4] != signs[4:6]
+    pair = [SamplingRequest(problem, n, seed=n) for n in (4, 9)]
+    for one, both in zip(pair, sampler.sample_batch(pair), strict=True):
+        assert torch.equal(sampler.sample(one).spins, both.spins)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        pytest.param(lambda: SpinReversed(Frozen(), 3), id="once"),
+        pytest.param(lambda: SpinReversed(SpinReversed(Frozen(), 2), 3), id="twice"),
+        pytest.param(lambda: Retrying(SpinReversed(Rescaled(SpinReversed(Frozen(), 4), h_limit=1), 3)), id="stack"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.float32], ids=str)
+@each_problem
+def test_chains_that_do_not_move_come_back_as_they_were(name, dtype, build):
+    problem = PROBLEMS[name]
+    rows = np.random.default_rng(7).choice([-1, 1], size=(11, problem.n_spins))
+    initial = torch.tensor(rows, dtype=dtype)
+    batch = ask(build(), problem, 11, initial_spins=initial)
+    assert torch.equal(batch.spins, torch.tensor(rows, dtype=torch.int8))
+    assert torch.equal(initial, torch.tensor(rows, dtype=dtype))
+
+
+def test_chains_through_gauges_keep_the_law():
+    """Two sweeps from exact draws, gauges drawn anew each time; alpha 1e-4."""
+    problem = PROBLEMS["chimera-12"]
+    sampler, law = SpinReversed(BlockGibbsSampler(), 5), Law.boltzmann(problem, 1.3)
+    spins = law.draw(5000, seed=8)
+    for seed in (81, 82, 83):
+        spins = ask(sampler, problem, 5000, 1.3, seed=seed, initial_spins=spins, n_sweeps=2).spins
+    assert_follows(spins, law)
+
+
+def test_weights_of_uneven_gauges_stay_with_their_samples():
+    problem = PROBLEMS["complete-6"]
+    batch = ask(SpinReversed(Weighing(), 3), problem, 1000, seed=9)
+    assert batch.weights.sum() == pytest.approx(1.0)
+    for rows in torch.tensor_split(torch.arange(1000), 3):  # in each gauge by the energies, with the share of its size
+        due = torch.softmax(-0.25 * batch.energies[rows], 0) * len(rows) / 1000
+        assert torch.allclose(batch.weights[rows], due)
+
+
+# Calibrated --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["pseudo-likelihood", "energy"])
+@pytest.mark.parametrize("gain", [0.4, 1.0, 2.5])
+def test_calibrated_learns_a_gain_and_corrects_it(gain, method):
+    problem, sampler = PROBLEMS["complete-6"], Calibrated(OffTemperature(gain), method=method, memory=0.5)
+    first = ask(sampler, problem, 10_000, 0.8, seed=10)
+    assert first.info["gain"] == 1.0
+    assert abs(first.info["effective_beta"] - 0.8 * gain) < 4 * first.info["effective_beta_scale"]
+    assert_boltzmann(problem, first, 0.8 * gain)
+    for seed in (11, 12, 13):
+        batch = ask(sampler, problem, 2000, 0.8, seed=seed)
+        assert batch.info["gain"] == pytest.approx(gain, rel=0.05)
+        assert abs(batch.info["effective_beta"] - 0.8) < 4 * batch.info["effective_beta_scale"]
+        assert_boltzmann(problem, batch, 0.8)
+    if gain != 1.0:
+        assert compare_with_boltzmann(problem, first, 0.8).p_value < 1e-6
+
+
+@pytest.mark.parametrize("memory", [0.0, 0.7])
+def test_gain_is_a_running_mean_of_logarithms(memory):
+    problem, sampler = PROBLEMS["complete-6"], Calibrated(OffTemperature(0.6), memory=memory)
+    log_gain = None
+    for seed in range(4):
+        batch = ask(sampler, problem, 500, seed=seed)
+        asked = 1.0 if log_gain is None else np.exp(-log_gain)
+        assert batch.info["gain"] == pytest.approx(1 / asked, rel=1e-5)
+        observed = np.log(batch.info["effective_beta"] / asked)
+        log_gain = observed if log_gain is None else memory * log_gain + (1 - memory) * observed
+        assert sampler.log_gain == pytest.approx(log_gain, rel=1e-5)
+
+
+def test_every_request_of_a_batch_is_measured():
+    sampler = Calibrated(OffTemperature(0.6))
+    requests = [SamplingRequest(problem, 2000, 1.0, seed=k) for k, problem in enumerate(PROBLEMS.values())]
+    batches = sampler.sample_batch(requests)
+    assert {batch.info["gain"] for batch in batches} == {1.0}
+    for request, batch in zip(requests, batches, strict=True):
+        estimate = effective_beta(request.problem, batch)
+        assert batch.info["effective_beta"] == pytest.approx(estimate.value)
+        assert batch.info["effective_beta_scale"] == pytest.approx(estimate.scale)
+
+
+def test_an_answer_without_temperature_is_refused():
+    sampler = Calibrated(DimodSampler(SteepestDescentSampler()))
+    with pytest.raises(InvalidSamples, match=r"DimodSampler\[.*\] has no temperature: No inverse temperature"):
+        ask(sampler, PROBLEMS["bipartite-3x5"], 500)
+    assert sampler.log_gain is None
+
+
+@pytest.mark.xfail(reason="an answer at the end of the range is taken for a lower gain, again and again")
+def test_a_device_at_the_end_of_its_range_does_not_spoil_the_calibration():
+    sampler = Calibrated(Rescaled(ExactSampler(), h_limit=0.1, J_limit=0.1, device_beta=5.0))
+    problem = PROBLEMS["complete-6"]
+    for seed in range(10):
+        ask(sampler, problem, 500, beta=2.0, seed=seed)  # 1.1 is the most that the range allows
+    assert ask(sampler, problem, 500, beta=0.5, seed=11).info["gain"] > 0.5
+
+
+@pytest.mark.xfail(reason="energy matching gets the seed that the child has used: its sweeps repeat the child's")
+def test_calibration_by_energy_uses_random_numbers_of_its_own():
+    """Within 4 standard errors (alpha 6e-5); with the child's numbers the estimate is 5 or more of them off."""
+    problem = PROBLEMS["complete-6"]
+    initial = Law.boltzmann(problem, 1.0).draw(60_000, seed=1)
+    sampler = Calibrated(BlockGibbsSampler(), method="energy")
+    info = ask(sampler, problem, 60_000, 1.0, seed=5, initial_spins=initial, n_sweeps=5).info
+    assert abs(info["effective_beta"] - 1.0) < 4 * info["effective_beta_scale"]
+
+
+# Polished ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_sweeps", [1, 3])
+@each_problem
+def test_polish_is_so_many_gibbs_sweeps_at_the_requested_temperature(name, n_sweeps):
+    """From uniform spins, far from equilibrium, to the exact law of the sweeps. Alpha 1e-4 a case."""
+    problem = PROBLEMS[name]
+    law = block_gibbs_law(problem, 1.7, n_sweeps)
+    assert law.distance(Law.boltzmann(problem, 1.7)) > 0.01
+    batch = ask(Polished(DimodSampler(RandomSampler()), n_sweeps), problem, 10_000, 1.7, seed=14)
+    assert batch.info["n_polish_sweeps"] == n_sweeps
+    assert_follows(batch.spins, law)
+    assert torch.allclose(batch.energies, problem.energy(batch.spins))
+
+
+def test_polish_starts_from_the_childs_states_and_moves_them():
+    """One sweep at a beta of 1e4 from ground states: nothing moves. At 0.5: it does."""
+    problem = PROBLEMS["bipartite-3x5"]
+    initial = ask(DimodSampler(SteepestDescentSampler()), problem, 50).spins
+    assert torch.equal(ask(Polished(Frozen(), 1), problem, 50, 1e4, initial_spins=initial).spins, initial)
+    assert not torch.equal(ask(Polished(Frozen(), 1), problem, 50, 0.5, initial_spins=initial).spins, initial)
+
+
+@pytest.mark.xfail(reason="both layers draw from the seed plus one: the second repeats the first one's random numbers")
+def test_polish_upon_polish_keeps_the_law():
+    """Exact draws stay exact under any sweeps with random numbers of their own; alpha 1e-4."""
+    problem = PROBLEMS["complete-6"]
+    assert_boltzmann(problem, ask(Polished(Polished(ExactSampler(), 1), 1), problem, 2000), 1.0)
+
+
+@pytest.mark.xfail(reason="the polish of one request and the child of the next draw from the same seed")
+def test_polished_chains_with_seeds_in_sequence_keep_the_law():
+    problem, sampler = PROBLEMS["bipartite-3x5"], Polished(BlockGibbsSampler(n_sweeps=1), 1)
+    spins = Law.boltzmann(problem, 2.0).draw(40_000, seed=15)
+    for step in range(3):
+        batch = ask(sampler, problem, 40_000, 2.0, seed=step, initial_spins=spins)
+        spins = batch.spins
+    assert_boltzmann(problem, batch, 2.0)
+
+
+# Reweighted --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reports", [False, True], ids=["estimated", "reported"])
+@each_problem
+def test_weights_are_those_of_the_other_temperature(name, reports):
+    problem = PROBLEMS[name]
+    batch = ask(Reweighted(OffTemperature(0.7, reports=reports)), problem, 5000, 1.2, seed=16)
+    beta = batch.info["effective_beta"]
+    if reports:
+        assert beta == pytest.approx(0.84)
+    else:
+        assert beta == pytest.approx(effective_beta(problem, batch_without_weights(batch)).value)
+        assert beta == pytest.approx(0.84, rel=0.1)
+    assert torch.allclose(batch.weights, torch.softmax((beta - 1.2) * batch.energies, 0))
+    assert batch.info["effective_share"] == pytest.approx(float(1 / (5000 * batch.weights.square().sum())))
+    assert_boltzmann(problem, batch, 1.2)
+    assert compare_with_boltzmann(problem, batch_without_weights(batch), 1.2).p_value < 1e-6
+
+
+def batch_without_weights(batch):
+    return replace(batch, weights=None)
+
+
+def test_weights_of_the_child_are_multiplied():
+    """Weighing answers at beta, as its weights say; it reports nothing, so that its temperature is estimated with them.
+
+    A third temperature is asked for by an ``OffTemperature`` that weighs.
+    """
+
+    class Both(Weighing):
+        def _sample(self, request, seed):
+            draw = super()._sample(replace(request, beta=0.8 * request.beta), seed)
+            return replace(draw, info={"effective_beta": 0.8 * request.beta})
+
+    problem = PROBLEMS["complete-6"]
+    batch = ask(Reweighted(Both()), problem, 5000, 1.2, seed=17)
+    # Drawn at 0.6 of beta: three quarters of the 0.8 that the weights stand for.
+    assert torch.allclose(batch.weights, torch.softmax(-0.4 * 1.2 * batch.energies, 0))
+    assert_boltzmann(problem, batch, 1.2)
+
+
+def test_too_few_effective_samples_are_refused():
+    problem = PROBLEMS["chimera-12"]
+    share = ask(Reweighted(OffTemperature(0.5, reports=True), 0.01), problem, 2000, 1.5).info["effective_share"]
+    assert 0.05 < share < 0.6
+    for limit, is_enough in ((share * 0.99, True), (min(1.0, share * 1.01), False)):
+        sampler = Reweighted(OffTemperature(0.5, reports=True), limit)
+        if is_enough:
+            ask(sampler, problem, 2000, 1.5)
+        else:
+            pattern = (
+                rf"OffTemperature drawn at beta=0.75 are worth .*% of their number at beta=1.5; at least {limit:.0%}"
+            )
+            with pytest.raises(InvalidSamples, match=pattern):
+                ask(sampler, problem, 2000, 1.5)
+
+
+def test_samples_without_temperature_cannot_be_weighted():
+    with pytest.raises(InvalidSamples, match="has no temperature: No inverse temperature"):
+        ask(Reweighted(DimodSampler(SteepestDescentSampler())), PROBLEMS["bipartite-3x5"], 200)
+
+
+@pytest.mark.xfail(reason="the weights are there, and the temperature before weighting is still reported")
+def test_weighting_twice_is_weighting_once():
+    problem = PROBLEMS["complete-6"]
+    once = ask(Reweighted(OffTemperature(0.7, reports=True)), problem, 500)
+    twice = ask(Reweighted(Reweighted(OffTemperature(0.7, reports=True))), problem, 500)
+    assert torch.allclose(once.weights, twice.weights)
+
+
+@pytest.mark.xfail(reason="the temperature that the child reported is passed on, though the sweeps have changed it")
+def test_polished_samples_are_not_weighted_by_the_temperature_before_polishing():
+    problem = PROBLEMS["complete-6"]
+    batch = ask(Reweighted(Polished(OffTemperature(0.6, reports=True), 30)), problem, 5000, 1.2)
+    assert_boltzmann(problem, batch, 1.2)
+
+
+# All ---------------------------------------------------------------------------------------------------------------
+
+
+def test_facts_of_the_child_are_passed_on_and_own_ones_replaced():
+    problem = PROBLEMS["complete-6"]
+    for composite in (Rescaled(Reporting()), SpinReversed(Reporting()), Calibrated(Reporting()), Polished(Reporting())):
+        info = ask(composite, problem, 200, 0.9, seed=18).info
+        assert info["chain_breaks"] == 0.01
+        assert (info["sampler"], info["seed"], info["beta"]) == (composite.name, 18, 0.9)
+
+
+def test_failures_of_the_child_pass_through():
+    class Broken(Sampler):
+        def _sample(self, request, seed):
+            raise OSError("port closed")
+
+    for composite in (Rescaled, SpinReversed, Calibrated, Polished, Reweighted):
+        with pytest.raises(SamplerError, match="Broken failed: OSError: port closed"):
+            ask(composite(Broken()), PROBLEMS["complete-6"], 4)
+
+
+@pytest.mark.xfail(reason="only the facts of the first gauge are passed on")
+def test_device_time_of_all_gauges_counts():
+    budgeted = Budgeted(SpinReversed(Reporting(), 4), device_seconds=100.0)
+    ask(budgeted, PROBLEMS["complete-6"], 8)
+    assert budgeted.spent["device_seconds"] == 8.0
+
+
+@pytest.mark.xfail(reason="`check` looks at the problem before it is written out densely")
+def test_rescaled_checks_the_problem_that_the_child_will_see():
+    class Ring(ExactSampler):
+        def check(self, problem):
+            if problem.factor is None and problem.graph.n_edges > problem.n_spins:
+                msg = "A ring, no more."
+                raise GraphMismatchError(msg)
+
+    with pytest.raises(GraphMismatchError, match="A ring"):
+        Rescaled(Ring()).check(PROBLEMS["ring-7-factor-2"])
+
+
+@pytest.mark.parametrize(
+    ("build", "match"),
+    [
+        (lambda: Rescaled(ExactSampler(), h_limit=0.0), "h_limit=0.0 must be positive, or None"),
+        (lambda: Rescaled(ExactSampler(), J_limit=-1.0), "J_limit=-1.0 must be positive"),
+        (lambda: Rescaled(ExactSampler(), J_limit=float("nan")), "J_limit=nan must be positive"),
+        (lambda: Rescaled(ExactSampler(), device_beta=0.0), "device_beta=0.0 must be positive"),
+        (lambda: Rescaled(ExactSampler(), h_limit=1, J_limit=1, n_bits=1), "n_bits=1 needs at least 2 bits and both"),
+        (lambda: Rescaled(ExactSampler(), h_limit=1, n_bits=8), "n_bits=8 needs .* both `h_limit` and `J_limit`"),
+        (lambda: Rescaled(ExactSampler(), J_limit=1, n_bits=8), "n_bits=8 needs"),
+        (lambda: SpinReversed(ExactSampler(), 0), "n_gauges=0 must be at least 1"),
+        (lambda: Calibrated(ExactSampler(), memory=1.0), "memory=1.0 must be at least 0 and below 1"),
+        (lambda: Calibrated(ExactSampler(), memory=-0.1), "memory=-0.1 must be"),
+        (lambda: Polished(ExactSampler(), 0), "n_sweeps=0 must be at least 1"),
+        (lambda: Reweighted(ExactSampler(), 0.0), "min_effective_share=0.0 must be above 0 and at most 1"),
+        (lambda: Reweighted(ExactSampler(), 1.1), "min_effective_share=1.1 must be"),
+    ],
+)
+def test_values_without_meaning_are_refused(build, match):
+    with pytest.raises(ValueError, match=match):
+        build()

@@ -1,0 +1,298 @@
+"""Estimates of the inverse temperature: against exact draws, a likelihood written out anew, and bad samples."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from laws import Law, energy_table, random_problem, state_table
+from scipy import optimize, stats
+
+from qbmscvi import graphs
+from qbmscvi.ising import IsingModel, SampleBatch
+from qbmscvi.samplers import BetaEstimate, effective_beta
+from qbmscvi.testing import tiny_problems
+
+ALPHA = 1e-4
+METHODS = ("pseudo-likelihood", "energy")
+PROBLEMS = tiny_problems()
+each_method = pytest.mark.parametrize("method", METHODS)
+each_problem = pytest.mark.parametrize("name", list(PROBLEMS))
+
+
+def exact_batch(problem: IsingModel, beta: float, n_samples: int, seed: int) -> SampleBatch:
+    """Independent draws by numpy; negative temperatures too."""
+    spins = Law.boltzmann(problem, beta).draw(n_samples, seed)
+    return SampleBatch(spins, problem.energy(spins))
+
+
+def log_pseudo_likelihood(problem: IsingModel, batch: SampleBatch, beta: float) -> float:
+    """Mean over samples of sum_i log p(s_i | rest), from energies of single flips."""
+    table, n = energy_table(problem), problem.n_spins
+    code = ((batch.spins.numpy() + 1) // 2) @ (1 << np.arange(n - 1, -1, -1))
+    gain = np.stack([table[code ^ (1 << i)] - table[code] for i in range(n)], axis=1)  # energy after a flip, minus now
+    each = -np.logaddexp(0.0, -beta * gain).sum(1)
+    return float(each.mean() if batch.weights is None else batch.weights.numpy() @ each)
+
+
+# Value and error ---------------------------------------------------------------------------------------------------
+
+
+@each_problem
+def test_pseudo_likelihood_estimate_maximizes_the_pseudo_likelihood(name):
+    problem = PROBLEMS[name]
+    batch = exact_batch(problem, 1.3, 300, seed=1)
+    best = optimize.minimize_scalar(
+        lambda beta: -log_pseudo_likelihood(problem, batch, beta), bounds=(0.1, 5.0), options={"xatol": 1e-9}
+    ).x
+    assert effective_beta(problem, batch).value == pytest.approx(best, abs=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.05, 0.3, 1.0, 2.0, 4.0])
+@each_problem
+def test_pseudo_likelihood_is_consistent(name, beta):
+    """All states, weighted by their probability, stand for infinitely many samples: no error is left."""
+    problem = PROBLEMS[name]
+    law = Law.boltzmann(problem, beta)
+    spins = torch.from_numpy(law.states.astype(np.int8))
+    batch = SampleBatch(spins, problem.energy(spins), torch.from_numpy(law.probabilities))
+    assert effective_beta(problem, batch).value == pytest.approx(beta, rel=1e-6)
+
+
+N_SEEDS = 40
+
+
+@each_method
+def test_intervals_cover_the_true_temperature(method, capsys):
+    """Of 40 seeds at 95 % a case covers at least 31 (binomial, P below that: 2e-5 in each of 12 or 4 cases).
+
+    Over all cases the share must lie where a binomial of 95 % lies with probability 1 - 1e-4, so that intervals far too
+    wide fail as well as intervals too narrow.
+    """
+    cases = [(name, beta) for name in PROBLEMS for beta in (0.3, 1.0, 2.0)]
+    if method == "energy":  # twenty times as slow
+        cases = list(zip(PROBLEMS, (2.0, 1.0, 0.3, 1.0), strict=True))
+    hits, z = [], []
+    for name, beta in cases:
+        estimates = [
+            effective_beta(PROBLEMS[name], exact_batch(PROBLEMS[name], beta, 400, seed), method=method, seed=seed + 900)
+            for seed in range(N_SEEDS)
+        ]
+        hits.append(sum(low <= beta <= high for low, high in (e.interval for e in estimates)))
+        z += [(estimate.value - beta) / estimate.scale for estimate in estimates]
+    n = N_SEEDS * len(cases)
+    with capsys.disabled():
+        print(f"\n{method}: {sum(hits)} of {n} intervals cover; z {np.mean(z):+.2f} +- {np.std(z):.2f}; cases {hits}")
+    assert stats.binom.cdf(30, N_SEEDS, 0.95) < 2.1e-5
+    assert min(hits) >= 31
+    low, high = stats.binom.ppf([ALPHA / 2, 1 - ALPHA / 2], n, 0.95)
+    assert low <= sum(hits) <= high
+
+
+@each_method
+def test_estimates_converge_to_the_true_temperature(method):
+    """Within 4 standard errors (alpha 6e-5), at a hundredth of beta, from both sides of one."""
+    problem = PROBLEMS["complete-6"]
+    for beta in (0.5, 1.7):
+        estimate = effective_beta(problem, exact_batch(problem, beta, 40_000, seed=3), method=method)
+        assert estimate.method == method
+        assert estimate.scale < 0.012 * beta
+        assert abs(estimate.value - beta) < 4 * estimate.scale
+
+
+@each_method
+def test_estimates_scale_with_the_problem(method):
+    """Samples of 2 E at beta are those of E at 2 beta."""
+    problem = PROBLEMS["bipartite-3x5"]
+    batch = exact_batch(problem, 1.0, 1000, seed=4)
+    whole, half = (
+        effective_beta(problem, batch, method=method),
+        effective_beta(problem.scaled(2.0), batch, method=method),
+    )
+    assert half.value == pytest.approx(whole.value / 2, rel=1e-6)
+    assert half.scale == pytest.approx(whole.scale / 2, rel=1e-6)
+
+
+def test_a_factor_counts_as_the_couplings_that_it_stands_for():
+    problem = PROBLEMS["ring-7-factor-2"]
+    batch = exact_batch(problem, 1.0, 1000, seed=5)
+    factored, dense = effective_beta(problem, batch), effective_beta(problem.to_dense(), batch)
+    assert factored.value == pytest.approx(dense.value, rel=1e-9)
+    assert factored.scale == pytest.approx(dense.scale, rel=1e-9)
+
+
+@each_method
+def test_single_precision_is_enough(method):
+    problem = PROBLEMS["chimera-12"]
+    batch = exact_batch(problem, 1.0, 2000, seed=6)
+    double = effective_beta(problem, batch, method=method)
+    single = effective_beta(problem.to(torch.float32), replace(batch, energies=batch.energies.float()), method=method)
+    # Energy matching draws other random numbers in the other precision.
+    tolerance = 1e-4 if method == "pseudo-likelihood" else 4 * double.scale
+    assert abs(single.value - double.value) < tolerance
+    assert single.scale == pytest.approx(double.scale, rel=0.2)
+
+
+@each_method
+def test_samples_without_correlations_look_hotter(method):
+    """Shuffled columns: every mean spin is that of beta = 1."""
+    problem = PROBLEMS["complete-6"]
+    batch = exact_batch(problem, 1.0, 5000, seed=7)
+    rng = np.random.default_rng(7)
+    spins = torch.from_numpy(np.stack([rng.permutation(column) for column in batch.spins.numpy().T], axis=1))
+    assert effective_beta(problem, SampleBatch(spins, problem.energy(spins)), method=method).interval[1] < 0.9
+
+
+# Weights -----------------------------------------------------------------------------------------------------------
+
+
+def test_whole_number_weights_are_repeated_samples():
+    problem = PROBLEMS["complete-6"]
+    batch = exact_batch(problem, 1.0, 200, seed=8)
+    counts = torch.from_numpy(np.random.default_rng(8).integers(0, 4, 200))
+    weighted = replace(batch, weights=counts / counts.sum(dtype=torch.float64))
+    repeated = SampleBatch(batch.spins.repeat_interleave(counts, 0), batch.energies.repeat_interleave(counts))
+    one, other = effective_beta(problem, weighted), effective_beta(problem, repeated)
+    assert one.value == pytest.approx(other.value, rel=1e-8)
+    assert one.scale > 1.1 * other.scale  # copies are not independent samples, and weights know that
+
+
+@each_method
+@each_problem
+def test_importance_weights_move_the_estimate(name, method):
+    """Draws at 0.7 weighted to 1.1: within 4 standard errors of 1.1 (alpha 6e-5), and of 0.7 without the weights."""
+    problem = PROBLEMS[name]
+    batch = exact_batch(problem, 0.7, 4000, seed=9)
+    weighted = replace(batch, weights=torch.softmax(-0.4 * batch.energies, 0))
+    for samples, beta in ((batch, 0.7), (weighted, 1.1)):
+        estimate = effective_beta(problem, samples, method=method)
+        assert abs(estimate.value - beta) < 4 * estimate.scale
+        assert estimate.scale < 0.1
+
+
+def test_equal_weights_are_no_weights():
+    problem = PROBLEMS["bipartite-3x5"]
+    batch = exact_batch(problem, 1.0, 500, seed=10)
+    for method in METHODS:
+        plain = effective_beta(problem, batch, method=method)
+        equal = effective_beta(problem, replace(batch, weights=torch.full((500,), 1 / 500)), method=method)
+        assert equal.value == pytest.approx(plain.value, rel=1e-5)
+        assert equal.scale == pytest.approx(plain.scale, rel=1e-4)
+
+
+# The contract ------------------------------------------------------------------------------------------------------
+
+
+def test_interval_is_95_percent_of_a_normal():
+    low, high = BetaEstimate(1.0, 0.1, "energy").interval
+    assert stats.norm.cdf(high, 1.0, 0.1) - stats.norm.cdf(low, 1.0, 0.1) == pytest.approx(0.95, abs=1e-4)
+
+
+def test_global_random_state_and_samples_are_left_alone():
+    problem = PROBLEMS["ring-7-factor-2"]
+    batch = exact_batch(problem, 1.0, 300, seed=11)
+    spins, state = batch.spins.clone(), torch.get_rng_state()
+    first, second, other = (effective_beta(problem, batch, method="energy", seed=seed) for seed in (1, 1, 2))
+    assert first == second
+    assert first.value != other.value
+    assert torch.equal(batch.spins, spins)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def ground_states(problem: IsingModel) -> torch.Tensor:
+    lowest = state_table(problem.n_spins)[energy_table(problem).argmin()]
+    return torch.from_numpy(lowest.astype(np.int8)).expand(500, -1)
+
+
+@each_method
+@each_problem
+def test_ground_states_have_no_temperature(name, method):
+    problem = PROBLEMS[name]
+    spins = ground_states(problem)
+    with pytest.raises(ValueError, match="lies above it.*all local minima have none"):
+        effective_beta(problem, SampleBatch(spins, problem.energy(spins)), method=method)
+
+
+@each_problem
+def test_uniform_samples_have_no_positive_temperature(name):
+    """Each state once. Random uniform samples have an estimate near zero of either sign; see the next test."""
+    problem = PROBLEMS[name]
+    spins = torch.from_numpy(state_table(problem.n_spins).astype(np.int8))
+    with pytest.raises(ValueError, match="lies below it.*look uniform, or of the opposite sign"):
+        effective_beta(problem, SampleBatch(spins, problem.energy(spins)))
+
+
+@each_method
+def test_random_uniform_samples_have_none_or_one_that_may_be_zero(method):
+    """Within 4 standard errors of zero (alpha 3e-5 a seed, one-sided), or refused; both happen."""
+    problem = PROBLEMS["complete-6"]
+    n_refused = 0
+    for seed in range(20):
+        try:
+            estimate = effective_beta(problem, exact_batch(problem, 1e-12, 500, seed), method=method, seed=seed)
+        except ValueError as error:
+            assert "lies below it" in str(error)
+            n_refused += 1
+        else:
+            assert estimate.value < 4 * estimate.scale
+    assert 0 < n_refused < 20
+
+
+@each_method
+@each_problem
+def test_samples_of_the_opposite_sign_have_no_temperature(name, method):
+    problem = PROBLEMS[name]
+    with pytest.raises(ValueError, match="lies below it"):
+        effective_beta(problem, exact_batch(problem, -1.0, 500, seed=12), method=method)
+
+
+@each_method
+def test_an_estimate_outside_the_bracket_is_refused(method):
+    problem = PROBLEMS["bipartite-3x5"]
+    batch = exact_batch(problem, 1.0, 1000, seed=13)
+    with pytest.raises(ValueError, match=r"inside \(2.0, 9.0\) fits the samples: the estimate lies below it"):
+        effective_beta(problem, batch, method=method, bracket=(2.0, 9.0))
+    with pytest.raises(ValueError, match=r"inside \(0.01, 0.5\) fits the samples: the estimate lies above it"):
+        effective_beta(problem, batch, method=method, bracket=(0.01, 0.5))
+    narrow = effective_beta(problem, batch, method=method, bracket=(0.5, 2.0))
+    # Energy matching looks for the root of a step function, which may have several, close to each other.
+    tolerance = 1e-6 if method == "pseudo-likelihood" else 0.3 * narrow.scale
+    assert narrow.value == pytest.approx(effective_beta(problem, batch, method=method).value, abs=tolerance)
+
+
+@each_method
+@pytest.mark.parametrize("bracket", [(0.0, 1.0), (-1.0, 1.0), (2.0, 1.0), (1.0, 1.0), (float("nan"), 1.0)], ids=str)
+def test_brackets_without_meaning_are_refused(bracket, method):
+    problem = PROBLEMS["bipartite-3x5"]
+    with pytest.raises(ValueError, match="must be two positive numbers in increasing order"):
+        effective_beta(problem, exact_batch(problem, 1.0, 100, seed=14), method=method, bracket=bracket)
+
+
+def test_samples_of_another_width_are_refused():
+    problem = PROBLEMS["bipartite-3x5"]
+    with pytest.raises(ValueError, match="The samples have 6 spins, the problem 8"):
+        effective_beta(problem, exact_batch(PROBLEMS["complete-6"], 1.0, 100, seed=15))
+
+
+def test_unknown_methods_are_refused():
+    problem = PROBLEMS["bipartite-3x5"]
+    with pytest.raises(ValueError, match="Unknown method 'likelihood'.*'pseudo-likelihood' or 'energy'"):
+        effective_beta(problem, exact_batch(problem, 1.0, 100, seed=16), method="likelihood")
+
+
+@each_method
+def test_a_problem_without_energy_has_no_temperature(method):
+    """All fields and couplings zero: every temperature gives the same samples."""
+    problem = random_problem(graphs.complete(5), scale=0.0)
+    with pytest.raises(ValueError, match="No inverse temperature"):
+        effective_beta(problem, exact_batch(problem, 1.0, 100, seed=17), method=method)
+
+
+@each_method
+def test_independent_spins_have_a_temperature(method):
+    """No edges: the pseudo-likelihood is the likelihood. Within 4 standard errors (alpha 6e-5)."""
+    problem = random_problem(graphs.independent(6), seed=1, scale=0.5)
+    estimate = effective_beta(problem, exact_batch(problem, 1.4, 3000, seed=18), method=method)
+    assert abs(estimate.value - 1.4) < 4 * estimate.scale

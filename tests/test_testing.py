@@ -1,0 +1,531 @@
+"""``qbmscvi.testing``: honest samplers keep the contract, each planted fault breaks the law that it should.
+
+The gates are compared with those of ``laws.py``, which were written separately and call none of the package's sums.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from dwave.samplers import RandomSampler, SteepestDescentSampler
+from laws import Law, block_gibbs_law, energy_table, judge, random_problem, random_scan_law
+from scipy import stats
+
+from qbmscvi import graphs, testing
+from qbmscvi.enumeration import all_states
+from qbmscvi.exceptions import GraphMismatchError, QBMSCVIError, SamplerUnavailable
+from qbmscvi.ising import SampleBatch
+from qbmscvi.samplers import (
+    BlockGibbsSampler,
+    DimodSampler,
+    Draw,
+    ExactSampler,
+    Sampler,
+    SamplerTraits,
+    SamplingRequest,
+    SimulatedAnnealingSampler,
+)
+from qbmscvi.testing import (
+    SamplerCheckError,
+    assert_boltzmann,
+    check_sampler,
+    compare_with_boltzmann,
+    tiny_problems,
+)
+
+N_SAMPLES = 5_000
+PROBLEM_NAMES = ("bipartite-3x5", "complete-6", "chimera-12", "ring-7-factor-2")
+each_problem = pytest.mark.parametrize("name", PROBLEM_NAMES)
+
+
+def batch_of(problem, spins, weights=None) -> SampleBatch:
+    return SampleBatch(spins, problem.energy(spins), weights)
+
+
+def reweighted_draws(problem, beta, drawn_at, n_samples, seed, sign=1.0) -> SampleBatch:
+    """Exact draws at another temperature with importance weights to ``beta``."""
+    spins = Law.boltzmann(problem, drawn_at).draw(n_samples, seed)
+    weights = torch.softmax(sign * (drawn_at - beta) * problem.energy(spins), 0)
+    return batch_of(problem, spins, weights)
+
+
+# Problems ----------------------------------------------------------------------------------------------------------
+
+
+def test_tiny_problems_are_of_four_kinds():
+    problems = tiny_problems()
+    assert tuple(problems) == PROBLEM_NAMES
+    assert [p.n_spins for p in problems.values()] == [8, 6, 12, 7]
+    assert sorted(len(c) for c in problems["bipartite-3x5"].graph.color_classes) == [3, 5]
+    assert problems["complete-6"].graph.n_edges == 15
+    assert problems["ring-7-factor-2"].factor.shape == (2, 7)
+    for problem in problems.values():
+        values = torch.cat([problem.h, problem.J])
+        assert ((values.abs() >= 0.15) & (values.abs() <= 0.45)).all()
+        assert (values > 0).any()
+        assert (values < 0).any()
+        assert problem.offset != 0
+
+
+def test_tiny_problems_are_the_same_in_every_precision():
+    for single, double in zip(tiny_problems(torch.float32).values(), tiny_problems().values(), strict=True):
+        assert single.h.dtype == torch.float32
+        assert torch.equal(single.h, double.h.float())
+        assert torch.equal(single.J, double.J.float())
+
+
+@each_problem
+def test_honest_short_chains_mix_on_tiny_problems(name):
+    """Exact law of 30 sweeps at beta = 2 from uniform spins: within 1e-3 of the target."""
+    problem = tiny_problems()[name]
+    target = Law.boltzmann(problem, 2.0)
+    distances = (
+        block_gibbs_law(problem, 2.0, 30).distance(target),
+        random_scan_law(problem, 2.0 * np.ones(30)).distance(target),
+    )
+    assert max(distances) < 1e-3
+
+
+def test_without_dwave_networkx_another_sparse_problem_takes_the_place_of_chimera(monkeypatch):
+    monkeypatch.setitem(sys.modules, "dwave_networkx", None)
+    monkeypatch.setattr(testing, "find_spec", lambda name: None)
+    problems = tiny_problems()
+    assert list(problems)[2] == "chorded-ring-9"
+    problem = problems["chorded-ring-9"]
+    assert (problem.n_spins, problem.graph.n_edges) == (9, 13)
+    assert len(problem.graph.color_classes) == 3
+    assert random_scan_law(problem, 2.0 * np.ones(30)).distance(Law.boltzmann(problem, 2.0)) < 1e-3
+    check_sampler(ExactSampler(), n_samples=1000)
+
+
+@each_problem
+def test_no_field_or_coupling_can_be_lost_unnoticed(name):
+    """Exact draws without one value fail at some beta, at the level of ``check_sampler`` with its defaults."""
+    problem = tiny_problems()[name]
+    alpha = testing.ALPHA / 24
+    faults = [replace(problem, h=problem.h.index_fill(0, torch.tensor(i), 0.0)) for i in range(problem.n_spins)]
+    faults += [replace(problem, J=problem.J.index_fill(0, torch.tensor(e), 0.0)) for e in range(problem.graph.n_edges)]
+    for fault in faults:
+        draws = ((beta, Law.boltzmann(fault, beta).draw(N_SAMPLES, seed=1)) for beta in (1.0, 0.3, 2.0))
+        assert any(compare_with_boltzmann(problem, batch_of(problem, s), beta).p_value < alpha for beta, s in draws)
+
+
+# The gate ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta", [0.3, 1.0, 2.0])
+@each_problem
+def test_comparison_agrees_with_the_gate_of_the_tests(name, beta):
+    problem = tiny_problems()[name]
+    law = Law.boltzmann(problem, beta)
+    spins = law.draw(N_SAMPLES, seed=2)
+    verdict, other = compare_with_boltzmann(problem, batch_of(problem, spins), beta), judge(spins, law)
+    assert verdict.moments == pytest.approx(other.moments, rel=1e-6)
+    assert verdict.worst_moment == other.worst_moment
+    assert verdict.energy == pytest.approx(other.energy, rel=1e-6)
+    assert verdict.cells == pytest.approx(other.cells, abs=0.5)  # merged up to ten, not five
+    code = ((spins.numpy() + 1) // 2) @ (1 << np.arange(problem.n_spins - 1, -1, -1))
+    frequencies = np.bincount(code, minlength=2**problem.n_spins) / N_SAMPLES
+    assert verdict.distance == pytest.approx(0.5 * np.abs(frequencies - law.probabilities).sum(), rel=1e-9)
+    assert verdict.n_effective == N_SAMPLES
+
+
+@pytest.mark.parametrize("n_samples", [150, 3000])
+def test_distance_by_chance_is_the_mean_over_exact_draws(n_samples):
+    """Within 5 standard errors of 300 simulated sets; the formula is exact."""
+    problem = tiny_problems()["ring-7-factor-2"]
+    law = Law.boltzmann(problem, 1.0)
+    rng = np.random.default_rng(3)
+    sets = rng.multinomial(n_samples, law.probabilities, size=300) / n_samples
+    distances = 0.5 * np.abs(sets - law.probabilities).sum(1)
+    verdict = compare_with_boltzmann(problem, batch_of(problem, law.draw(n_samples, 0)), 1.0)
+    assert abs(verdict.distance_by_chance - distances.mean()) < 5 * distances.std() / np.sqrt(300)
+
+
+@pytest.mark.parametrize("has_weights", [False, True], ids=["plain", "weighted"])
+@each_problem
+def test_gate_holds_its_level(name, has_weights):
+    """At alpha = 0.05 at most 11 of 60 exact sets fail: a gate that held its level would exceed that in 1e-4."""
+    problem, beta = tiny_problems()[name], 1.5
+    law = Law.boltzmann(problem, beta)
+    n_failed = 0
+    for seed in range(60):
+        if has_weights:
+            batch = reweighted_draws(problem, beta, 0.75 * beta, 2000, seed)
+        else:
+            batch = batch_of(problem, law.draw(2000, seed))
+        try:
+            assert_boltzmann(problem, batch, beta, alpha=0.05)
+        except SamplerCheckError:
+            n_failed += 1
+    assert n_failed <= 11
+
+
+@each_problem
+def test_weights_are_respected(name):
+    problem = tiny_problems()[name]
+    batch = reweighted_draws(problem, 1.0, 0.7, N_SAMPLES, seed=4)
+    verdict = compare_with_boltzmann(problem, batch, 1.0)
+    assert verdict.p_value > testing.ALPHA
+    assert verdict.n_effective == pytest.approx(float(1 / batch.weights.square().sum()))
+    assert 1000 < verdict.n_effective < N_SAMPLES
+    for wrong in (
+        replace(batch, weights=None),
+        reweighted_draws(problem, 1.0, 0.7, N_SAMPLES, seed=4, sign=-1.0),
+        replace(batch, spins=-batch.spins),
+        replace(batch, spins=batch.spins.roll(1, dims=1)),
+    ):
+        with pytest.raises(SamplerCheckError, match=r"do not follow the Boltzmann distribution at beta=1: p = "):
+            assert_boltzmann(problem, wrong, 1.0)
+
+
+def test_equal_weights_and_no_weights_give_similar_verdicts():
+    problem = tiny_problems()["complete-6"]
+    batch = batch_of(problem, Law.boltzmann(problem, 1.0).draw(N_SAMPLES, seed=5))
+    plain = compare_with_boltzmann(problem, batch, 1.0)
+    weighted = compare_with_boltzmann(problem, replace(batch, weights=torch.full((N_SAMPLES,), 1 / N_SAMPLES)), 1.0)
+    assert weighted.moments == pytest.approx(plain.moments, rel=0.1)
+    assert weighted.energy == pytest.approx(plain.energy, rel=0.05)
+    assert weighted.distance == pytest.approx(plain.distance, rel=1e-5)
+
+
+def test_beyond_twelve_spins_moments_and_energy_are_compared():
+    problem = random_problem(graphs.bipartite(3, 12), seed=6, scale=0.4)
+    batches = [
+        ExactSampler().sample(SamplingRequest(p, N_SAMPLES, seed=7))
+        for p in (problem, replace(problem, J=-problem.J), problem.scaled(1.1))
+    ]
+    verdicts = [compare_with_boltzmann(problem, batch, 1.0) for batch in batches]
+    assert all(v.cells is None and v.distance is None for v in verdicts)
+    assert verdicts[0].p_value > testing.ALPHA
+    assert max(v.p_value for v in verdicts[1:]) < testing.ALPHA
+    assert verdicts[2].energy < testing.ALPHA
+
+
+def test_samples_that_are_all_equal_are_rejected():
+    """No spread: standard errors from the samples would be zero."""
+    problem = tiny_problems()["bipartite-3x5"]
+    spins = torch.ones(500, 8, dtype=torch.int8)
+    for weights in (None, torch.full((500,), 1 / 500)):
+        with pytest.raises(SamplerCheckError):
+            assert_boltzmann(problem, batch_of(problem, spins, weights), 1.0)
+
+
+def test_comparisons_without_meaning_are_refused():
+    problem = tiny_problems()["complete-6"]
+    spins = Law.boltzmann(problem, 1.0).draw(200, seed=8)
+    with pytest.raises(ValueError, match=r"samples have shape \(200, 5\), the problem 6 spins"):
+        compare_with_boltzmann(problem, SampleBatch(spins[:, :5], torch.zeros(200)), 1.0)
+    with pytest.raises(ValueError, match="99 samples are worth 99 independent ones, .* at least 100"):
+        compare_with_boltzmann(problem, batch_of(problem, spins[:99]), 1.0)
+    weights = torch.zeros(200)
+    weights[:50] = 1 / 50
+    with pytest.raises(ValueError, match="200 samples are worth 50 independent"):
+        compare_with_boltzmann(problem, batch_of(problem, spins, weights), 1.0)
+    large = random_problem(graphs.complete(25))
+    with pytest.raises(GraphMismatchError, match="at most 20"):
+        compare_with_boltzmann(large, batch_of(large, torch.ones(200, 25, dtype=torch.int8)), 1.0)
+
+
+# Samplers that keep the contract -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        pytest.param(ExactSampler(), id="exact"),
+        pytest.param(BlockGibbsSampler(burn_in=60), id="gibbs"),
+        pytest.param(SimulatedAnnealingSampler(n_ramp=40, n_hold=40), id="simulated-annealing"),
+    ],
+)
+def test_honest_samplers_keep_the_contract(sampler):
+    """Alpha 1e-4 a case. Shorter runs than the default, long enough by the test of mixing above."""
+    before = torch.get_rng_state(), random.getstate()
+    report = check_sampler(sampler)
+    assert report.has_passed
+    assert len(report.verdicts) == 4 * 3 * 2
+    assert not report.failures
+    assert not report.skipped
+    p = [verdict.p_value for verdict in report.verdicts.values()]
+    assert stats.kstest(p, "uniform", alternative="greater").pvalue > 1e-4  # corrected p-values may be too large
+    assert str(report).startswith(f"{sampler.name} (target: boltzmann) keeps the contract\nbipartite-3x5, float32")
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+
+
+def test_too_short_chains_are_found():
+    with pytest.raises(SamplerCheckError) as caught:
+        check_sampler(BlockGibbsSampler(burn_in=1), dtypes=(torch.float32,))
+    assert laws_of(caught) == {"distribution"}
+
+
+def test_a_sampler_of_an_approximate_law_gets_its_distance_reported():
+    """Uniform spins: far away where the law is not uniform, and that is no failure."""
+    report = check_sampler(DimodSampler(RandomSampler()), betas=(1e-6, 2.0), dtypes=(torch.float64,))
+    assert report.has_passed
+    assert set(report.distances) == set(report.verdicts)
+    for name, problem in tiny_problems().items():
+        hot, cold = (report.verdicts[f"{name}, float64, beta={beta}"] for beta in ("1e-06", "2"))
+        assert hot.distance == pytest.approx(hot.distance_by_chance, rel=0.25)
+        probabilities = Law.boltzmann(problem, 2.0).probabilities
+        uniform = 0.5 * np.abs(probabilities - 0.5**problem.n_spins).sum()
+        assert cold.distance == pytest.approx(uniform, abs=0.05)
+
+
+def test_a_sampler_of_ground_states_is_held_to_the_contract_alone():
+    report = check_sampler(DimodSampler(SteepestDescentSampler(), target="ground_state"))
+    assert report.has_passed
+    assert report.verdicts == {}
+    assert report.distances == {}
+
+
+class Remote(ExactSampler):
+    """Another machine, with random numbers of its own."""
+
+    traits = SamplerTraits(is_remote=True)
+
+    def _sample(self, request, seed):
+        return super()._sample(request, torch.Generator().seed() % 2**31)
+
+
+def test_remote_samplers_need_not_be_seedable():
+    """Not reproducible, so alpha counts here: 1e-4."""
+    assert check_sampler(Remote(), n_samples=1000, betas=(1.0,)).has_passed
+
+
+class Small(ExactSampler):
+    traits = SamplerTraits(max_spins=7)
+    check = Sampler.check
+
+
+def test_problems_that_do_not_fit_are_skipped_with_the_reason():
+    report = check_sampler(Small(), betas=(1.0,))
+    assert sorted(report.skipped) == ["bipartite-3x5", "chimera-12"]
+    assert "at most 7" in report.skipped["chimera-12"]
+    assert len(report.verdicts) == 4
+    assert "skipped chimera-12: The problem has 12 spins" in str(report)
+
+
+class Tiny(Small):
+    traits = SamplerTraits(max_spins=3)
+
+
+def test_a_sampler_that_takes_no_problem_is_not_passed():
+    with pytest.raises(SamplerCheckError, match="takes none of them"):
+        check_sampler(Tiny())
+
+
+# Planted faults ----------------------------------------------------------------------------------------------------
+
+
+class FlippedCouplings(ExactSampler):
+    def _sample(self, request, seed):
+        problem = request.problem.to_dense()
+        return super()._sample(replace(request, problem=replace(problem, J=-problem.J)), seed)
+
+
+class TenPercentColder(ExactSampler):
+    def _sample(self, request, seed):
+        return super()._sample(replace(request, beta=1.1 * request.beta), seed)
+
+
+class ShiftedNodes(ExactSampler):
+    def _sample(self, request, seed):
+        return Draw(super()._sample(request, seed).spins.roll(1, dims=1))
+
+
+class DroppedEdge(ExactSampler):
+    def _sample(self, request, seed):
+        J = request.problem.J.clone()
+        J[-1] = 0.0
+        return super()._sample(replace(request, problem=replace(request.problem, J=J)), seed)
+
+
+class IgnoredFactor(ExactSampler):
+    def _sample(self, request, seed):
+        return super()._sample(replace(request, problem=replace(request.problem, factor=None)), seed)
+
+
+class SeedsTorch(ExactSampler):
+    def _sample(self, request, seed):
+        torch.manual_seed(seed)
+        return super()._sample(request, seed)
+
+
+class DrawsFromNumpy(ExactSampler):
+    def _sample(self, request, seed):
+        np.random.random()  # noqa: NPY002
+        return super()._sample(request, seed)
+
+
+class DrawsFromPython(ExactSampler):
+    def _sample(self, request, seed):
+        random.random()
+        return super()._sample(request, seed)
+
+
+class IgnoresTheSeed(ExactSampler):
+    def _sample(self, request, seed):
+        return super()._sample(request, torch.Generator().seed() % 2**31)
+
+
+class AlwaysTheSameSeed(ExactSampler):
+    def _sample(self, request, seed):
+        return super()._sample(request, 1234)
+
+
+class SwappedAnswers(ExactSampler):
+    """The second and the third answer of a batch in each other's place; their shapes agree."""
+
+    def _sample_batch(self, requests, seeds):
+        draws = super()._sample_batch(requests, seeds)
+        return draws if len(draws) < 3 else [draws[0], draws[2], draws[1], *draws[3:]]
+
+
+class ReversedAnswers(ExactSampler):
+    """The shapes disagree, which the public method finds."""
+
+    def _sample_batch(self, requests, seeds):
+        return super()._sample_batch(requests, seeds)[::-1]
+
+
+class ScalesInPlace(ExactSampler):
+    def _sample(self, request, seed):
+        request.problem.J.mul_(1.0 / request.problem.J.abs().max().clamp(min=1e-6))
+        return super()._sample(request, seed)
+
+
+class MovesTheCallersChains(ExactSampler):
+    traits = SamplerTraits(is_persistent=True)
+
+    def _sample(self, request, seed):
+        draw = super()._sample(request, seed)
+        if request.initial_spins is not None:
+            request.initial_spins.copy_(draw.spins)
+        return draw
+
+
+class OtherEnergies(ExactSampler):
+    """Energies at the temperature asked for; possible through a private method only."""
+
+    def _finish(self, request, draw, seed, seconds):
+        batch = super()._finish(request, draw, seed, seconds)
+        return replace(batch, energies=1.01 * batch.energies)
+
+
+class SecretWeights(ExactSampler):
+    """Right spins, and weights that make them wrong."""
+
+    def _sample(self, request, seed):
+        spins = super()._sample(request, seed).spins
+        return Draw(spins, torch.softmax(-0.3 * request.problem.energy(spins), 0))
+
+
+class NeedlessWeights(ExactSampler):
+    def _sample(self, request, seed):
+        spins = super()._sample(request, seed).spins
+        return Draw(spins, torch.full((len(spins),), 2.0 / len(spins)))
+
+
+class OneGoodSample(ExactSampler):
+    """Weights of which one holds nearly everything."""
+
+    def _sample(self, request, seed):
+        spins = super()._sample(request, seed).spins
+        weights = torch.full((len(spins),), 1e-6 / len(spins))
+        weights[0] = 1.0 - 1e-6
+        return Draw(spins, weights / weights.sum())
+
+
+class OutOfReach(ExactSampler):
+    def _sample(self, request, seed):
+        raise SamplerUnavailable("no route to the device")
+
+
+def laws_of(caught) -> set[str]:
+    return {failure.law for failure in caught.value.report.failures}
+
+
+@pytest.mark.parametrize(
+    ("fault", "laws", "finding"),
+    [
+        (FlippedCouplings, {"distribution"}, r"beta=1.: p = .*moments .* at <s_\d.*, energy .*, all states .*distance"),
+        (TenPercentColder, {"distribution"}, r"complete-6, float64, beta=1.: p ="),
+        (ShiftedNodes, {"distribution", "order"}, "bipartite-3x5, float32, beta=0.3.: p ="),
+        (DroppedEdge, {"distribution"}, "chimera-12, float64, beta=1.: p ="),
+        (IgnoredFactor, {"distribution"}, "ring-7-factor-2, float32, beta=2.: p ="),
+        (SeedsTorch, {"random state"}, "the global stream of torch was used"),
+        (DrawsFromNumpy, {"random state"}, "the global stream of numpy was used"),
+        (DrawsFromPython, {"random state"}, "the global stream of Python was used"),
+        (IgnoresTheSeed, {"seeds"}, "complete-6, float64.: two calls with the same seed gave different samples"),
+        (AlwaysTheSameSeed, {"seeds"}, "complete-6, float32.: two calls with different seeds gave the same samples"),
+        (SwappedAnswers, {"order"}, "answer 2 fits another request better than its own"),
+        (ReversedAnswers, {"answers"}, "several requests in one batch.: raised InvalidSamples: .* shape"),
+        (ScalesInPlace, {"requests", "energies", "distribution"}, "J of the request was modified"),
+        (MovesTheCallersChains, {"requests"}, "initial_spins of the request was modified"),
+        (OtherEnergies, {"energies"}, "energies are not those of the spins"),
+        (SecretWeights, {"distribution"}, "complete-6, float32, beta=1.: p ="),
+        (OneGoodSample, {"distribution"}, "worth 1 independent"),
+        (OutOfReach, {"answers"}, "raised SamplerUnavailable: no route to the device"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_planted_faults_break_the_law_that_they_should_and_no_other(fault, laws, finding):
+    with pytest.raises(SamplerCheckError, match=finding) as caught:
+        check_sampler(fault())
+    report = caught.value.report
+    assert laws_of(caught) == laws
+    assert not report.has_passed
+    lines = str(caught.value).splitlines()
+    assert lines[0] == f"{fault.__name__} breaks the contract of a sampler in {len(lines) - 1} cases:"
+    assert [line[2:] for line in lines[1:]] == [str(failure) for failure in report.failures]
+    if "distribution" in laws:  # in either precision
+        cases = [failure.case for failure in report.failures if failure.law == "distribution"]
+        assert any("float32" in case for case in cases)
+        assert any("float64" in case for case in cases)
+
+
+def test_weights_that_do_not_sum_to_one_are_reported():
+    """By the public method or by the check, whichever looks first."""
+    with pytest.raises(SamplerCheckError, match="(?i)weights") as caught:
+        check_sampler(NeedlessWeights(), betas=(1.0,))
+    assert laws_of(caught) == {"answers"}
+
+
+def test_the_error_is_an_assertion_and_of_the_package():
+    assert issubclass(SamplerCheckError, AssertionError)
+    assert issubclass(SamplerCheckError, QBMSCVIError)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"n_samples": 99}, "n_samples=99.*at least 100 samples"),
+        ({"betas": ()}, r"betas=\(\)"),
+        ({"dtypes": ()}, r"dtypes=\(\)"),
+        ({"betas": (-1.0,)}, "beta=-1.0 is not a positive"),
+    ],
+)
+def test_arguments_without_meaning_are_refused(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        check_sampler(ExactSampler(), **arguments)
+
+
+@pytest.mark.parametrize("sampler", ["gibbs", ExactSampler, RandomSampler()], ids=["name", "class", "dimod"])
+def test_only_samplers_are_checked(sampler):
+    with pytest.raises(TypeError, match="must be an instance of qbmscvi.samplers.Sampler, got"):
+        check_sampler(sampler)
+
+
+def test_rows_of_all_states_are_counted_as_the_gate_counts_them():
+    """A slip in the order of bits would misplace every cell: one sample per state gives distance by counting."""
+    problem = tiny_problems()["bipartite-3x5"]
+    states = all_states(8, torch.int8)
+    verdict = compare_with_boltzmann(problem, batch_of(problem, states), 1.0)
+    law = np.exp(-energy_table(problem))
+    assert verdict.distance == pytest.approx(0.5 * np.abs(1 / 256 - law / law.sum()).sum(), rel=1e-9)
