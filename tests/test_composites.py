@@ -274,7 +274,6 @@ def test_rescaled_scales_and_never_clips(h_limit, J_limit, size):
     assert torch.allclose(batch.energies, problem.energy(batch.spins))
 
 
-@pytest.mark.xfail(reason="the scale times the largest value may exceed the limit by half a unit in the last place")
 @pytest.mark.parametrize("n_bits", [None, 8])
 def test_limits_hold_to_the_last_bit(n_bits):
     """A device compares with its limits exactly."""
@@ -461,7 +460,9 @@ def test_calibrated_learns_a_gain_and_corrects_it(gain, method):
     assert_boltzmann(problem, first, 0.8 * gain)
     for seed in (11, 12, 13):
         batch = ask(sampler, problem, 2000, 0.8, seed=seed)
-        assert batch.info["gain"] == pytest.approx(gain, rel=0.05)
+        # A mean over answers, none of them less exact than this one: 4 of its standard errors.
+        error = batch.info["effective_beta_scale"] / batch.info["effective_beta"]
+        assert abs(np.log(batch.info["gain"] / gain)) < 4 * error
         assert abs(batch.info["effective_beta"] - 0.8) < 4 * batch.info["effective_beta_scale"]
         assert_boltzmann(problem, batch, 0.8)
     if gain != 1.0:
@@ -499,7 +500,6 @@ def test_an_answer_without_temperature_is_refused():
     assert sampler.log_gain is None
 
 
-@pytest.mark.xfail(reason="an answer at the end of the range is taken for a lower gain, again and again")
 def test_a_device_at_the_end_of_its_range_does_not_spoil_the_calibration():
     sampler = Calibrated(Rescaled(ExactSampler(), h_limit=0.1, J_limit=0.1, device_beta=5.0))
     problem = PROBLEMS["complete-6"]
@@ -508,7 +508,6 @@ def test_a_device_at_the_end_of_its_range_does_not_spoil_the_calibration():
     assert ask(sampler, problem, 500, beta=0.5, seed=11).info["gain"] > 0.5
 
 
-@pytest.mark.xfail(reason="energy matching gets the seed that the child has used: its sweeps repeat the child's")
 def test_calibration_by_energy_uses_random_numbers_of_its_own():
     """Within 4 standard errors (alpha 6e-5); with the child's numbers the estimate is 5 or more of them off."""
     problem = PROBLEMS["complete-6"]
@@ -542,14 +541,12 @@ def test_polish_starts_from_the_childs_states_and_moves_them():
     assert not torch.equal(ask(Polished(Frozen(), 1), problem, 50, 0.5, initial_spins=initial).spins, initial)
 
 
-@pytest.mark.xfail(reason="both layers draw from the seed plus one: the second repeats the first one's random numbers")
 def test_polish_upon_polish_keeps_the_law():
     """Exact draws stay exact under any sweeps with random numbers of their own; alpha 1e-4."""
     problem = PROBLEMS["complete-6"]
     assert_boltzmann(problem, ask(Polished(Polished(ExactSampler(), 1), 1), problem, 2000), 1.0)
 
 
-@pytest.mark.xfail(reason="the polish of one request and the child of the next draw from the same seed")
 def test_polished_chains_with_seeds_in_sequence_keep_the_law():
     problem, sampler = PROBLEMS["bipartite-3x5"], Polished(BlockGibbsSampler(n_sweeps=1), 1)
     spins = Law.boltzmann(problem, 2.0).draw(40_000, seed=15)
@@ -622,7 +619,6 @@ def test_samples_without_temperature_cannot_be_weighted():
         ask(Reweighted(DimodSampler(SteepestDescentSampler())), PROBLEMS["bipartite-3x5"], 200)
 
 
-@pytest.mark.xfail(reason="the weights are there, and the temperature before weighting is still reported")
 def test_weighting_twice_is_weighting_once():
     problem = PROBLEMS["complete-6"]
     once = ask(Reweighted(OffTemperature(0.7, reports=True)), problem, 500)
@@ -630,7 +626,6 @@ def test_weighting_twice_is_weighting_once():
     assert torch.allclose(once.weights, twice.weights)
 
 
-@pytest.mark.xfail(reason="the temperature that the child reported is passed on, though the sweeps have changed it")
 def test_polished_samples_are_not_weighted_by_the_temperature_before_polishing():
     problem = PROBLEMS["complete-6"]
     batch = ask(Reweighted(Polished(OffTemperature(0.6, reports=True), 30)), problem, 5000, 1.2)
@@ -658,14 +653,12 @@ def test_failures_of_the_child_pass_through():
             ask(composite(Broken()), PROBLEMS["complete-6"], 4)
 
 
-@pytest.mark.xfail(reason="only the facts of the first gauge are passed on")
 def test_device_time_of_all_gauges_counts():
     budgeted = Budgeted(SpinReversed(Reporting(), 4), device_seconds=100.0)
     ask(budgeted, PROBLEMS["complete-6"], 8)
     assert budgeted.spent["device_seconds"] == 8.0
 
 
-@pytest.mark.xfail(reason="`check` looks at the problem before it is written out densely")
 def test_rescaled_checks_the_problem_that_the_child_will_see():
     class Ring(ExactSampler):
         def check(self, problem):

@@ -684,6 +684,10 @@ def test_library_size_is_one_number_for_all_or_drawn_from_the_training_data(mode
     assert drawn.nunique() > 50
 
 
+def test_generated_latents_are_prior_samples_of_the_same_seed(model):
+    np.testing.assert_array_equal(model.generate(40, seed=9).obsm["z"], model.sample_prior(40, seed=9))
+
+
 def test_generated_latents_have_the_exact_moments_of_the_prior(model):
     """As for `sample_prior`; |z| below 5."""
     prior = model.module.prior

@@ -472,6 +472,15 @@ def test_failing_sampler_is_replaced_with_one_warning(adata, fail, message):
     assert np.isfinite(model.get_latent_representation(layer="both")).all()
 
 
+def test_sampler_that_answers_a_whole_trip_with_nothing_is_replaced(adata):
+    class Silent(BlockGibbsSampler):
+        def _sample_batch(self, requests, seeds):
+            return None
+
+    with pytest.warns(RuntimeWarning, match="Silent failed.*Block Gibbs answers in its place"):
+        assert train(build(adata), max_epochs=1, sampler=Silent()).is_trained
+
+
 def test_fallbacks_are_counted_where_they_happen(adata):
     sampler = Fault(lambda draw: _raise(SamplerError("busy")), is_due=lambda call: call in (1, 5, 6))
     with pytest.warns(RuntimeWarning, match="busy.*Block Gibbs answers in its place"):

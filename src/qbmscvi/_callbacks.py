@@ -53,7 +53,7 @@ class SamplingSchedule:
     """
 
     every_n_steps: int = 1
-    n_sweeps: int = 3
+    n_sweeps: int = 2
     burn_in: int = 100
     latency: int = 20
     n_polish_sweeps: int = 10

@@ -187,8 +187,9 @@ class QBMSCVI(SCVI):
                 needs_library_size=self.module.use_observed_lib_size and not self.module.use_size_factor_key,
             )
         plan_kwargs = plan_kwargs.to_kwargs() if hasattr(plan_kwargs, "to_kwargs") else dict(plan_kwargs or {})
+        config = plan_config.to_kwargs() if hasattr(plan_config, "to_kwargs") else dict(plan_config or {})
         for name in ("sampler", "schedule"):
-            if name in plan_kwargs:
+            if name in plan_kwargs or name in config:
                 msg = f"`{name}` is an argument of its own: use train({name}=...) instead of plan_kwargs."
                 raise TypeError(msg)
         super().train(

@@ -8,6 +8,7 @@ implementation only has to return spins. Its own exceptions come out as
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, final
@@ -201,7 +202,7 @@ class Sampler:
         seeds = [_resolve_seed(request.seed) for request in requests]
         started = time.perf_counter()
         try:
-            draws = self._sample_batch(list(requests), seeds)
+            draws = list(self._sample_batch(list(requests), seeds))
         except SamplerError:
             raise
         except Exception as error:
@@ -254,6 +255,11 @@ class Sampler:
 
     def __repr__(self) -> str:
         return f"{self.name}()"
+
+
+def derive_seed(seed: int, purpose: str) -> int:
+    """Seed of random numbers that are independent of those drawn from ``seed`` itself, or for another purpose."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {purpose}".encode()).digest()[:4], "little") % 2**31
 
 
 def _resolve_seed(seed: int | None) -> int:

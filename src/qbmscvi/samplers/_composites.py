@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from qbmscvi.exceptions import InvalidSamples
-from qbmscvi.samplers._base import Draw, Sampler
+from qbmscvi.samplers._base import Draw, Sampler, derive_seed
 from qbmscvi.samplers._gibbs import gibbs_sweeps
 from qbmscvi.samplers._temperature import effective_beta
 
@@ -51,6 +51,14 @@ class Composite(Sampler):
     def check(self, problem: IsingModel) -> None:
         """Raise if the child cannot take the problem."""
         self.child.check(problem)
+
+    def _own_seed(self, seed: int) -> int:
+        """Seed of this layer, unlike that of the child and of other layers of its class."""
+        depth, child = 0, self.child
+        while isinstance(child, Composite):
+            depth += type(child) is type(self)
+            child = child.child
+        return derive_seed(seed, f"{type(self).__name__} {depth}")
 
     def _sample(self, request: SamplingRequest, seed: int) -> Draw:
         return self._sample_batch([request], [seed])[0]
@@ -102,6 +110,10 @@ class Rescaled(Composite):
             raise ValueError(msg)
         self.h_limit, self.J_limit, self.n_bits, self.device_beta = h_limit, J_limit, n_bits, device_beta
 
+    def check(self, problem: IsingModel) -> None:
+        """Raise if the child cannot take the problem as it will see it."""
+        self.child.check(problem.to_dense())
+
     def _sample_batch(self, requests: list[SamplingRequest], seeds: list[int]) -> list[Draw]:
         fitted = [self._fit(request, seed) for request, seed in zip(requests, seeds, strict=True)]
         batches = self.child.sample_batch([request for request, _ in fitted])
@@ -111,7 +123,8 @@ class Rescaled(Composite):
         problem = request.problem.to_dense()
         largest = [(problem.h, self.h_limit), (problem.J, self.J_limit)]
         room = [limit / float(values.abs().max()) for values, limit in largest if limit and values.any()]
-        fills_range = min(room, default=1.0)
+        # Half a unit in the last place below, or the product may round to just above the limit.
+        fills_range = min(room, default=1.0) * (1.0 - torch.finfo(problem.h.dtype).eps if room else 1.0)
         wanted = fills_range if self.device_beta is None else request.beta / self.device_beta
         scale = min(wanted, fills_range) if room else wanted
         child_beta = request.beta / scale if self.device_beta is None else self.device_beta
@@ -120,7 +133,12 @@ class Rescaled(Composite):
         if self.n_bits is not None:
             levels = 2 ** (self.n_bits - 1) - 1
             h_step, J_step = self.h_limit / levels, self.J_limit / levels
-            rounded = replace(scaled, h=(scaled.h / h_step).round() * h_step, J=(scaled.J / J_step).round() * J_step)
+            h_top, J_top = (limit * (1.0 - torch.finfo(scaled.h.dtype).eps) for limit in (self.h_limit, self.J_limit))
+            rounded = replace(
+                scaled,
+                h=((scaled.h / h_step).round() * h_step).clamp(-h_top, h_top),
+                J=((scaled.J / J_step).round() * J_step).clamp(-J_top, J_top),
+            )
             error = torch.cat([rounded.h - scaled.h, rounded.J - scaled.J]) / scale
             facts["rounding_error"] = float(error.square().mean().sqrt())
             scaled = rounded
@@ -178,7 +196,10 @@ class SpinReversed(Composite):
             weights = None
             if parts[0][0].weights is not None:
                 weights = torch.cat([batch.weights * batch.n_samples for batch, _ in parts]) / request.n_samples
-            draws.append(replace(pass_on(parts[0][0], n_gauges=n_parts), spins=spins, weights=weights))
+            facts = {"n_gauges": n_parts}
+            if "device_seconds" in parts[0][0].info:
+                facts["device_seconds"] = sum(batch.info["device_seconds"] for batch, _ in parts)
+            draws.append(replace(pass_on(parts[0][0], **facts), spins=spins, weights=weights))
         return draws
 
 
@@ -222,15 +243,16 @@ class Calibrated(Composite):
         draws = []
         for request, question, batch in zip(requests, asked, self.child.sample_batch(asked), strict=True):
             try:
-                estimate = effective_beta(request.problem, batch, method=self.method, seed=question.seed)
+                seed = self._own_seed(question.seed)
+                estimate = effective_beta(request.problem, batch, method=self.method, seed=seed)
             except ValueError as error:
                 msg = f"The answer of {self.child.name} has no temperature: {error}"
                 raise InvalidSamples(msg) from error
-            observed = float(torch.tensor(estimate.value / question.beta).log())
-            if self.log_gain is None:
-                self.log_gain = observed
-            else:
-                self.log_gain = self.memory * self.log_gain + (1.0 - self.memory) * observed
+            # A device at the end of its range answers as hot as it can, which says nothing of its gain.
+            if not batch.info.get("is_range_limited", False):
+                observed = float(torch.tensor(estimate.value / question.beta).log())
+                past = observed if self.log_gain is None else self.log_gain
+                self.log_gain = self.memory * past + (1.0 - self.memory) * observed
             facts = {"effective_beta": estimate.value, "effective_beta_scale": estimate.scale, "gain": gain}
             draws.append(pass_on(batch, **facts))
         return draws
@@ -262,7 +284,7 @@ class Polished(Composite):
         draws = []
         for request, batch in zip(asked, self.child.sample_batch(asked), strict=True):
             problem = request.problem
-            generator = torch.Generator(device=problem.h.device).manual_seed(request.seed + 1)
+            generator = torch.Generator(device=problem.h.device).manual_seed(self._own_seed(request.seed))
             spins = gibbs_sweeps(problem, batch.spins.to(problem.h), self.n_sweeps, request.beta, generator)
             draws.append(replace(pass_on(batch, n_polish_sweeps=self.n_sweeps), spins=spins))
         return draws
@@ -293,10 +315,12 @@ class Reweighted(Composite):
         asked = [replace(request, seed=seed) for request, seed in zip(requests, seeds, strict=True)]
         draws = []
         for request, batch in zip(asked, self.child.sample_batch(asked), strict=True):
-            beta = batch.info.get("effective_beta")
+            # The temperature of the samples as they are: after weighting, and not from before a polish.
+            reported = None if "n_polish_sweeps" in batch.info else batch.info.get("effective_beta")
+            beta = batch.info.get("weighted_beta", reported)
             if beta is None:
                 try:
-                    beta = effective_beta(request.problem, batch, seed=request.seed).value
+                    beta = effective_beta(request.problem, batch).value
                 except ValueError as error:
                     msg = f"The answer of {self.child.name} has no temperature: {error}"
                     raise InvalidSamples(msg) from error
@@ -312,5 +336,6 @@ class Reweighted(Composite):
                     "sampler, or use `Polished` instead of weights."
                 )
                 raise InvalidSamples(msg)
-            draws.append(replace(pass_on(batch, effective_beta=beta, effective_share=share), weights=weights))
+            facts = {"effective_beta": beta, "effective_share": share, "weighted_beta": request.beta}
+            draws.append(replace(pass_on(batch, **facts), weights=weights))
         return draws

@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -113,9 +114,10 @@ class Replayed(Sampler):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        lines = self.path.read_text().splitlines()
+        lines = self.path.read_text(errors="replace").splitlines()
         header = _parse(lines[0], self.path, 1) if lines else {}
-        if header.get("format") != _HEADER["format"] or header.get("version") != _HEADER["version"]:
+        is_tape = all(header.get(key) == value for key, value in _HEADER.items())
+        if not is_tape or not {"is_remote", "is_persistent"} <= set(header):
             msg = f"{self.path} is not a tape of version {_HEADER['version']}: it begins with {lines[:1]}."
             raise InvalidSamples(msg)
         self._entries = [_verify(line, self.path, number) for number, line in enumerate(lines[1:], start=2)]
@@ -157,13 +159,22 @@ def _encode(request: SamplingRequest, batch: SampleBatch) -> str:
         "shape": list(batch.spins.shape),
         "spins": base64.b64encode(bits.tobytes()).decode(),
         "weights": weights,
-        "info": {key: value for key, value in batch.info.items() if _is_plain(value)},
+        "info": _plain(batch.info),
     }
     return json.dumps({**entry, "sha256": _checksum(entry)}) + "\n"
 
 
+def _plain(value: Any) -> Any:
+    """A fact as JSON can hold it: numbers that are not finite become null, other objects are left out."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items() if _is_plain(item)}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value if _is_plain(item)]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, bool | int | float | str)
+    return value is None or isinstance(value, bool | int | float | str | dict | list | tuple)
 
 
 def _checksum(entry: dict[str, Any]) -> str:
@@ -174,7 +185,8 @@ def _parse(line: str, path: Path, number: int) -> dict[str, Any]:
     try:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
-        msg = f"Line {number} of the tape {path} is damaged ({error}). Use an intact copy."
+        what = f"{path} is not a tape: line 1" if number == 1 else f"Line {number} of the tape {path}"
+        msg = f"{what} is damaged ({error}). Use an intact copy."
         raise InvalidSamples(msg) from error
     if not isinstance(entry, dict):
         msg = f"Line {number} of the tape {path} is not a record. Use an intact copy."
