@@ -253,6 +253,14 @@ def test_device_time_is_what_the_child_reports():
     assert len(child.requests) == 3
 
 
+def test_device_time_that_is_used_up_exactly_is_used_up():
+    sampler = Budgeted(Unreliable(facts={"device_seconds": 0.5}), device_seconds=1.0)
+    ask(sampler)
+    ask(sampler)
+    with pytest.raises(BudgetExceeded, match="1 used, 0 more"):
+        ask(sampler)
+
+
 def test_device_time_of_several_answers_adds_up():
     sampler = Budgeted(Unreliable(facts={"device_seconds": 0.4}), device_seconds=1.0)
     sampler.sample_batch([SamplingRequest(PROBLEM, 3, seed=seed) for seed in range(3)])

@@ -62,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--sampler", default="gibbs", help="gibbs, simulated_annealing or exact")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch; the matrices are small (default 1)")
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for table and figures")
     return parser
 
@@ -115,8 +116,10 @@ def train(
 ) -> tuple[SCVI, dict[str, float]]:
     """Train one model; return it with what it cost and how it fits the held-out cells."""
     import scvi
+    import torch
     from scvi.model._utils import get_max_epochs_heuristic
 
+    torch.set_num_threads(options.threads)  # numba, under scanpy, sets the threads of torch's OpenMP anew
     scvi.settings.seed = options.seed
     model_class.setup_anndata(adata, batch_key=options.batch_key)
     model = model_class(adata, gene_likelihood="nb", **arguments)
