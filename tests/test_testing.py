@@ -128,7 +128,6 @@ def test_comparison_agrees_with_the_gate_of_the_tests(name, beta):
     assert verdict.moments == pytest.approx(other.moments, rel=1e-6)
     assert verdict.worst_moment == other.worst_moment
     assert verdict.energy == pytest.approx(other.energy, rel=1e-6)
-    assert verdict.cells == pytest.approx(other.cells, abs=0.5)  # merged up to ten, not five
     code = ((spins.numpy() + 1) // 2) @ (1 << np.arange(problem.n_spins - 1, -1, -1))
     frequencies = np.bincount(code, minlength=2**problem.n_spins) / N_SAMPLES
     assert verdict.distance == pytest.approx(0.5 * np.abs(frequencies - law.probabilities).sum(), rel=1e-9)
@@ -192,6 +191,33 @@ def test_equal_weights_and_no_weights_give_similar_verdicts():
     assert weighted.moments == pytest.approx(plain.moments, rel=0.1)
     assert weighted.energy == pytest.approx(plain.energy, rel=0.05)
     assert weighted.distance == pytest.approx(plain.distance, rel=1e-5)
+
+
+@pytest.mark.parametrize("has_weights", [False, True], ids=["plain", "weighted"])
+def test_correlations_of_three_spins_show_in_the_cells_alone(has_weights):
+    """``p + c s_0 s_1 s_2`` has the moments and the energy of ``p``: a law that only the distribution gives away."""
+    problem, beta = tiny_problems()["complete-6"], 0.3
+    law = Law.boltzmann(problem, beta)
+    probabilities = law.probabilities + 0.9 * law.probabilities.min() * law.states[:, :3].prod(1)
+    spins = replace(law, probabilities=probabilities).draw(N_SAMPLES, seed=9)
+    weights = torch.full((N_SAMPLES,), 1 / N_SAMPLES) if has_weights else None
+    verdict = compare_with_boltzmann(problem, batch_of(problem, spins, weights), beta)
+    assert min(verdict.moments, verdict.energy) > testing.ALPHA
+    assert verdict.cells < testing.ALPHA / 100
+    with pytest.raises(SamplerCheckError, match="all states"):
+        assert_boltzmann(problem, batch_of(problem, spins, weights), beta)
+
+
+def test_chi_square_of_the_cells_is_pearsons():
+    """Cells large enough that none is merged: scipy's test on the same table."""
+    problem = tiny_problems()["complete-6"]
+    law = Law.boltzmann(problem, 0.3)
+    spins = law.draw(20_000, seed=10)
+    code = ((spins.numpy() + 1) // 2) @ (1 << np.arange(5, -1, -1))
+    due = 20_000 * law.probabilities
+    assert due.min() > 10
+    expected = stats.chisquare(np.bincount(code, minlength=64), due).pvalue
+    assert compare_with_boltzmann(problem, batch_of(problem, spins), 0.3).cells == pytest.approx(expected, rel=1e-9)
 
 
 def test_beyond_twelve_spins_moments_and_energy_are_compared():
