@@ -353,7 +353,7 @@ class FiniteStateGuard(Callback):
             self._check(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check before validation and logging."""
+        """Check at the end of the epoch."""
         self._check(trainer, pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

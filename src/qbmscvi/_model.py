@@ -156,8 +156,8 @@ class QBMSCVI(SCVI):
         plan_kwargs
             Arguments of :class:`~qbmscvi.QBMTrainingPlan`, e.g. ``prior_lr`` or ``n_epochs_kl_warmup``.
         sampler
-            Source of the prior's samples: ``"gibbs"``, ``"simulated_annealing"``, ``"exact"``, or an instance from
-            :mod:`qbmscvi.samplers`.
+            Source of the prior's samples: a name that :func:`qbmscvi.samplers.build_sampler` knows, or an instance
+            from :mod:`qbmscvi.samplers`.
         schedule
             When the prior is sampled.
 
