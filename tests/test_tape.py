@@ -10,6 +10,7 @@ import errno
 import hashlib
 import inspect
 import json
+import math
 import pickle
 import struct
 import warnings
@@ -23,7 +24,7 @@ import torch
 
 from qbmscvi import QBMSCVI
 from qbmscvi.datasets import synthetic_counts
-from qbmscvi.exceptions import InvalidSamples, SamplerUnavailable
+from qbmscvi.exceptions import BudgetExceeded, InvalidSamples, SamplerError, SamplerTimeout, SamplerUnavailable
 from qbmscvi.samplers import (
     BlockGibbsSampler,
     Budgeted,
@@ -145,14 +146,91 @@ def test_facts_that_json_can_hold_are_kept(tape):
     assert (info["seed"], info["beta"]) == (0, 0.3)
 
 
-def test_a_batch_is_recorded_answer_by_answer(tmp_path):
-    """And may be replayed one by one."""
+def test_a_batch_is_one_call_of_the_tape(tmp_path):
     together = Recorded(ExactSampler(), tmp_path / "tape").sample_batch(requests_of())
-    player = Replayed(tmp_path / "tape")
-    for request, batch in zip(requests_of(), together, strict=True):
-        assert torch.equal(player.sample(request).spins, batch.spins)
+    assert [entry["call"] for entry in entries(tmp_path / "tape")] == [1, 1, 1, 1]
     again = Replayed(tmp_path / "tape").sample_batch(requests_of())
     assert all(torch.equal(a.spins, b.spins) for a, b in zip(together, again, strict=True))
+    for part in (requests_of()[:3], requests_of()[::-1]):
+        with pytest.raises(InvalidSamples, match="Call 1 of .* belongs to another problem"):
+            Replayed(tmp_path / "tape").sample_batch(part)
+
+
+class Failing(ExactSampler):
+    """Fails at every second call."""
+
+    def __init__(self, error):
+        self.error, self.n_calls = error, 0
+
+    def _sample_batch(self, requests, seeds):
+        self.n_calls += 1
+        if self.n_calls % 2 == 0:
+            raise self.error
+        return super()._sample_batch(requests, seeds)
+
+
+@pytest.mark.parametrize(
+    "error", [SamplerTimeout("no answer"), BudgetExceeded("spent"), OSError("line cut"), SamplerError("odd")], ids=repr
+)
+def test_failures_are_played_back_where_they_happened(error, tmp_path):
+    recorder = Recorded(Failing(error), tmp_path / "tape")
+    player = None
+    for sampler in (recorder, None):
+        player = sampler or Replayed(tmp_path / "tape")
+        for k, request in enumerate(requests_of()):
+            if k % 2 == 0:
+                assert player.sample(request).n_samples == request.n_samples
+                continue
+            with pytest.raises(SamplerError) as caught:
+                player.sample(request)
+            kind = type(error) if isinstance(error, SamplerError) else SamplerError
+            assert type(caught.value) is kind
+            assert str(error) in str(caught.value)
+
+
+def test_unknown_failures_of_a_tape_call_nothing(tmp_path):
+    """The type of a failure is a word to look up in a short list, not a name to evaluate."""
+    recorder = Recorded(Failing(SamplerTimeout("no answer")), tmp_path / "tape")
+    recorder.sample(requests_of()[0])
+    with pytest.raises(SamplerTimeout):
+        recorder.sample(requests_of()[1])
+
+    def rename(line):
+        entry = {**json.loads(line), "failure": {"type": "require_integer", "message": "x"}}
+        body = {key: value for key, value in entry.items() if key != "sha256"}
+        return json.dumps({**body, "sha256": checksum(body)})
+
+    player = Replayed(rewrite(tmp_path / "tape", rename, 3))
+    player.sample(requests_of()[0])
+    with pytest.raises(SamplerError, match="^x$"):
+        player.sample(requests_of()[1])
+
+
+def test_ages_are_those_of_the_recording_and_infinite_where_no_answer_came(tmp_path):
+    recorder = Recorded(ExactSampler(), tmp_path / "tape")
+    for request, age in zip(requests_of(), (20, None, 0, 45), strict=True):
+        recorder.sample(request)
+        if age is not None:
+            recorder.note_age(age)
+    player = SpinReversed(Replayed(tmp_path / "tape"), 1)
+    assert player.recorded_age is None
+    ages = []
+    for request in requests_of():
+        player.child.sample(request)
+        ages.append(player.recorded_age)
+    assert ages == [20, math.inf, 0, 45]
+    assert recorder.recorded_age is None
+
+
+def test_a_call_without_any_answer_was_never_answered(tmp_path):
+    """As of a job that never ended: the age at which it was given up is all that is known of it."""
+    recorder = Recorded(ExactSampler(), tmp_path / "tape")
+    recorder._n_calls += 1
+    recorder.note_age(500)
+    player = Replayed(tmp_path / "tape")
+    with pytest.raises(SamplerTimeout, match="Call 1 of .* was never answered"):
+        player.sample(requests_of()[0])
+    assert player.recorded_age == 500
 
 
 def test_recording_changes_nothing(tmp_path):
@@ -184,7 +262,7 @@ def test_a_tape_has_the_traits_that_a_run_depends_on(build, is_remote, is_persis
     first = recorder.sample(request)
     second = recorder.sample(replace(request, initial_spins=first.spins))
     player = Replayed(tmp_path / "tape")
-    assert player.traits == SamplerTraits(is_remote=is_remote, is_persistent=is_persistent)
+    assert player.traits == SamplerTraits(is_remote=is_remote, is_persistent=is_persistent, is_replay=True)
     player.sample(request)
     assert torch.equal(player.sample(replace(request, initial_spins=first.spins)).spins, second.spins)
 
@@ -210,7 +288,7 @@ def test_the_file_is_plain_json_lines(tape):
     assert text.endswith("\n")
     assert text.count("\n") == 5
     for entry in entries(tape):
-        assert set(entry) == {"request", "shape", "spins", "weights", "info", "sha256"}
+        assert set(entry) == {"call", "request", "shape", "spins", "weights", "info", "sha256"}
         body = {key: value for key, value in entry.items() if key != "sha256"}
         assert entry["sha256"] == checksum(body)
 
@@ -233,7 +311,7 @@ def test_spins_weights_and_facts_can_be_rebuilt_by_hand(tape):
 def test_a_tape_grows_answer_by_answer(tmp_path):
     """What a run that dies leaves behind can be replayed."""
     recorder = Recorded(ExactSampler(), tmp_path / "tape")
-    assert Replayed(tmp_path / "tape")._entries == []
+    assert Replayed(tmp_path / "tape")._calls == []
     for k, request in enumerate(requests_of(), start=1):
         recorder.sample(request)
         assert len(entries(tmp_path / "tape")) == k
@@ -311,7 +389,7 @@ def test_a_last_line_that_was_cut_off_is_found(tape):
         with pytest.raises(InvalidSamples, match="Line 5 of the tape .* is damaged"):
             Replayed(tape)
     tape.write_bytes(whole[:last])
-    assert len(Replayed(tape)._entries) == 3
+    assert len(Replayed(tape)._calls) == 3
 
 
 def test_no_single_changed_character_goes_unnoticed(tape):
@@ -329,7 +407,7 @@ def test_no_single_changed_character_goes_unnoticed(tape):
         except InvalidSamples as error:
             assert "Line 2 of the tape" in str(error)
         else:
-            assert {**player._entries[0], "sha256": due["sha256"]} == due
+            assert {**player._calls[0][0], "sha256": due["sha256"]} == due
 
 
 @pytest.mark.parametrize(
@@ -387,7 +465,7 @@ def test_another_question_is_not_answered(tape, change):
     player = Replayed(tape)
     for request in requests_of()[:3]:
         player.sample(request)
-    with pytest.raises(InvalidSamples, match=r"Answer 4 of .* belongs to another problem.*same data, seed and"):
+    with pytest.raises(InvalidSamples, match=r"Call 4 of .* belongs to another problem.*same data, seed and"):
         player.sample(change(requests_of()[3]))
     assert player.sample(requests_of()[3]).n_samples == 13  # the wrong question did not use the answer up
 
@@ -402,12 +480,12 @@ def test_a_tape_at_its_end_has_no_more_answers(tape):
     player = Replayed(tape)
     for request in requests_of():
         player.sample(request)
-    with pytest.raises(SamplerUnavailable, match="ends after 4 answers, but another was asked for"):
+    with pytest.raises(SamplerUnavailable, match="ends after 4 calls, but another was made"):
         player.sample(requests_of()[0])
 
 
 def test_answers_come_in_the_order_of_the_tape(tape):
-    with pytest.raises(InvalidSamples, match="Answer 1"):
+    with pytest.raises(InvalidSamples, match="Call 1"):
         Replayed(tape).sample(requests_of()[1])
 
 
@@ -467,7 +545,7 @@ def test_what_was_written_before_the_disk_was_full_can_be_replayed(tmp_path, mon
     recorder.sample(requests_of()[2])  # space is back, but a tape with a gap would be worthless
     player = Replayed(tmp_path / "tape")
     assert torch.equal(player.sample(requests_of()[0]).spins, first.spins)
-    with pytest.raises(SamplerUnavailable, match="ends after 1 answers"):
+    with pytest.raises(SamplerUnavailable, match="ends after 1 calls"):
         player.sample(requests_of()[1])
 
 

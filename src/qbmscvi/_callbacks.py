@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from qbmscvi.diagnostics import estimate_log_z
 from qbmscvi.exceptions import SamplerError, TrainingDivergedError, require_integer
 from qbmscvi.ising import SampleBatch
-from qbmscvi.samplers import BlockGibbsSampler, Broker, SamplingRequest
+from qbmscvi.samplers import BlockGibbsSampler, Broker, SamplingRequest, Vetted
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -41,26 +41,29 @@ class SamplingSchedule:
     burn_in
         Sweeps of the first request of a model, whose chains start from random spins.
     latency
-        Steps between a question to a remote sampler and the use of its answer; training waits for an answer that is
-        later. Local samplers answer at once.
+        Steps between a question to a remote sampler and the use of its answer; a late answer is used at the next
+        multiple. Training never waits, and local samplers answer at once. Zero makes training wait for each answer.
+    max_staleness
+        Age in steps beyond which an answer of a remote sampler is not used.
     n_polish_sweeps
         Local Gibbs sweeps that carry the states of a remote answer to the parameters of now.
 
     Raises
     ------
     TypeError, ValueError
-        If a value is not an integer, or is below one (``latency``: below zero).
+        If a value is not an integer, or is below one (``latency``: below zero; ``max_staleness``: below ``latency``).
     """
 
     every_n_steps: int = 1
     n_sweeps: int = 2
     burn_in: int = 100
     latency: int = 20
+    max_staleness: int = 500
     n_polish_sweeps: int = 10
 
     def __post_init__(self) -> None:
-        least_values = {"every_n_steps": 1, "n_sweeps": 1, "burn_in": 1, "latency": 0, "n_polish_sweeps": 1}
-        for name, least in least_values.items():
+        least_values = dict.fromkeys(["every_n_steps", "n_sweeps", "burn_in", "n_polish_sweeps"], 1)
+        for name, least in {**least_values, "latency": 0, "max_staleness": self.latency}.items():
             require_integer(f"SamplingSchedule.{name}", getattr(self, name), least)
 
 
@@ -69,9 +72,12 @@ class SamplingCallback(Callback):
 
     The cadence follows ``trainer.global_step``, so with gradient accumulation there is one refresh per optimizer
     step. A local sampler answers on the spot. A remote one works while training goes on: its answer is used
-    ``schedule.latency`` steps after the question, as new states of chains that local block Gibbs sweeps carry from the
-    parameters of then to those of now; the loss only sees moments of these chains, at every step. If the sampler
-    fails, the chains go on without it: one warning, and a count in the history.
+    ``schedule.latency`` steps after the question, or when it comes, as new states of chains that local block Gibbs
+    sweeps carry from the parameters of then to those of now; the loss only sees moments of these chains, at every step.
+
+    If a sampler fails, the chains go on without it: one warning, and a count in the history. An answer whose
+    temperature is far from the one asked for counts as a failure where the sampler is remote or does not claim to be
+    a Boltzmann sampler: ground states, say, are no samples.
 
     The value of log Z is carried along by the work that each parameter update does on one chain in eight (Jarzynski's
     equality, :cite:p:`Carbone23`); those chains take no part in the moments. At the end of training log Z is
@@ -94,13 +100,14 @@ class SamplingCallback(Callback):
         self.prior = prior
         self.sampler = sampler
         self.schedule = schedule
-        self.broker = Broker(sampler, schedule.latency)
+        is_trusted = sampler.traits.target == "boltzmann" and not sampler.traits.is_remote
+        asked = sampler if is_trusted else Vetted(sampler)
+        self.broker = Broker(asked, schedule.latency, schedule.max_staleness)
         self.n_fallbacks = 0
         self._local = BlockGibbsSampler()
         self._seeds = torch.Generator()
         self._last_step: int | None = None
         self._last_asked: int | None = None
-        self._due: int | None = None
         self._tracked: SampleBatch | None = None
         self._mean_energy: Tensor | float = float("nan")
         self._facts: dict[str, float] = {}
@@ -115,7 +122,7 @@ class SamplingCallback(Callback):
             self._resumed = None
             return
         self._seeds.manual_seed(trainer.strategy.broadcast(int(torch.randint(2**31 - 1, ()))))
-        self._last_step = self._last_asked = self._due = self._tracked = None
+        self._last_step = self._last_asked = self._tracked = None
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reset the timer."""
@@ -161,18 +168,16 @@ class SamplingCallback(Callback):
 
     @torch.no_grad()
     def _refresh_beside_remote(self, step: int, trainer: pl.Trainer) -> None:
-        """Take the moments from local chains, which get new states whenever an answer of the device is due."""
+        """Take the moments from local chains, which get new states whenever an answer of the device is used."""
         problem = self._begin()
         n_sweeps = self.schedule.n_sweeps
-        if self._due is not None and step >= self._due:
-            self._due = None
-            states = trainer.strategy.broadcast(self._collect_states(step, problem) if trainer.is_global_zero else None)
-            if states is not None:
-                self.prior.chains.copy_(states)
-                self.prior.tracking_log_weights.zero_()
-                n_sweeps = max(n_sweeps, self.schedule.n_polish_sweeps)
-        if self._due is None and self._is_time_to_ask(step):
-            self._last_asked, self._due = step, step + self.schedule.latency
+        answer, is_free = trainer.strategy.broadcast(self._collect(step, problem) if trainer.is_global_zero else None)
+        if answer is not None:
+            self.prior.chains.copy_(self._shuffle(answer))
+            self.prior.tracking_log_weights.zero_()
+            n_sweeps = max(n_sweeps, self.schedule.n_polish_sweeps)
+        if is_free and self._is_time_to_ask(step):
+            self._last_asked = step
             seed = self._draw_seed()
             if trainer.is_global_zero:
                 name = f"refresh-{seed}-{step}"
@@ -181,15 +186,22 @@ class SamplingCallback(Callback):
                 self.broker.dispatch(step)
         self._finish(problem, self._ask_locally(problem, n_sweeps), continues=True)
 
-    def _collect_states(self, step: int, problem: IsingModel) -> Tensor | None:
+    def _collect(self, step: int, problem: IsingModel) -> tuple[SampleBatch | None, bool]:
+        """Answer that is to be used now, if there is one, and whether the sampler is free for another question."""
+        answer = None
         try:
-            (batch,) = self.broker.collect(step)
+            answers = self.broker.collect(step)
+            if answers is not None:
+                (answer,) = answers
+                self._note_facts(answer)
         except SamplerError as error:
             self._note_failure(error, problem)
-            return None
-        self._note_facts(batch)
-        spins = batch.spins
-        return spins if batch.weights is None else spins[self._resample(batch.weights)]
+        return answer, not self.broker.is_busy
+
+    def _shuffle(self, batch: SampleBatch) -> Tensor:
+        """States in random order, as often as their weights say: devices sort by energy, and chains have roles."""
+        spins = batch.spins if batch.weights is None else batch.spins[self._resample(batch.weights)]
+        return spins[torch.randperm(len(spins), generator=self._seeds).to(spins.device)]
 
     def _begin(self) -> IsingModel:
         problem = self.prior.to_ising()
@@ -303,7 +315,7 @@ class SamplingCallback(Callback):
             tracked = {"spins": self._tracked.spins, "energies": self._tracked.energies}
         return {
             "seeds": self._seeds.get_state(),
-            "steps": (self._last_step, self._last_asked, self._due),
+            "steps": (self._last_step, self._last_asked),
             "n_fallbacks": self.n_fallbacks,
             "tracked": tracked,
             "broker": self.broker.state_dict(),
@@ -312,7 +324,7 @@ class SamplingCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state; a question to a remote sampler that was under way is asked once more."""
         self._seeds.set_state(state_dict["seeds"].cpu())
-        self._last_step, self._last_asked, self._due = state_dict["steps"]
+        self._last_step, self._last_asked = state_dict["steps"]
         self.n_fallbacks = state_dict["n_fallbacks"]
         self._tracked = None if state_dict["tracked"] is None else SampleBatch(**state_dict["tracked"])
         self._resumed = state_dict["broker"]

@@ -232,7 +232,7 @@ class SampleBatch:
         """Number of samples."""
         return self.spins.shape[0]
 
-    def __getitem__(self, rows: slice) -> SampleBatch:
+    def __getitem__(self, rows: slice | Tensor) -> SampleBatch:
         """Some of the samples; weights are renormalized."""
         weights = None if self.weights is None else self.weights[rows] / self.weights[rows].sum()
         return replace(self, spins=self.spins[rows], energies=self.energies[rows], weights=weights)

@@ -17,6 +17,7 @@ from qbmscvi.samplers._resilience import Budgeted, Retrying, TimeLimited
 from qbmscvi.samplers._tape import Recorded, Replayed
 from qbmscvi.samplers._temperature import BetaEstimate, effective_beta
 from qbmscvi.samplers._tempering import ParallelTemperingSampler
+from qbmscvi.samplers._vetting import Vetted
 
 __all__ = [
     "BetaEstimate",
@@ -44,6 +45,7 @@ __all__ = [
     "SpinReversed",
     "TimeLimited",
     "TreeDecompositionSampler",
+    "Vetted",
     "build_sampler",
     "effective_beta",
 ]

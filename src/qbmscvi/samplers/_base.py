@@ -41,6 +41,8 @@ class SamplerTraits:
         Answers come from another machine, and may be slow or fail.
     packs_problems
         Several small problems may be sent as one problem without couplings between them, to save trips.
+    is_replay
+        Answers come from a recording, and are used at the age at which they were used then.
     max_spins
         Largest problem accepted, or None.
     """
@@ -49,6 +51,7 @@ class SamplerTraits:
     is_exact: bool = False
     is_persistent: bool = False
     is_remote: bool = False
+    is_replay: bool = False
     packs_problems: bool = False
     max_spins: int | None = None
 
@@ -152,6 +155,17 @@ class Sampler:
     def name(self) -> str:
         """Name for logs and provenance."""
         return type(self).__name__
+
+    @property
+    def recorded_age(self) -> float | None:
+        """Age in steps at which the last answer was used when it was recorded; infinite for never, None if unknown."""
+        return None
+
+    def note_age(self, age: int) -> None:
+        """Take note that the last answer was used, or dropped, ``age`` steps after the question; for recordings."""
+
+    def cancel(self) -> None:
+        """Give up the question under way, if that is possible: nobody waits for its answer any more."""
 
     def check(self, problem: IsingModel) -> None:
         """Raise if this sampler cannot take a problem of this size and graph.

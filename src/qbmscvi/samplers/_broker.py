@@ -1,27 +1,32 @@
 """The broker between a training run and a sampler.
 
 Requests of one interval are submitted, then dispatched together: those of one problem become one call, and where the
-sampler says so several problems become one. A local sampler answers at once. A remote one works in a thread of its own,
-and its answer is collected a fixed number of steps later, not when it happens to arrive: a run then depends on seeds
-alone, and a recorded one can be replayed bit for bit.
+sampler says so several problems become one. A local sampler answers at once. A remote one works in a thread of its own
+while training goes on. Its answer is used at a fixed age, or, if it is late, at the next multiple of that: nobody ever
+waits, a run with a fast device depends on seeds alone, and the ages are on the tape of a recorded one, so that it can
+be replayed bit for bit.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qbmscvi.exceptions import SamplerError
+from qbmscvi.exceptions import SamplerError, SamplerTimeout
 from qbmscvi.ising import SampleBatch, disjoint_union
-from qbmscvi.samplers._base import Sampler, SamplingRequest
+from qbmscvi.samplers._background import call_in_background
+from qbmscvi.samplers._base import Sampler, SamplingRequest, derive_seed
 from qbmscvi.samplers._tape import problem_fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from torch import Tensor
 
 
 @dataclass
@@ -31,39 +36,45 @@ class Ledger:
     Parameters
     ----------
     n_requests, n_trips, n_samples
-        Requests submitted, calls made, samples received.
+        Requests submitted, calls made, samples received and used.
     n_failures
-        Calls that raised.
+        Calls that raised, or whose answer was too old.
+    n_late
+        Answers that were not there when they were due.
+    n_attempts, device_seconds
+        As reported by the sampler in ``info``.
     wait_seconds
         Time that the training thread waited for answers.
     sampler_seconds
         Time that the sampler took, in whatever thread.
-    n_attempts, device_seconds
-        As reported by the sampler in ``info``.
     """
 
     n_requests: int = 0
     n_trips: int = 0
     n_samples: int = 0
     n_failures: int = 0
+    n_late: int = 0
     n_attempts: int = 0
     wait_seconds: float = 0.0
     sampler_seconds: float = 0.0
     device_seconds: float = 0.0
 
 
-@dataclass(frozen=True)
-class Trip:
-    """One dispatch: its requests, when it was made, and when its answers are due."""
+@dataclass
+class _Trip:
+    """One dispatch: its requests, when it was made, and when to look for its answers next."""
 
     requests: tuple[SamplingRequest, ...]
     step: int
     due: int
     future: Future
+    recorded_age: float | None
+    is_late: bool = False
+    is_given_up: bool = False
 
     def state_dict(self) -> dict[str, Any]:
         """State from which the trip can be asked for again."""
-        return {"requests": [r.state_dict() for r in self.requests], "step": self.step, "due": self.due}
+        return {"requests": [r.state_dict() for r in self.requests], "step": self.step}
 
 
 class Broker:
@@ -76,18 +87,25 @@ class Broker:
     latency
         Steps between dispatch and collection with a remote sampler; zero waits for the answer on the spot. A local
         sampler always answers on the spot.
+    max_staleness
+        Age in steps beyond which an answer is not used any more.
+
+    Raises
+    ------
+    ValueError
+        If ``latency`` is negative or above ``max_staleness``.
     """
 
-    def __init__(self, sampler: Sampler, latency: int = 0) -> None:
-        if latency < 0:
-            msg = f"latency={latency} steps must not be negative."
+    def __init__(self, sampler: Sampler, latency: int = 0, max_staleness: int = 500) -> None:
+        if not 0 <= latency <= max_staleness:
+            msg = f"latency={latency} must be at least 0 and at most max_staleness={max_staleness} (steps)."
             raise ValueError(msg)
         self.sampler = sampler
         self.latency = latency if sampler.traits.is_remote else 0
+        self.max_staleness = max_staleness
         self.ledger = Ledger()
         self._submitted: list[SamplingRequest] = []
-        self._trip: Trip | None = None
-        self._executor: ThreadPoolExecutor | None = None
+        self._trip: _Trip | None = None
 
     @property
     def is_busy(self) -> bool:
@@ -111,65 +129,86 @@ class Broker:
             msg = "A trip is under way: collect it before the next one is dispatched."
             raise RuntimeError(msg)
         requests, self._submitted = tuple(self._submitted), []
-        self._send(requests, step, step + self.latency)
+        self._send(requests, step)
 
-    def _send(self, requests: tuple[SamplingRequest, ...], step: int, due: int) -> None:
+    def _send(self, requests: tuple[SamplingRequest, ...], step: int) -> None:
         self.ledger.n_trips += 1
-        if due > step:
-            if self._executor is None:
-                self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="qbmscvi-broker")
-            future = self._executor.submit(self._call, requests)
+        if self.latency and not self.sampler.traits.is_replay:
+            future = call_in_background(self._call, requests)
         else:
-            future = Future()
+            future, started = Future(), time.perf_counter()
             try:
                 future.set_result(self._call(requests))
             except SamplerError as error:
                 future.set_exception(error)
-        self._trip = Trip(requests, step, due, future)
+            self.ledger.wait_seconds += time.perf_counter() - started
+        recorded_age = self.sampler.recorded_age if self.latency else None
+        self._trip = _Trip(requests, step, step + self.latency, future, recorded_age)
 
-    def is_due(self, step: int) -> bool:
-        """Whether the trip under way should be collected at this step."""
-        return self._trip is not None and step >= self._trip.due
-
-    def collect(self, step: int) -> list[SampleBatch]:
-        """Fetch the answers of the trip under way, one per request in the order of submission; wait if necessary.
+    def collect(self, step: int) -> list[SampleBatch] | None:
+        """Fetch the answers of the trip under way, one per request in the order of submission; never wait.
 
         ``info`` of each batch gets ``staleness``, the age of its problem in steps.
+
+        Returns
+        -------
+        The answers; None if they are not due or not there yet, or no trip is under way.
 
         Raises
         ------
         SamplerError
-            If the sampler failed.
-        RuntimeError
-            If no trip is under way.
+            If the sampler failed, or (once for a trip) has not answered for ``max_staleness`` steps. No other trip can
+            be dispatched until it does.
         """
-        if self._trip is None:
-            msg = "No trip is under way: submit requests and dispatch them first."
-            raise RuntimeError(msg)
-        trip, self._trip = self._trip, None
-        started = time.perf_counter()
+        trip = self._trip
+        if trip is None:
+            return None
+        age = step - trip.step
+        if not self._is_there(trip, step):
+            if age > self.max_staleness and not trip.is_given_up:
+                trip.is_given_up = True
+                self.ledger.n_failures += 1
+                msg = f"{self.sampler.name} has not answered within max_staleness={self.max_staleness} steps."
+                raise SamplerTimeout(msg)
+            return None
+        self._trip = None
+        self.sampler.note_age(age)
+        if trip.is_given_up:
+            return None
         try:
+            if age > self.max_staleness:
+                msg = f"The answer of {self.sampler.name} is {age} steps old (max_staleness={self.max_staleness})."
+                raise SamplerTimeout(msg)
             batches = trip.future.result()
         except SamplerError:
             self.ledger.n_failures += 1
             raise
-        finally:
-            self.ledger.wait_seconds += time.perf_counter() - started
-        for batch in batches:
-            self.ledger.n_samples += batch.n_samples
-        return [replace(batch, info={**batch.info, "staleness": step - trip.step}) for batch in batches]
+        self.ledger.n_samples += sum(batch.n_samples for batch in batches)
+        return [replace(batch, info={**batch.info, "staleness": age}) for batch in batches]
+
+    def _is_there(self, trip: _Trip, step: int) -> bool:
+        if trip.recorded_age is not None:
+            return step >= trip.step + trip.recorded_age
+        if step < trip.due:
+            return False
+        if trip.future.done():
+            return True
+        trip.due += self.latency * math.ceil((step - trip.due + 1) / self.latency)
+        self.ledger.n_late += not trip.is_late
+        trip.is_late = True
+        return False
 
     def _call(self, requests: Sequence[SamplingRequest]) -> list[SampleBatch]:
         started = time.perf_counter()
         try:
-            merged, slices = _merge(requests)
+            merged, places = _merge(requests)
             packed = len(merged) > 1 and self.sampler.traits.packs_problems and _can_pack(merged)
             answers = _ask_packed(self.sampler, merged) if packed else self.sampler.sample_batch(merged)
         finally:
             self.ledger.sampler_seconds += time.perf_counter() - started
         self.ledger.n_attempts += max((batch.info.get("n_attempts", 1) for batch in answers), default=0)
         self.ledger.device_seconds += sum(batch.info.get("device_seconds", 0.0) for batch in answers)
-        return [answers[group][rows] for group, rows in slices]
+        return [answers[group][rows.to(answers[group].spins.device)] for group, rows in places]
 
     def state_dict(self) -> dict[str, Any]:
         """Ledger, and the trip under way, so that a restarted run can ask for it once more."""
@@ -180,31 +219,39 @@ class Broker:
         self.ledger = Ledger(**state["ledger"])
         trip = state["trip"]
         if trip is not None:
-            self._send(tuple(map(SamplingRequest.from_state_dict, trip["requests"])), trip["step"], trip["due"])
+            self._send(tuple(map(SamplingRequest.from_state_dict, trip["requests"])), trip["step"])
 
     def close(self) -> None:
         """Drop the trip under way; an answer that comes later is ignored."""
         if self._trip is not None:
-            self._trip.future.cancel()
+            if not self._trip.future.done():
+                self.sampler.cancel()
             self._trip = None
-        if self._executor is not None:
-            self._executor.shutdown(wait=False, cancel_futures=True)
-            self._executor = None
 
 
-def _merge(requests: Sequence[SamplingRequest]) -> tuple[list[SamplingRequest], list[tuple[int, slice]]]:
+def _merge(requests: Sequence[SamplingRequest]) -> tuple[list[SamplingRequest], list[tuple[int, Tensor]]]:
     """Join requests of one problem and temperature; return them and where each original one finds its rows."""
     groups: dict[tuple, list[SamplingRequest]] = {}
-    slices = []
+    members = []
     for request in requests:
         known = {id(member.problem): key[0] for key, group in groups.items() for member in group}
         name = known.get(id(request.problem)) or problem_fingerprint(request.problem)
         key = (name, request.beta, request.n_sweeps, request.initial_spins is None)
         group = groups.setdefault(key, [])
-        start = sum(member.n_samples for member in group)
-        slices.append((list(groups).index(key), slice(start, start + request.n_samples)))
+        members.append((list(groups).index(key), len(group)))
         group.append(request)
-    return [_join(group) for group in groups.values()], slices
+    rows = [_share_out(group) for group in groups.values()]
+    return [_join(group) for group in groups.values()], [(group, rows[group][member]) for group, member in members]
+
+
+def _share_out(group: list[SamplingRequest]) -> Sequence[Tensor]:
+    """Rows of each member: those of its chains, or random ones, for some devices sort their answers by energy."""
+    sizes = [member.n_samples for member in group]
+    rows = torch.arange(sum(sizes))
+    if len(group) > 1 and group[0].initial_spins is None:
+        seed = derive_seed(group[0].seed or 0, "rows of a merged request")
+        rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
+    return rows.split(sizes)
 
 
 def _join(group: list[SamplingRequest]) -> SamplingRequest:

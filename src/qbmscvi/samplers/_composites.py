@@ -48,6 +48,19 @@ class Composite(Sampler):
         """Name for logs and provenance."""
         return f"{type(self).__name__}({self.child.name})"
 
+    @property
+    def recorded_age(self) -> float | None:
+        """That of the child."""
+        return self.child.recorded_age
+
+    def note_age(self, age: int) -> None:
+        """Tell the child."""
+        self.child.note_age(age)
+
+    def cancel(self) -> None:
+        """Let the child give up its question."""
+        self.child.cancel()
+
     def check(self, problem: IsingModel) -> None:
         """Raise if the child cannot take the problem."""
         self.child.check(problem)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from concurrent.futures import Future
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qbmscvi.exceptions import BudgetExceeded, SamplerError, SamplerTimeout
+from qbmscvi.samplers._background import call_in_background
 from qbmscvi.samplers._composites import Composite, pass_on
 
 if TYPE_CHECKING:
@@ -77,7 +76,8 @@ class Retrying(Composite):
 class TimeLimited(Composite):
     """Give up on a call that takes too long.
 
-    The call runs in a thread of its own, which cannot be stopped: an answer that comes late is dropped.
+    The call runs in a thread of its own, which cannot be stopped: the child is told to cancel it, and an answer that
+    comes late is dropped.
 
     Parameters
     ----------
@@ -96,20 +96,13 @@ class TimeLimited(Composite):
 
     def _sample_batch(self, requests: list[SamplingRequest], seeds: list[int]) -> list[Draw]:
         asked = [replace(request, seed=seed) for request, seed in zip(requests, seeds, strict=True)]
-        answer: Future = Future()
-        threading.Thread(target=_answer, args=(answer, self.child, asked), daemon=True).start()
+        answer = call_in_background(self.child.sample_batch, asked)
         try:
             return [pass_on(batch) for batch in answer.result(timeout=self.seconds)]
         except TimeoutError as error:
+            self.child.cancel()
             msg = f"{self.child.name} did not answer within {self.seconds:g} s."
             raise SamplerTimeout(msg) from error
-
-
-def _answer(future: Future, sampler: Sampler, requests: list[SamplingRequest]) -> None:
-    try:
-        future.set_result(sampler.sample_batch(requests))
-    except SamplerError as error:
-        future.set_exception(error)
 
 
 class Budgeted(Composite):

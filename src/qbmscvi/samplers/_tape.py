@@ -1,9 +1,14 @@
 """Record what a sampler answered, and play it back without the sampler.
 
-A tape is a text file of JSON lines: a header with ``"format": "qbmscvi-tape"``, ``"version": 1`` and the traits that a
-training run depends on, then one line per answer with the fingerprint of the request, the spins (bits packed most
-significant first, base64), weights (little-endian float64, base64, or null), the facts of ``info`` that JSON can hold,
-and a checksum of the line. It can be read by anything and runs nothing when read.
+A tape is a text file of JSON lines. First a header with ``"format": "qbmscvi-tape"``, ``"version": 1`` and the traits
+that a training run depends on. Then, for call number ``"call"`` (from 1):
+
+- one line per answer with the fingerprint of the request, the spins (bits packed most significant first, base64),
+  weights (little-endian float64, base64, or null) and the facts of ``info`` that JSON can hold; or one line
+  ``"failure"`` with the type and words of the error;
+- one line ``"age"``: the steps after which the answer was used or dropped. A call that never answered has none.
+
+Each line has a checksum. A tape can be read by anything and runs nothing when read.
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ import base64
 import hashlib
 import json
 import math
+import threading
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from qbmscvi.exceptions import InvalidSamples, SamplerUnavailable
+from qbmscvi.exceptions import BudgetExceeded, InvalidSamples, SamplerError, SamplerTimeout, SamplerUnavailable
 from qbmscvi.samplers._base import Draw, Sampler, SamplerTraits
 from qbmscvi.samplers._composites import Composite, pass_on
 
@@ -31,6 +37,7 @@ if TYPE_CHECKING:
     from qbmscvi.samplers._base import SamplingRequest
 
 _HEADER = {"format": "qbmscvi-tape", "version": 1}
+_ERRORS = {kind.__name__: kind for kind in (BudgetExceeded, InvalidSamples, SamplerTimeout, SamplerUnavailable)}
 
 
 def problem_fingerprint(problem: IsingModel) -> str:
@@ -50,7 +57,7 @@ def fingerprint(request: SamplingRequest) -> str:
 
 
 class Recorded(Composite):
-    """Write every answer of the child to a tape.
+    """Write every answer of the child to a tape, and every failure.
 
     A tape that cannot be written (disk full, say) costs the recording, not the run: one warning, and
     ``info["is_recorded"]`` is False from there on.
@@ -78,26 +85,46 @@ class Recorded(Composite):
         traits = {"is_remote": child.traits.is_remote, "is_persistent": child.traits.is_persistent}
         self.path.write_text(json.dumps({**_HEADER, **traits}) + "\n")
         self._is_intact = True
+        self._n_calls = 0
+        self._lock = threading.Lock()
 
     def _sample_batch(self, requests: list[SamplingRequest], seeds: list[int]) -> list[Draw]:
         asked = [replace(request, seed=seed) for request, seed in zip(requests, seeds, strict=True)]
-        batches = self.child.sample_batch(asked)
-        if self._is_intact:
+        self._n_calls += 1
+        call = self._n_calls
+        try:
+            batches = self.child.sample_batch(asked)
+        except SamplerError as error:
+            self._write(call, [{"failure": {"type": type(error).__name__, "message": str(error)}}])
+            raise
+        self._write(call, [_encode(request, batch) for request, batch in zip(asked, batches, strict=True)])
+        return [pass_on(batch, is_recorded=self._is_intact) for batch in batches]
+
+    def note_age(self, age: int) -> None:
+        """Write down when the last answer was used."""
+        self._write(self._n_calls, [{"age": age}])
+        super().note_age(age)
+
+    def _write(self, call: int, entries: list[dict[str, Any]]) -> None:
+        entries = [{"call": call, **entry} for entry in entries]
+        lines = [json.dumps({**entry, "sha256": _checksum(entry)}) + "\n" for entry in entries]
+        with self._lock:
+            if not self._is_intact:
+                return
             try:
                 with self.path.open("a") as file:
-                    file.writelines(_encode(request, batch) for request, batch in zip(asked, batches, strict=True))
+                    file.writelines(lines)
             except OSError as error:
                 self._is_intact = False
                 warnings.warn(
                     f"Recording to {self.path} stopped: {error}. Sampling goes on without it.",
                     RuntimeWarning,
-                    stacklevel=2,
+                    stacklevel=3,
                 )
-        return [pass_on(batch, is_recorded=self._is_intact) for batch in batches]
 
 
 class Replayed(Sampler):
-    """Play back a tape: the same answers in the same order, if the same is asked.
+    """Play back a tape: the same answers and failures in the same order, if the same is asked.
 
     Parameters
     ----------
@@ -120,48 +147,78 @@ class Replayed(Sampler):
         if not is_tape or not {"is_remote", "is_persistent"} <= set(header):
             msg = f"{self.path} is not a tape of version {_HEADER['version']}: it begins with {lines[:1]}."
             raise InvalidSamples(msg)
-        self._entries = [_verify(line, self.path, number) for number, line in enumerate(lines[1:], start=2)]
+        self._calls: list[list[dict[str, Any]]] = []
+        self._ages: list[float] = []
+        for number, line in enumerate(lines[1:], start=2):
+            self._file(_verify(line, self.path, number))
         self._position = 0
-        self.traits = SamplerTraits(is_remote=header["is_remote"], is_persistent=header["is_persistent"])
+        self.traits = SamplerTraits(
+            is_remote=header["is_remote"], is_persistent=header["is_persistent"], is_replay=True
+        )
 
-    def _sample(self, request: SamplingRequest, seed: int) -> Draw:
-        if self._position == len(self._entries):
+    def _file(self, entry: dict[str, Any]) -> None:
+        """Put an entry to its call; calls without an answer leave no other trace than a gap."""
+        missing = entry["call"] - len(self._calls)
+        self._calls += [[] for _ in range(missing)]
+        self._ages += [math.inf] * missing
+        if "age" in entry:
+            self._ages[entry["call"] - 1] = entry["age"]
+        else:
+            self._calls[entry["call"] - 1].append(entry)
+
+    @property
+    def recorded_age(self) -> float | None:
+        """Age at which the last answer was used when it was recorded; infinite for never."""
+        return self._ages[self._position - 1] if self._position else None
+
+    def _sample_batch(self, requests: list[SamplingRequest], seeds: list[int]) -> list[Draw]:
+        if self._position == len(self._calls):
             msg = (
-                f"The tape {self.path} ends after {len(self._entries)} answers, but another was asked for. Replay a "
-                "run with the settings it was recorded with."
+                f"The tape {self.path} ends after {len(self._calls)} calls, but another was made. Replay a run with "
+                "the settings it was recorded with."
             )
             raise SamplerUnavailable(msg)
-        entry = self._entries[self._position]
-        if entry["request"] != fingerprint(request):
+        entries = self._calls[self._position]
+        failures = [entry["failure"] for entry in entries if "failure" in entry]
+        expected = [entry["request"] for entry in entries if "request" in entry]
+        if expected and expected != [fingerprint(request) for request in requests]:
             msg = (
-                f"Answer {self._position + 1} of {self.path} belongs to another problem than the one asked for. Replay "
+                f"Call {self._position + 1} of {self.path} belongs to another problem than the one asked for. Replay "
                 "with the same data, seed and settings as when it was recorded."
             )
             raise InvalidSamples(msg)
         self._position += 1
-        shape = tuple(entry["shape"])
-        bits = np.unpackbits(np.frombuffer(base64.b64decode(entry["spins"]), dtype=np.uint8), count=shape[0] * shape[1])
-        spins = torch.from_numpy(2 * bits.astype(np.int8) - 1).reshape(shape)
-        weights = None
-        if entry["weights"] is not None:
-            values = np.frombuffer(base64.b64decode(entry["weights"]), dtype="<f8").copy()
-            weights = torch.from_numpy(values).to(request.problem.h)
-        return Draw(spins, weights, {**entry["info"], "is_replayed": True})
+        if failures:
+            raise _ERRORS.get(failures[0]["type"], SamplerError)(failures[0]["message"])
+        if not entries:
+            msg = f"Call {self._position} of {self.path} was never answered."
+            raise SamplerTimeout(msg)
+        return [_decode(entry, request) for entry, request in zip(entries, requests, strict=True)]
 
 
-def _encode(request: SamplingRequest, batch: SampleBatch) -> str:
+def _encode(request: SamplingRequest, batch: SampleBatch) -> dict[str, Any]:
     bits = np.packbits(batch.spins.cpu().numpy() > 0)
     weights = None
     if batch.weights is not None:
         weights = base64.b64encode(batch.weights.cpu().numpy().astype("<f8").tobytes()).decode()
-    entry = {
+    return {
         "request": fingerprint(request),
         "shape": list(batch.spins.shape),
         "spins": base64.b64encode(bits.tobytes()).decode(),
         "weights": weights,
         "info": _plain(batch.info),
     }
-    return json.dumps({**entry, "sha256": _checksum(entry)}) + "\n"
+
+
+def _decode(entry: dict[str, Any], request: SamplingRequest) -> Draw:
+    shape = tuple(entry["shape"])
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(entry["spins"]), dtype=np.uint8), count=shape[0] * shape[1])
+    spins = torch.from_numpy(2 * bits.astype(np.int8) - 1).reshape(shape)
+    weights = None
+    if entry["weights"] is not None:
+        values = np.frombuffer(base64.b64decode(entry["weights"]), dtype="<f8").copy()
+        weights = torch.from_numpy(values).to(request.problem.h)
+    return Draw(spins, weights, {**entry["info"], "is_replayed": True})
 
 
 def _plain(value: Any) -> Any:

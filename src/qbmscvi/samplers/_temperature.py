@@ -100,21 +100,32 @@ def _weights(batch: SampleBatch) -> Tensor:
     return batch.weights.to("cpu", torch.float64)
 
 
-def _pseudo_likelihood(problem: IsingModel, batch: SampleBatch, bracket: tuple[float, float]) -> BetaEstimate:
+def pseudo_likelihood_score(problem: IsingModel, batch: SampleBatch, beta: float) -> Tensor:
+    """Derivative of the log pseudo-likelihood of each sample with respect to ``beta``, shape ``(n_samples,)``.
+
+    Its mean is positive where the samples are colder than ``beta``.
+    """
+    return _score(_alignment(problem, batch), beta)
+
+
+def _alignment(problem: IsingModel, batch: SampleBatch) -> Tensor:
+    """Energy of each spin in its field, :math:`s_i f_i`."""
     dense = problem.to("cpu", torch.float64).to_dense()
     spins = batch.spins.to("cpu", torch.float64)
-    alignment = spins * (dense.h + spins @ dense.couplings())  # s_i f_i: energy of spin i in its field
-    weights = _weights(batch)
+    return spins * (dense.h + spins @ dense.couplings())
 
-    def score(beta: float) -> Tensor:
-        """Derivative of the log pseudo-likelihood of each sample, shape ``(n_samples,)``."""
-        return (-2.0 * alignment * torch.sigmoid(2.0 * beta * alignment)).sum(-1)
 
-    beta = _bisect(lambda value: float(weights @ score(value)), bracket)
+def _score(alignment: Tensor, beta: float) -> Tensor:
+    return (-2.0 * alignment * torch.sigmoid(2.0 * beta * alignment)).sum(-1)
+
+
+def _pseudo_likelihood(problem: IsingModel, batch: SampleBatch, bracket: tuple[float, float]) -> BetaEstimate:
+    alignment, weights = _alignment(problem, batch), _weights(batch)
+    beta = _bisect(lambda value: float(weights @ _score(alignment, value)), bracket)
     p = torch.sigmoid(2.0 * beta * alignment)
     curvature = float(weights @ (4.0 * alignment.square() * p * (1.0 - p)).sum(-1))
     # Sandwich: flips within a sample are correlated, samples are not.
-    spread = float((weights * score(beta)).square().sum())
+    spread = float((weights * _score(alignment, beta)).square().sum())
     return BetaEstimate(beta, math.sqrt(spread) / curvature, "pseudo-likelihood")
 
 
