@@ -330,6 +330,7 @@ CONSTRUCTOR = [
     pytest.param({"n_latents": 4}, TypeError, "unexpected keyword argument 'n_latents'", "", id="unknown-argument"),
     pytest.param({"n_latent": "4"}, TypeError, "n_latent", "integer", id="n_latent-text"),
     pytest.param({"n_latent": 4.5}, TypeError, "n_latent", "integer", id="n_latent-float"),
+    pytest.param({"n_latent": True}, TypeError, "n_latent=True is a bool", "integer", id="n_latent-bool"),
     pytest.param({"n_spins": 4.0}, TypeError, "n_spins", "integer", id="n_spins-float"),
     pytest.param({"n_chains": "64"}, TypeError, "n_chains", "integer", id="n_chains-text"),
     pytest.param({"n_chains": 64.0}, TypeError, "n_chains", "integer", id="n_chains-float"),
@@ -472,9 +473,15 @@ TRAIN = [
         {},
         {"plan_kwargs": {"prior_lr": -1.0}},
         ValueError,
-        "prior_lr",
-        "",
+        "prior_lr=-1.0 must not be negative",
+        "Leave it out",
         id="negative-prior_lr",
+    ),
+    pytest.param(
+        {}, {"plan_kwargs": {"prior_lr": "a"}}, TypeError, "prior_lr='a' is a str", "a number", id="prior_lr-text"
+    ),
+    pytest.param(
+        {}, {"plan_kwargs": {"tensors": 1}}, TypeError, "unexpected argument 'tensors'", "It takes: .*eps", id="tensors"
     ),
 ]
 
@@ -517,6 +524,15 @@ def test_own_errors_are_also_those_of_python():
             "n_(samples|cells)=2.5",
             "integer",
             id="fraction",
+        ),
+        pytest.param({"seed": -1}, ValueError, "seed=-1 is too small", "Leave it out", id="negative-seed"),
+        pytest.param({"seed": "7"}, TypeError, "seed='7' is a str", "Leave it out", id="seed-text"),
+        pytest.param(
+            {"sampler": DimodSampler(dimod.ExactSolver(), target="ground_state")},
+            ValueError,
+            "finds ground states",
+            "Use sampler='gibbs'",
+            id="ground-states",
         ),
     ],
 )

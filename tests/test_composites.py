@@ -691,3 +691,18 @@ def test_rescaled_checks_the_problem_that_the_child_will_see():
 def test_values_without_meaning_are_refused(build, match):
     with pytest.raises(ValueError, match=match):
         build()
+
+
+def test_every_gauge_is_a_job_of_its_own():
+    """A device that finds jobs by their name must not take the second gauge for the first."""
+    asked = []
+
+    class Listening(ExactSampler):
+        def _sample_batch(self, requests, seeds):
+            asked.extend(request.request_id for request in requests)
+            return super()._sample_batch(requests, seeds)
+
+    request = SamplingRequest(PROBLEMS["complete-6"], 6, seed=0, request_id="refresh-7")
+    SpinReversed(Listening(), 3).sample(request)
+    SpinReversed(Listening(), 2).sample(replace(request, request_id=None))
+    assert asked == ["refresh-7-gauge-0", "refresh-7-gauge-1", "refresh-7-gauge-2", None, None]

@@ -405,6 +405,16 @@ def test_plan_config_reaches_the_plan(adata):
     assert [group["lr"] for group in model.trainer.optimizers[0].param_groups] == [0.03, 0.2]
 
 
+def test_config_objects_of_scvi_do_not_bring_its_defaults_back(adata):
+    """scVI's eps of 0.01 would freeze the prior, its 400 epochs of warm-up keep the weight of the KL low."""
+    model = train(build(adata), max_epochs=4, plan_config=scvi.train.TrainingPlanConfig(lr=0.03, n_epochs_kl_warmup=3))
+    plan = model.trainer.lightning_module
+    assert (plan.lr, plan.eps, plan.n_epochs_kl_warmup) == (0.03, 1e-8, 3)
+    model = train(build(adata), max_epochs=4, plan_kwargs=scvi.train.TrainingPlanConfig())
+    plan = model.trainer.lightning_module
+    assert (plan.lr, plan.eps, plan.n_epochs_kl_warmup) == (1e-3, 1e-8, 2)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Sampling
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import numpy as np
@@ -153,8 +154,10 @@ class QBMSCVI(SCVI):
 
         Parameters
         ----------
-        plan_kwargs
-            Arguments of :class:`~qbmscvi.QBMTrainingPlan`, e.g. ``prior_lr`` or ``n_epochs_kl_warmup``.
+        plan_config, plan_kwargs
+            Arguments of :class:`~qbmscvi.QBMTrainingPlan`, e.g. ``prior_lr`` or ``n_epochs_kl_warmup``; the latter win.
+            Fields of a :class:`scvi.train.TrainingPlanConfig` that have its default count as not given, so that they
+            do not bring scVI's ``eps`` and warm-up back.
         sampler
             Source of the prior's samples: a name that :func:`qbmscvi.samplers.build_sampler` knows, or an instance
             from :mod:`qbmscvi.samplers`.
@@ -170,14 +173,7 @@ class QBMSCVI(SCVI):
         TrainingDivergedError
             If the loss became non-finite; the model is left in its last finite state.
         """
-        sampler = build_sampler(sampler)
-        if sampler.traits.target == "ground_state":
-            msg = (
-                f"{sampler.name} finds ground states; the prior needs samples of its Boltzmann distribution, or its "
-                "couplings will shrink to nothing. Use sampler='gibbs' or another sampler whose "
-                "`traits.target` is 'boltzmann' or 'approximate'."
-            )
-            raise ValueError(msg)
+        sampler = _build_prior_sampler(sampler)
         if self.module is not None:
             sampler.check(self.module.prior.to_ising())
         if datamodule is None and self.minified_data_type is None:
@@ -186,10 +182,9 @@ class QBMSCVI(SCVI):
                 is_count_likelihood=self.module.gene_likelihood != "normal",
                 needs_library_size=self.module.use_observed_lib_size and not self.module.use_size_factor_key,
             )
-        plan_kwargs = plan_kwargs.to_kwargs() if hasattr(plan_kwargs, "to_kwargs") else dict(plan_kwargs or {})
-        config = plan_config.to_kwargs() if hasattr(plan_config, "to_kwargs") else dict(plan_config or {})
+        plan_kwargs = {**_plan_arguments(plan_config), **_plan_arguments(plan_kwargs)}
         for name in ("sampler", "schedule"):
-            if name in plan_kwargs or name in config:
+            if name in plan_kwargs:
                 msg = f"`{name}` is an argument of its own: use train({name}=...) instead of plan_kwargs."
                 raise TypeError(msg)
         super().train(
@@ -203,7 +198,6 @@ class QBMSCVI(SCVI):
             batch_size=batch_size,
             early_stopping=early_stopping,
             datasplitter_kwargs=datasplitter_kwargs,
-            plan_config=plan_config,
             plan_kwargs={**plan_kwargs, "sampler": sampler, "schedule": schedule},
             datamodule=datamodule,
             trainer_config=trainer_config,
@@ -319,10 +313,17 @@ class QBMSCVI(SCVI):
         Returns
         -------
         Shape ``(n_samples, n_gaussian + n_spins)``: Gaussian units, then spins in ``{-1, +1}``.
+
+        Raises
+        ------
+        ValueError
+            If the sampler is unknown or finds ground states only, or ``seed`` is negative.
+        SamplerError
+            If the sampler fails.
         """
         prior = self.module.prior
         spin_seed, gaussian_seed = _split_seed(seed, 2)
-        batch = build_sampler(sampler).sample(
+        batch = _build_prior_sampler(sampler).sample(
             SamplingRequest(prior.to_ising(), n_samples, seed=spin_seed, purpose="generation")
         )
         generator = torch.Generator(device=batch.spins.device).manual_seed(gaussian_seed)
@@ -377,7 +378,7 @@ class QBMSCVI(SCVI):
             msg = f"Unknown batch {batch!r}. Use one of {', '.join(map(repr, categories))}."
             raise ValueError(msg)
         require_integer("n_cells", n_cells, 1)
-        seed = int(torch.randint(2**31 - 1, ())) if seed is None else seed
+        seed = _split_seed(None, 1)[0] if seed is None else seed
         library_seed, count_seed = _split_seed(seed, 4)[2:]  # the first two are those of `sample_prior`
         if library_size is None:
             key = REGISTRY_KEYS.SIZE_FACTOR_KEY if module.use_size_factor_key else REGISTRY_KEYS.X_KEY
@@ -458,6 +459,28 @@ class QBMSCVI(SCVI):
         _refuse_gaussian("differential_abundance", "a method on the neighbor graph of the latent representation")
 
 
+def _build_prior_sampler(spec: str | Sampler) -> Sampler:
+    sampler = build_sampler(spec)
+    if sampler.traits.target == "ground_state":
+        msg = (
+            f"{sampler.name} finds ground states; samples of the prior's Boltzmann distribution are needed (trained on "
+            "ground states, its couplings would shrink to nothing). Use sampler='gibbs' or another sampler whose "
+            "`traits.target` is 'boltzmann' or 'approximate'."
+        )
+        raise ValueError(msg)
+    return sampler
+
+
+def _plan_arguments(config: Any | None) -> dict[str, Any]:
+    """Arguments in a mapping, or in one of scVI's config objects, of which only what differs from its defaults."""
+    if not hasattr(config, "to_kwargs"):
+        return dict(config or {})
+    defaults = type(config)().to_kwargs() if is_dataclass(config) else {}
+    return {
+        name: value for name, value in config.to_kwargs().items() if name not in defaults or value != defaults[name]
+    }
+
+
 def _refuse_gaussian(method: str, remedy: str) -> NoReturn:
     msg = (
         f"`{method}` of scVI assumes Gaussian posteriors and a Gaussian prior and would return wrong numbers under a "
@@ -468,6 +491,8 @@ def _refuse_gaussian(method: str, remedy: str) -> NoReturn:
 
 def _split_seed(seed: int | None, n_seeds: int) -> list[int]:
     """Independent seeds from one; None draws from torch's global stream."""
+    if seed is not None:
+        require_integer("seed", seed, 0, "Leave it out for one from torch's global stream.")
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     return torch.randint(2**31 - 1, (n_seeds,), generator=generator).tolist()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from inspect import signature
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 from scvi.train import TrainingPlan, TrainRunner
@@ -62,6 +63,7 @@ class QBMTrainingPlan(TrainingPlan):
     ) -> None:
         own = {"sampler", "schedule", "prior_lr", "prior_weight_decay", "n_epochs_kl_warmup", "eps"}
         known = own | set(signature(TrainingPlan.__init__).parameters) | set(signature(module.loss).parameters)
+        known -= {"self", "module", "tensors", "inference_outputs", "generative_outputs", "loss_kwargs"}
         unknown = sorted(set(kwargs) - known)
         if unknown:
             msg = f"QBMTrainingPlan got an unexpected argument {unknown[0]!r}. It takes: {', '.join(sorted(known))}."
@@ -73,8 +75,13 @@ class QBMTrainingPlan(TrainingPlan):
             msg = f"n_epochs_kl_warmup={n_epochs_kl_warmup!r} is no number of epochs. Use an integer, None or 'auto'."
             raise ValueError(msg)
         for name, value in (("prior_lr", prior_lr), ("prior_weight_decay", prior_weight_decay)):
+            if value is not None and not isinstance(value, Real):
+                msg = (
+                    f"{name}={value!r} is a {type(value).__name__}; it must be a number, or None for that of the rest."
+                )
+                raise TypeError(msg)
             if value is not None and not value >= 0:
-                msg = f"{name}={value} must not be negative. Leave it out for the value of the other parameters."
+                msg = f"{name}={value} must not be negative. Leave it out for the usual one."
                 raise ValueError(msg)
         self._is_auto_warmup = n_epochs_kl_warmup == "auto" and kwargs.get("n_steps_kl_warmup") is None
         n_epochs = None if n_epochs_kl_warmup == "auto" else n_epochs_kl_warmup

@@ -53,7 +53,7 @@ def require_integer(name: str, value: object, least: int, remedy: str = "") -> N
         If it is too small.
     """
     try:
-        number = operator.index(value)
+        number = operator.index(None if isinstance(value, bool) else value)
     except TypeError:
         msg = f"{name}={value!r} is a {type(value).__name__}; it must be an integer of at least {least}. {remedy}"
         raise TypeError(msg.rstrip()) from None

@@ -94,6 +94,8 @@ class SamplingRequest:
             msg = f"beta={self.beta} is not a positive finite number. Pass an inverse temperature above zero."
             raise ValueError(msg)
         require_integer("n_samples", self.n_samples, 1, "Ask for at least one sample.")
+        if self.seed is not None:
+            require_integer("seed", self.seed, 0, "Use None for one from torch's global stream.")
         if self.n_sweeps is not None:
             require_integer("n_sweeps", self.n_sweeps, 1, "Use None for the sampler's default.")
         expected = (self.n_samples, self.problem.n_spins)

@@ -184,7 +184,7 @@ class SpinReversed(Composite):
         for request, seed in zip(requests, seeds, strict=True):
             generator = torch.Generator().manual_seed(seed)
             rows = torch.tensor_split(torch.arange(request.n_samples), min(self.n_gauges, request.n_samples))
-            for part in rows:
+            for number, part in enumerate(rows):
                 gauge = (2 * torch.randint(2, (request.problem.n_spins,), generator=generator) - 1).to(
                     request.problem.h.device, torch.int8
                 )
@@ -196,6 +196,7 @@ class SpinReversed(Composite):
                         n_samples=len(part),
                         initial_spins=start,
                         seed=int(torch.randint(2**31 - 1, (), generator=generator)),
+                        request_id=request.request_id and f"{request.request_id}-gauge-{number}",
                     )
                 )
                 gauges.append(gauge)
