@@ -13,11 +13,13 @@ from qbmscvi._callbacks import SamplingCallback, SamplingSchedule
 from qbmscvi._model import QBMSCVI
 from qbmscvi._module import QBMVAE
 from qbmscvi._prior import BoltzmannPrior
+from qbmscvi._scanvi import QBMSCANVI
 from qbmscvi._training_plan import QBMTrainingPlan
 
 __version__ = version("qbmscvi")
 
 __all__ = [
+    "QBMSCANVI",
     "QBMSCVI",
     "QBMVAE",
     "BoltzmannPrior",

@@ -182,7 +182,7 @@ class QBMSCVI(SCVI):
                 is_count_likelihood=self.module.gene_likelihood != "normal",
                 needs_library_size=self.module.use_observed_lib_size and not self.module.use_size_factor_key,
             )
-        plan_kwargs = {**_plan_arguments(plan_config), **_plan_arguments(plan_kwargs)}
+        plan_kwargs = {**plan_arguments(plan_config), **plan_arguments(plan_kwargs)}
         for name in ("sampler", "schedule"):
             if name in plan_kwargs:
                 msg = f"`{name}` is an argument of its own: use train({name}=...) instead of plan_kwargs."
@@ -471,7 +471,7 @@ def _build_prior_sampler(spec: str | Sampler) -> Sampler:
     return sampler
 
 
-def _plan_arguments(config: Any | None) -> dict[str, Any]:
+def plan_arguments(config: Any | None) -> dict[str, Any]:
     """Arguments in a mapping, or in one of scVI's config objects, of which only what differs from its defaults."""
     if not hasattr(config, "to_kwargs"):
         return dict(config or {})

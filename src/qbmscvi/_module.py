@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from scvi import REGISTRY_KEYS
@@ -57,25 +57,18 @@ def resolve_latent_sizes(latent: LatentName, n_latent: int | None, n_spins: int 
     raise ValueError(msg)
 
 
-def build_prior(
-    latent: LatentName,
-    n_gaussian: int,
-    n_spins: int,
-    prior_graph: GraphName | nx.Graph | Graph,
-    n_chains: int,
-) -> BoltzmannPrior:
-    """Build the prior of a latent family.
+def resolve_prior_graph(
+    latent: LatentName, n_spins: int, prior_graph: GraphName | nx.Graph | Graph
+) -> tuple[Graph, bool]:
+    """Return the couplings between the spins of a latent family, and whether a Gaussian layer couples to them.
 
     With a Gaussian layer ``"bipartite"`` means Gaussian units against spins, without couplings between spins; any
     other graph adds couplings between the spins. ``"independent"`` switches off every coupling: the J = 0 control.
     """
-    require_integer("n_chains", n_chains, 2, "Moments need several chains; 512 is usual.")
-    if latent == "gaussian-spins" and isinstance(prior_graph, str) and prior_graph == "bipartite":
-        graph, is_coupled = independent(n_spins), True
-    else:
-        graph = build_graph(prior_graph, n_spins)
-        is_coupled = not (isinstance(prior_graph, str) and prior_graph == "independent")
-    return BoltzmannPrior(graph, n_gaussian, n_chains=n_chains, is_coupled=is_coupled)
+    name = prior_graph if isinstance(prior_graph, str) else None
+    if latent == "gaussian-spins" and name == "bipartite":
+        return independent(n_spins), True
+    return build_graph(prior_graph, n_spins), name != "independent"
 
 
 class BoltzmannEncoder(nn.Module):
@@ -145,7 +138,7 @@ class QBMVAE(VAE):
     n_spins
         Number of spins beside the Gaussian layer (default 32).
     prior_graph
-        Interaction graph of the spins; see :func:`build_prior`.
+        Interaction graph of the spins; see :func:`resolve_prior_graph`.
     smoothing
         What the decoder sees of a spin in training; see :mod:`qbmscvi.distributions`.
     n_chains
@@ -198,7 +191,9 @@ class QBMVAE(VAE):
             msg = f"Unknown gene_likelihood {gene_likelihood!r}. Use one of {', '.join(map(repr, _LIKELIHOODS))}."
             raise ValueError(msg)
         n_gaussian, n_spins = resolve_latent_sizes(latent, n_latent, n_spins)
-        prior = build_prior(latent, n_gaussian, n_spins, prior_graph, n_chains)
+        require_integer("n_chains", n_chains, 2, "Moments need several chains; 512 is usual.")
+        graph, is_coupled = resolve_prior_graph(latent, n_spins, prior_graph)
+        prior = self._build_prior(graph, n_gaussian, n_labels, n_chains=n_chains, is_coupled=is_coupled)
         super().__init__(
             n_input=n_input,
             n_batch=n_batch,
@@ -230,6 +225,11 @@ class QBMVAE(VAE):
         )
         self.prior = prior
         self.z_encoder = BoltzmannEncoder(self.z_encoder, n_gaussian, n_spins, build_smoothing(smoothing))
+
+    @staticmethod
+    def _build_prior(graph: Graph, n_gaussian: int, n_labels: int, **settings: Any) -> BoltzmannPrior:
+        """Build the prior; labels have no part in it here."""
+        return BoltzmannPrior(graph, n_gaussian, **settings)
 
     @auto_move_data
     def _cached_inference(

@@ -1,0 +1,174 @@
+r"""A Boltzmann prior over the latent variables and the cell type together.
+
+Each cell type is a spin of the prior, up for the type of the cell and down for all others: a classification restricted
+Boltzmann machine :cite:p:`Larochelle08` whose label units are spins like the others, so that every Ising sampler can
+sample it. With :math:`t^{(y)}` for the label spins of type :math:`y`,
+
+.. math:: p(z, y) = e^{-E(z, t^{(y)})} / Z, \qquad
+          p(y \mid z) \propto e^{-E(z, t^{(y)})}: \text{ a softmax of functions linear in } z,
+
+and Z counts all states of the label spins, also those of no type: training moves their weight to the types. The type of
+an unlabeled cell is summed out, with its best factorial posterior; since the energy is linear in each unit,
+
+.. math:: \mathbb E_q[-\log p(z, y)] = E(\mathbb E_q[z], t^{(y)}) + \log Z, \qquad
+          \min_{q(y)} \mathbb E_q[\log q(y) - \log p(z, y)] = -\log \sum_y e^{-E(\mathbb E_q[z], t^{(y)})} + \log Z
+
+(in short: the variance of Gaussian units adds its half to the energy, as it does without labels).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch.distributions import register_kl
+
+from qbmscvi._prior import BoltzmannDistribution, BoltzmannPrior
+from qbmscvi.distributions import FactorialPosterior
+from qbmscvi.graphs import Graph
+from qbmscvi.ising import SampleBatch, edge_fields
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class LabeledPrior(BoltzmannPrior):
+    """Boltzmann distribution over ``z = [v, s]`` and one label spin per cell type.
+
+    The label spins are the last of the Ising problem. They couple to the Gaussian layer if there is one, otherwise to
+    every spin.
+
+    Parameters
+    ----------
+    graph
+        Interaction graph of the latent spins.
+    n_labels
+        Number of cell types.
+    n_gaussian, n_chains, is_coupled
+        See :class:`BoltzmannPrior`.
+    """
+
+    def __init__(
+        self, graph: Graph, n_labels: int, n_gaussian: int = 0, *, n_chains: int = 512, is_coupled: bool = True
+    ) -> None:
+        super().__init__(_add_labels(graph, n_labels, n_gaussian), n_gaussian, n_chains=n_chains, is_coupled=is_coupled)
+        self.n_labels = n_labels
+        with torch.no_grad():
+            # Types start equally likely, and independent of the rest: one of n_labels spins is up in the mean.
+            self.h[-n_labels:] = 0.5 * np.log(max(n_labels - 1, 1))
+            self.W[:, -n_labels:] = 0.0
+            self.J[torch.from_numpy(self.graph.edges[:, 1] >= graph.n_nodes)] = 0.0
+
+    @torch.no_grad()
+    def take_over(self, prior: BoltzmannPrior) -> None:
+        """Take over a prior of the same latent variables without labels; label spins stay independent of the rest.
+
+        Raises
+        ------
+        ValueError
+            If the sizes differ.
+        """
+        n = self.n_spins - self.n_labels
+        if (prior.n_gaussian, prior.n_spins, len(prior.chains)) != (self.n_gaussian, n, len(self.chains)):
+            msg = (
+                f"The priors differ: {prior.n_gaussian} Gaussian units, {prior.n_spins} spins and {len(prior.chains)} "
+            )
+            msg += f"chains, against {self.n_gaussian}, {n} and {len(self.chains)}. Build both with the same arguments."
+            raise ValueError(msg)
+        self.a.copy_(prior.a)
+        self.h[:n] = prior.h
+        self.W[:, :n] = prior.W
+        self.J[torch.from_numpy(self.graph.edges[:, 1] < n)] = prior.J
+        h = self.h[n:]
+        up = torch.rand(len(self.chains), self.n_labels, device=h.device) < torch.sigmoid(-2.0 * h)
+        self.chains.copy_(torch.cat([prior.chains, torch.where(up, 1, -1).to(torch.int8)], dim=1))
+        self.log_z.copy_(prior.log_z + torch.logaddexp(h, -h).sum())
+        self.log_z_scale.copy_(prior.log_z_scale)
+        if int(prior.n_updates):
+            self.set_moments(SampleBatch(self.chains, self.to_ising().energy(self.chains)))
+
+    @property
+    def n_units(self) -> int:
+        """Width of ``z``: Gaussian units and latent spins, without the label spins."""
+        return super().n_units - self.n_labels
+
+    def split(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Split ``z``, shape ``(..., n_units)``, into the Gaussian and the latent spin layer."""
+        return z.split([self.n_gaussian, self.n_spins - self.n_labels], dim=-1)
+
+    def label_logits(self, v: Tensor, s: Tensor) -> Tensor:
+        r"""Return :math:`\log p(y \mid z)` up to a constant per row, shape ``(..., n_labels)``.
+
+        Linear in both layers, so that means give means.
+        """
+        spins = torch.cat([s, s.new_zeros(*s.shape[:-1], self.n_labels)], dim=-1)
+        field = self.h - v @ self.W
+        if self.graph.n_edges:
+            field = field + edge_fields(spins, self.J, self.graph)
+        return -2.0 * field[..., -self.n_labels :]
+
+    def energy(self, z: Tensor) -> Tensor:
+        """Energy of ``z`` with the cell type summed out, shape ``(...)``, in nats."""
+        v, s = self.split(z)
+        without = self._energy_per_unit(v, v.square(), self._with_labels_down(s)).sum(-1)
+        return without - self.label_logits(v, s).logsumexp(-1)
+
+    def expected_energy(self, posterior: FactorialPosterior, labels: Tensor | None = None) -> Tensor:
+        """Mean energy per unit under a factorial posterior, shape ``(..., n_units)``.
+
+        Label spins and the choice of the type are shared out equally among the units.
+
+        Parameters
+        ----------
+        posterior
+            Posterior of ``z``.
+        labels
+            Cell types, shape ``(n_cells,)``; values outside ``0 .. n_labels - 1`` are unknown. None: all unknown.
+        """
+        v, v_var, s = posterior.gaussian_loc, posterior.gaussian_scale.square(), posterior.spin_mean
+        energy = self._energy_per_unit(v, v.square() + v_var, self._with_labels_down(s))
+        logits = self.label_logits(v, s)
+        gain = logits.logsumexp(-1)
+        if labels is not None:
+            is_known = (labels >= 0) & (labels < self.n_labels)
+            own = logits.gather(-1, torch.where(is_known, labels, 0).unsqueeze(-1)).squeeze(-1)
+            gain = torch.where(is_known, own, gain)
+        latent, of_labels = energy.split([self.n_units, self.n_labels], dim=-1)
+        return latent + ((of_labels.sum(-1) - gain) / self.n_units).unsqueeze(-1)
+
+    @torch.no_grad()
+    def complete(self, spins: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draw the Gaussian layer given latent and label spins; return ``z = [v, s]``, shape ``(n, n_units)``."""
+        return super().complete(spins, generator)[..., : self.n_units]
+
+    def _with_labels_down(self, s: Tensor) -> Tensor:
+        return torch.cat([s, -s.new_ones(*s.shape[:-1], self.n_labels)], dim=-1)
+
+    def distribution(self, labels: Tensor | None = None) -> LabeledDistribution:
+        """Return the prior as a torch distribution over ``z``, given the types of the cells as far as known."""
+        return LabeledDistribution(self, labels)
+
+
+class LabeledDistribution(BoltzmannDistribution):
+    """Face of a :class:`LabeledPrior`, with the types of the cells that a posterior belongs to."""
+
+    def __init__(self, prior: LabeledPrior, labels: Tensor | None) -> None:
+        super().__init__(prior)
+        self.labels = labels
+
+
+@register_kl(FactorialPosterior, LabeledDistribution)
+def _kl_factorial_labeled(q: FactorialPosterior, p: LabeledDistribution) -> Tensor:
+    """Mean of ``log q(z) - log p(z, y)`` per unit, unknown types summed out; shape ``(..., n_units)``."""
+    prior = p.prior
+    return prior.expected_energy(q, p.labels) - q.entropy() + prior.log_partition() / prior.n_units
+
+
+def _add_labels(graph: Graph, n_labels: int, n_gaussian: int) -> Graph:
+    """Append label spins, coupled to every spin where there is no Gaussian layer to couple to."""
+    n_nodes = graph.n_nodes + n_labels
+    labels = np.arange(graph.n_nodes, n_nodes)
+    pairs = [] if n_gaussian else [(node, label) for node in range(graph.n_nodes) for label in labels]
+    edges = np.concatenate([graph.edges, np.array(pairs, dtype=np.int64).reshape(-1, 2)])
+    return Graph(n_nodes, edges, f"{graph.name} with {n_labels} labels")
