@@ -353,6 +353,46 @@ def test_early_stopping_waits_while_the_elbo_improves(adata):
     assert min(elbo) < elbo[0]
 
 
+class Waiting(RecordingSampler):
+    """Remote, and silent until it is told to stop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.traits = replace(self.traits, is_remote=True)
+        self.n_cancelled, self.gate = 0, threading.Event()
+
+    def _sample(self, request, seed):
+        assert self.gate.wait(60)
+        return super()._sample(request, seed)
+
+    def cancel(self):
+        self.n_cancelled += 1
+        self.gate.set()
+
+
+def test_early_stopping_drops_the_question_under_way(adata):
+    sampler = Waiting()
+    arguments = {"early_stopping_patience": 2, "early_stopping_min_delta": 1e9}
+    model = train(build(adata), max_epochs=20, early_stopping=True, sampler=sampler, **arguments)
+    assert len(model.history["elbo_validation"]) == 3
+    assert np.isfinite(column(model, "elbo_validation")).all()
+    assert sampler.n_cancelled == 1
+    assert not model.trainer.lightning_module.sampling.broker.is_busy
+    train(model, max_epochs=1)  # and training can go on without it
+    assert n_updates(model) == 4 * N_STEPS
+
+
+def test_an_exception_drops_the_question_under_way(adata):
+    class Broken(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            raise KeyError("the user's own")
+
+    sampler = Waiting()
+    with pytest.raises(KeyError):
+        train(build(adata), callbacks=[Broken()], sampler=sampler)
+    assert sampler.n_cancelled == 1
+
+
 def test_accumulated_gradients_need_one_request_per_optimizer_step(adata):
     sampler, counter = RecordingSampler(), CallCounter()
     model = train(build(adata), max_epochs=3, sampler=sampler, accumulate_grad_batches=2, callbacks=[counter])
@@ -369,6 +409,7 @@ def test_accumulated_gradients_move_the_chains_beside_a_remote_sampler_once_per_
     assert n_updates(model) == 3 * N_STEPS / 2
     # asked at steps 0, 2 and 4; the answers of the first two are used at 2 and 4
     assert model.trainer.lightning_module.sampling.broker.ledger.n_trips == 3
+    assert set(column(model, "sampling_staleness")) == {2.0}  # optimizer steps, not batches
 
 
 @pytest.mark.parametrize(("every", "n_checks"), [(None, None), (1, 4), (2, 2)], ids=["never", "each", "second"])

@@ -1,4 +1,9 @@
-"""What happens between training steps: sampling the prior, and keeping the last finite state."""
+"""What happens between training steps: sampling the prior, and keeping the last finite state.
+
+Among several processes (Lightning's ranks) rank 0 samples, and its buffers are those of all. Parameters are equal on
+all ranks, so that what is decided from them alone is decided alike everywhere; what is not goes through a collective
+call that every rank makes.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +18,7 @@ from qbmscvi.diagnostics import estimate_log_z
 from qbmscvi.exceptions import SamplerError, TrainingDivergedError, require_integer
 from qbmscvi.ising import SampleBatch
 from qbmscvi.samplers import BlockGibbsSampler, Broker, SamplingRequest, Vetted
+from qbmscvi.samplers._tape import problem_fingerprint
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -24,6 +30,7 @@ if TYPE_CHECKING:
 
 
 _RESAMPLE_BELOW = 0.5  # effective share of the tracking chains
+_NEVER = 2**31 - 1  # a step that no run comes to
 _REPORTED_FACTS = ("staleness", "effective_beta", "effective_share", "exchange_rate")
 
 
@@ -83,8 +90,8 @@ class SamplingCallback(Callback):
     equality, :cite:p:`Carbone23`); those chains take no part in the moments. At the end of training log Z is
     estimated anew.
 
-    Under distributed training all ranks run the same chains from the same seeds, and only rank 0 talks to a remote
-    sampler and broadcasts its answer.
+    Under distributed training only rank 0 samples; the others take over the buffers of its prior. A sampler, local or
+    remote, is asked once for all ranks, and need not give equal answers in two processes.
 
     Parameters
     ----------
@@ -116,13 +123,14 @@ class SamplingCallback(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take one seed from torch's global stream, so that equal ``scvi.settings.seed`` gives equal runs."""
-        if self._resumed is not None:
-            if trainer.is_global_zero:
-                self.broker.load_state_dict(self._resumed)
-            self._resumed = None
+        state, self._resumed = self._resumed, None
+        if state is None:
+            self._seeds.manual_seed(int(torch.randint(2**31 - 1, ())))  # on all ranks: their streams stay equal
+            self._last_step = self._last_asked = self._tracked = None
             return
-        self._seeds.manual_seed(trainer.strategy.broadcast(int(torch.randint(2**31 - 1, ()))))
-        self._last_step = self._last_asked = self._tracked = None
+        self._last_step, self._last_asked = state["steps"]
+        if trainer.is_global_zero:
+            self._resume(state)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reset the timer."""
@@ -137,10 +145,15 @@ class SamplingCallback(Callback):
         if step == self._last_step or not any(p.requires_grad for p in self.prior.parameters()):
             return
         self._last_step = step
-        if self.sampler.traits.is_remote:
-            self._refresh_beside_remote(step, trainer)
-        elif self._is_time_to_ask(step):
-            self._refresh(step)
+        if trainer.world_size > 1 and not self.prior.to_ising().is_finite:
+            msg = "The prior has become non-finite."
+            raise TrainingDivergedError(msg)  # on every rank: none is left waiting for rank 0
+        if trainer.is_global_zero:
+            if self.sampler.traits.is_remote:
+                self._refresh_beside_remote(step)
+            elif self._is_time_to_ask(step):
+                self._refresh(step)
+        share_buffers(trainer, self.prior)
 
     def _is_time_to_ask(self, step: int) -> bool:
         return self._last_asked is None or step >= self._last_asked + self.schedule.every_n_steps
@@ -167,36 +180,37 @@ class SamplingCallback(Callback):
         self._finish(problem, answers, continues)
 
     @torch.no_grad()
-    def _refresh_beside_remote(self, step: int, trainer: pl.Trainer) -> None:
+    def _refresh_beside_remote(self, step: int) -> None:
         """Take the moments from local chains, which get new states whenever an answer of the device is used."""
         problem = self._begin()
         n_sweeps = self.schedule.n_sweeps
-        answer, is_free = trainer.strategy.broadcast(self._collect(step, problem) if trainer.is_global_zero else None)
+        answer = self._collect(step, problem)
         if answer is not None:
             self.prior.chains.copy_(self._shuffle(answer))
             self.prior.tracking_log_weights.zero_()
             n_sweeps = max(n_sweeps, self.schedule.n_polish_sweeps)
-        if is_free and self._is_time_to_ask(step):
+        if not self.broker.is_busy and self._is_time_to_ask(step):
             self._last_asked = step
             seed = self._draw_seed()
-            if trainer.is_global_zero:
-                name = f"refresh-{seed}-{step}"
-                n_samples = len(self.prior.chains)
-                self.broker.submit(SamplingRequest(problem, n_samples, seed=seed, purpose="refresh", request_id=name))
-                self.broker.dispatch(step)
+            # Names the problem, too: resumed within an epoch, a run sees other cells and comes with other parameters.
+            name = f"refresh-{seed}-{step}-{problem_fingerprint(problem)[:16]}"
+            n_samples = len(self.prior.chains)
+            self.broker.submit(SamplingRequest(problem, n_samples, seed=seed, purpose="refresh", request_id=name))
+            self.broker.dispatch(step)
         self._finish(problem, self._ask_locally(problem, n_sweeps), continues=True)
 
-    def _collect(self, step: int, problem: IsingModel) -> tuple[SampleBatch | None, bool]:
-        """Answer that is to be used now, if there is one, and whether the sampler is free for another question."""
-        answer = None
+    def _collect(self, step: int, problem: IsingModel) -> SampleBatch | None:
+        """Answer that is to be used now, if there is one."""
         try:
             answers = self.broker.collect(step)
-            if answers is not None:
-                (answer,) = answers
-                self._note_facts(answer)
         except SamplerError as error:
             self._note_failure(error, problem)
-        return answer, not self.broker.is_busy
+            return None
+        if answers is None:
+            return None
+        (answer,) = answers
+        self._note_facts(answer)
+        return answer
 
     def _shuffle(self, batch: SampleBatch) -> Tensor:
         """States in random order, as often as their weights say: devices sort by energy, and chains have roles."""
@@ -280,29 +294,33 @@ class SamplingCallback(Callback):
         self._facts |= {key: float(batch.info[key]) for key in _REPORTED_FACTS if key in batch.info}
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log what was sampled."""
-        if self._tracked is None:
-            return
-        pl_module.log_dict(
-            {
-                "prior_energy": self._mean_energy,
-                "prior_log_z": self.prior.log_z,
+        """Log what was sampled, the same on every rank."""
+        logged = {}
+        if self._tracked is not None:
+            logged = {
+                "prior_energy": float(self._mean_energy),
+                "prior_log_z": float(self.prior.log_z),
                 "sampling_seconds": self._epoch_seconds,
                 "sampling_fallbacks": float(self.n_fallbacks),
                 **{f"sampling_{key}": value for key, value in self._facts.items()},
             }
-        )
+        # a mean of equal values; without it Lightning advises to take one
+        pl_module.log_dict(trainer.strategy.broadcast(logged), sync_dist=trainer.world_size > 1)
 
     @torch.no_grad()
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Estimate log Z of the trained prior."""
-        if self._tracked is None:
-            return
-        estimate = estimate_log_z(
-            self.prior.to_ising(), samples=self.prior.chains, n_chains=128, n_steps=300, seed=self._draw_seed()
-        )
-        self.prior.log_z.fill_(estimate.value)
-        self.prior.log_z_scale.fill_(estimate.scale)
+        if self._tracked is not None:
+            estimate = estimate_log_z(
+                self.prior.to_ising(), samples=self.prior.chains, n_chains=128, n_steps=300, seed=self._draw_seed()
+            )
+            self.prior.log_z.fill_(estimate.value)
+            self.prior.log_z_scale.fill_(estimate.scale)
+        share_buffers(trainer, self.prior)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Drop a question that is still under way: Lightning does not call ``teardown`` then."""
+        self.broker.close()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Drop a question that is still under way."""
@@ -318,16 +336,67 @@ class SamplingCallback(Callback):
             "steps": (self._last_step, self._last_asked),
             "n_fallbacks": self.n_fallbacks,
             "tracked": tracked,
+            "mean_energy": float(self._mean_energy),
+            "facts": dict(self._facts),
             "broker": self.broker.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state; a question to a remote sampler that was under way is asked once more."""
-        self._seeds.set_state(state_dict["seeds"].cpu())
-        self._last_step, self._last_asked = state_dict["steps"]
-        self.n_fallbacks = state_dict["n_fallbacks"]
-        self._tracked = None if state_dict["tracked"] is None else SampleBatch(**state_dict["tracked"])
-        self._resumed = state_dict["broker"]
+        self._resumed = state_dict
+
+    def _resume(self, state: dict[str, Any]) -> None:
+        self._seeds.set_state(state["seeds"].cpu())
+        self.n_fallbacks = state["n_fallbacks"]
+        self._mean_energy, self._facts = state["mean_energy"], state["facts"]
+        if state["tracked"] is not None:
+            # a checkpoint is read into main memory, wherever it was written from
+            tracked = {name: value.to(self.prior.chains.device) for name, value in state["tracked"].items()}
+            self._tracked = SampleBatch(**tracked)
+        self.broker.load_state_dict(state["broker"])
+
+
+class StreamKeeper(Callback):
+    """Put torch's random streams into checkpoints: shuffling, dropout and the posterior's draws go on from there.
+
+    Lightning does not do this. Data order goes on as well where a checkpoint was made between two epochs; Lightning
+    starts an epoch that was cut short with a new order.
+    """
+
+    def __init__(self) -> None:
+        self._resumed: dict[str, Tensor] | None = None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """States of torch's generators in use."""
+        streams = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            streams["cuda"] = torch.cuda.get_rng_state()
+        return streams
+
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        """Keep the states until training starts."""
+        self._resumed = state_dict
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Set the generators, before the first cells are drawn and after everything else that draws."""
+        self._restore(pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Set them again if the checkpoint was made after the last step of an epoch: Lightning ends that first."""
+        self._restore(pl_module)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Forget the states: training goes on."""
+        self._resumed = None
+
+    def _restore(self, pl_module: pl.LightningModule) -> None:
+        if self._resumed is None:
+            return
+        torch.set_rng_state(self._resumed["cpu"].cpu())
+        if "cuda" in self._resumed and pl_module.device.type == "cuda":
+            torch.cuda.set_rng_state(self._resumed["cuda"].cpu(), pl_module.device)
 
 
 class FiniteStateGuard(Callback):
@@ -349,8 +418,8 @@ class FiniteStateGuard(Callback):
         self._good_state: dict[str, Tensor] = {}
         self._good_step = 0
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep the state that training starts from."""
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep the state that training starts from, after a checkpoint has been read in full."""
         self._first_bad_step = torch.full((), -1, device=pl_module.device)
         self._keep(trainer, pl_module)
 
@@ -372,21 +441,23 @@ class FiniteStateGuard(Callback):
         """Restore the last finite state if the exception came from non-finite numbers."""
         if self.diverged_at_step is not None or not self._good_state:
             return
-        # torch's distributions refuse parameters that are not finite with these words; a finite network can make them.
-        is_refused = isinstance(exception, ValueError) and "found invalid values" in str(exception)
-        if is_refused or not _is_finite(pl_module):
+        if is_refusal(exception) or not _is_finite(pl_module):
             first_bad = int(self._first_bad_step)
             self._restore(first_bad if first_bad >= 0 else trainer.global_step, pl_module)
 
     def _check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        first_bad = int(self._first_bad_step)
-        if first_bad >= 0 or not _is_finite(pl_module):
-            step = first_bad if first_bad >= 0 else trainer.global_step
-            self._restore(step, pl_module)
+        bad_step = self._first_bad_step
+        if bad_step < 0:
+            bad_step = torch.full_like(bad_step, _NEVER if _is_finite(pl_module) else trainer.global_step)
+        # The loss of each rank is its own, and one that stopped alone would leave the others waiting.
+        first_bad = int(trainer.strategy.reduce(bad_step, reduce_op="min"))
+        if first_bad < _NEVER:
+            self._restore(first_bad, pl_module)
             raise TrainingDivergedError(self.message)
         self._keep(trainer, pl_module)
 
     def _keep(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        share_buffers(trainer, pl_module.module)  # batch statistics are of each rank's own cells
         self._good_state = {name: value.detach().clone() for name, value in pl_module.module.state_dict().items()}
         self._good_step = trainer.global_step
 
@@ -402,6 +473,22 @@ class FiniteStateGuard(Callback):
             f"model holds its state of step {self._good_step}. Lower the learning rate (`plan_kwargs={{'lr': 1e-4}}`), "
             "clip gradients (`gradient_clip_val=10`), or check the data for extreme counts."
         )
+
+
+def is_refusal(exception: BaseException) -> bool:
+    """Whether one of torch's distributions refused parameters that are not finite; a finite network can make them."""
+    return isinstance(exception, ValueError) and "found invalid values" in str(exception)
+
+
+def share_buffers(trainer: pl.Trainer, module: torch.nn.Module) -> None:
+    """Give every rank the buffers of rank 0; all ranks must call this.
+
+    DDP does the same before each forward pass, if it is not told otherwise, but not after the last one.
+    """
+    if trainer.world_size > 1:
+        for buffer in module.buffers():
+            if buffer.numel():
+                torch.distributed.broadcast(buffer, src=0)
 
 
 def _is_finite(pl_module: pl.LightningModule) -> bool:

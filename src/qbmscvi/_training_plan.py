@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from scvi.train import TrainingPlan, TrainRunner
 
-from qbmscvi._callbacks import FiniteStateGuard, SamplingCallback, SamplingSchedule
+from qbmscvi._callbacks import FiniteStateGuard, SamplingCallback, SamplingSchedule, StreamKeeper, is_refusal
 from qbmscvi.exceptions import TrainingDivergedError
 from qbmscvi.samplers import build_sampler
 
@@ -93,7 +93,7 @@ class QBMTrainingPlan(TrainingPlan):
 
     def configure_callbacks(self) -> list[Callback]:
         """Callbacks that Lightning attaches beside the user's."""
-        return [self.sampling, self.guard]
+        return [self.sampling, self.guard, StreamKeeper()]
 
     def on_fit_start(self) -> None:
         """Fix the length of the KL warm-up, now that ``max_epochs`` is known."""
@@ -102,6 +102,20 @@ class QBMTrainingPlan(TrainingPlan):
             max_epochs = self.trainer.max_epochs
             known = max_epochs is not None and max_epochs > 0
             self.n_epochs_kl_warmup = min(max_epochs // 2, _MAX_AUTO_WARMUP) if known else _MAX_AUTO_WARMUP
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        """Compute the loss; on several ranks, one that cannot be computed is NaN instead of an error.
+
+        A rank that raised alone would leave the others waiting for its gradient. As NaN it reaches them all, and
+        :class:`~qbmscvi._callbacks.FiniteStateGuard` stops them together.
+        """
+        try:
+            return super().training_step(batch, batch_idx)
+        except ValueError as error:
+            if self.trainer.world_size == 1 or not is_refusal(error):
+                raise
+            trained = [parameter.sum() for parameter in self.module.parameters() if parameter.requires_grad]
+            return float("nan") * sum(trained)
 
     def get_optimizer_creator(self) -> Callable[[Iterable[torch.Tensor]], torch.optim.Optimizer]:
         """Give the prior a parameter group of its own where it has settings of its own."""

@@ -74,7 +74,8 @@ class _Trip:
 
     def state_dict(self) -> dict[str, Any]:
         """State from which the trip can be asked for again."""
-        return {"requests": [r.state_dict() for r in self.requests], "step": self.step}
+        own = {"step": self.step, "due": self.due, "is_late": self.is_late}
+        return {"requests": [request.state_dict() for request in self.requests], **own}
 
 
 class Broker:
@@ -211,15 +212,20 @@ class Broker:
         return [answers[group][rows.to(answers[group].spins.device)] for group, rows in places]
 
     def state_dict(self) -> dict[str, Any]:
-        """Ledger, and the trip under way, so that a restarted run can ask for it once more."""
-        return {"ledger": asdict(self.ledger), "trip": None if self._trip is None else self._trip.state_dict()}
+        """Ledger, and the trip under way unless it was given up, so that a restarted run can ask for it once more."""
+        is_wanted = self._trip is not None and not self._trip.is_given_up
+        return {"ledger": asdict(self.ledger), "trip": self._trip.state_dict() if is_wanted else None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state; a trip that was under way is asked for again, exactly once and with its old ids."""
+        """Take over a state; a trip that was under way is asked for again, exactly once and with its old ids.
+
+        Not so with a local sampler in place of the remote one that was asked: it answers questions of now.
+        """
         self.ledger = Ledger(**state["ledger"])
         trip = state["trip"]
-        if trip is not None:
+        if trip is not None and self.sampler.traits.is_remote:
             self._send(tuple(map(SamplingRequest.from_state_dict, trip["requests"])), trip["step"])
+            self._trip.due, self._trip.is_late = trip["due"], trip["is_late"]
 
     def close(self) -> None:
         """Drop the trip under way; an answer that comes later is ignored."""
