@@ -46,10 +46,10 @@ class PerProcess(BlockGibbsSampler):
 
 
 class Watch(Callback):
-    """Keeps the cells seen; spoils the counts of one batch on rank 1."""
+    """Keeps the cells seen; spoils the counts of one batch on rank 1; saves the run half-way."""
 
-    def __init__(self, salted: PerProcess, spoil: float | None) -> None:
-        self.salted, self.spoil, self.cells, self.steps = salted, spoil, [], 0
+    def __init__(self, salted: PerProcess, spoil: float | None, path: Path) -> None:
+        self.salted, self.spoil, self.path, self.cells, self.steps = salted, spoil, path, [], 0
 
     def on_train_start(self, trainer, pl_module):
         self.salted.salt = 1000 * trainer.global_rank
@@ -61,14 +61,18 @@ class Watch(Callback):
         if self.spoil is not None and trainer.global_rank == 1 and trainer.global_step == 4:
             batch["X"][0] = self.spoil
 
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.current_epoch == 0:
+            trainer.save_checkpoint(self.path)
 
-def run(name: str, out: Path, *, is_remote=False, fails=False, spoil=None, **trainer_kwargs) -> None:
+
+def run(name: str, out: Path, *, is_remote=False, fails=False, spoil=None, likelihood="nb", **trainer_kwargs) -> None:
     scvi.settings.seed = 0
     adata = synthetic_counts(240, 40, seed=1)
     QBMSCVI.setup_anndata(adata, batch_key="batch")
-    model = QBMSCVI(adata, n_latent=3, n_spins=8, n_chains=64, gene_likelihood="nb")
+    model = QBMSCVI(adata, n_latent=3, n_spins=8, n_chains=64, gene_likelihood=likelihood)
     sampler, error = PerProcess(is_remote=is_remote, fails=fails), None
-    watch = Watch(sampler, spoil)
+    watch = Watch(sampler, spoil, out / f"{name}.ckpt")
     schedule = SamplingSchedule(latency=0, n_sweeps=5)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -93,9 +97,12 @@ def run(name: str, out: Path, *, is_remote=False, fails=False, spoil=None, **tra
 def main(out: Path) -> None:
     torch.set_num_threads(1)
     run("local", out)
+    run("resumed", out, ckpt_path=out / "local.ckpt")
     run("remote", out, is_remote=True, check_val_every_n_epoch=1)
     run("failing", out, is_remote=True, fails=True)
-    run("refused-on-one-rank", out, spoil=float("nan"))
+    # torch's normal distribution refuses a mean that is not a number, scvi-tools' distributions of counts do not
+    run("refused-on-one-rank", out, spoil=float("nan"), likelihood="normal")
+    run("nan-on-one-rank", out, spoil=float("nan"))
     run("infinite-on-one-rank", out, spoil=1e38)
     _callbacks.share_buffers = lambda trainer, module: None
     run("unshared", out)

@@ -13,7 +13,7 @@ import torch
 
 N_STEPS = 8  # two epochs of 216 cells on two ranks, in batches of 32
 CASES = ("local", "remote", "failing")
-DIVERGING = ("refused-on-one-rank", "infinite-on-one-rank")
+DIVERGING = ("refused-on-one-rank", "nan-on-one-rank", "infinite-on-one-rank")
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +32,13 @@ def dumps(tmp_path_factory) -> dict[str, tuple[dict, dict]]:
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=240)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
         pytest.fail(f"A rank is waiting for another one that does not come.\n{output}")
     assert process.returncode == 0, output
-    names = (*CASES, *DIVERGING, "unshared")
+    names = (*CASES, *DIVERGING, "resumed", "unshared")
     return {name: tuple(torch.load(folder / f"{name}-{rank}.pt") for rank in (0, 1)) for name in names}
 
 
@@ -53,6 +53,13 @@ def test_ranks_end_with_bit_equal_models(dumps, case):
     assert unequal(first, second) == []
     assert first["advice"] == second["advice"] == []
     assert int(first["state"]["prior.n_updates"]) == first["n_steps"] == second["n_steps"] == N_STEPS
+
+
+def test_resumed_ranks_equal_uninterrupted_ones(dumps):
+    for whole, resumed in zip(dumps["local"], dumps["resumed"], strict=True):
+        assert unequal(whole, resumed) == []
+        assert torch.equal(resumed["cells"], whole["cells"][108:])
+    assert [dump["n_calls"] for dump in dumps["resumed"]] == [N_STEPS / 2, 0]
 
 
 def test_ranks_see_different_cells(dumps):
