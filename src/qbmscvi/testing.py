@@ -64,8 +64,8 @@ class SamplerCheckError(QBMSCVIError, AssertionError):
 def tiny_problems(dtype: torch.dtype = torch.float64) -> dict[str, IsingModel]:
     """Four small problems, by name, whose law can be enumerated.
 
-    A complete bipartite one with sides of 3 and 5, a complete one of 6 spins, a sparse one that is not bipartite (12
-    qubits of the Chimera graph, or a ring of 9 with chords where ``dwave-networkx`` is not installed) and a ring of 7
+    A complete bipartite one with sides of 3 and 5, a complete one of 6 spins, a sparse one (12 qubits of the
+    Chimera graph, or a ring of 9 with chords where ``dwave-networkx`` is not installed) and a ring of 7
     with a factor of rank 2. Every field and coupling is between 0.15 and 0.45 in size, with random signs: large enough
     that none can be lost unnoticed, small enough that single-spin chains forget a uniform start within 30 sweeps at
     ``beta = 2`` (total variation below 1e-3).

@@ -34,7 +34,8 @@ class _DimodAdapter(Sampler):
     def _sample(self, request: SamplingRequest, seed: int) -> Draw:
         bqm = request.problem.to_bqm()
         bqm.scale(request.beta)
-        sample_set = self.sampler.sample(bqm, **self._call_arguments(request, seed % 2**31))  # C integers
+        seed = seed % 2**31 or 2**31 - 1  # C integers; path-integral annealing takes zero for "draw one"
+        sample_set = self.sampler.sample(bqm, **self._call_arguments(request, seed))
         columns = [sample_set.variables.index(spin) for spin in range(request.problem.n_spins)]
         record = sample_set.record
         spins = np.repeat(record.sample[:, columns], record.num_occurrences, axis=0)
@@ -180,9 +181,9 @@ class TreeDecompositionSampler(_DimodAdapter):
 class PathIntegralAnnealingSampler(_DimodAdapter):
     """Simulated quantum annealing by path-integral Monte Carlo, from ``dwave-samplers``.
 
-    The transverse field falls linearly to zero while the problem grows to the requested ``beta``; then classical sweeps
-    follow at that temperature. Worldlines freeze on the way as spins of an annealer do, so the samples are
-    near, but not at, the requested distribution: declared approximate.
+    The transverse field falls linearly to zero while the problem grows to the requested ``beta``; worldlines freeze on
+    the way as spins of an annealer do. Classical sweeps follow at that temperature, a Markov chain with the Boltzmann
+    distribution as its stationary law. Without them (``n_hold=0``) the samples are declared approximate.
 
     Parameters
     ----------
@@ -194,8 +195,6 @@ class PathIntegralAnnealingSampler(_DimodAdapter):
         Transverse field at the start, in units of the problem times ``beta``.
     """
 
-    traits = SamplerTraits(target="approximate")
-
     def __init__(self, n_ramp: int = 200, n_hold: int = 50, transverse_field: float = 3.0) -> None:
         if n_ramp < 2 or n_hold < 0 or not transverse_field > 0:
             msg = (
@@ -206,6 +205,7 @@ class PathIntegralAnnealingSampler(_DimodAdapter):
         from dwave.samplers import PathIntegralAnnealingSampler as Backend
 
         self.sampler = Backend()
+        self.traits = SamplerTraits(target="boltzmann" if n_hold else "approximate")
         self.problem_schedule = np.concatenate([np.linspace(0.0, 1.0, n_ramp), np.ones(n_hold)])
         self.transverse_schedule = transverse_field * np.concatenate([np.linspace(1.0, 0.0, n_ramp), np.zeros(n_hold)])
 
