@@ -45,7 +45,7 @@ def ring(n_nodes: int) -> graphs.Graph:
 
 
 # The five kinds of problem a sampler has to manage: what a restricted Boltzmann machine, a general one, a hardware
-# patch and a Gaussian layer (beside couplings and alone) turn into. Of 14 seeds these mix within 150 sweeps at beta=2.
+# patch and a Gaussian layer (beside couplings and alone) turn into.
 PROBLEMS = {
     "bipartite-3x5": lambda **kw: random_problem(scrambled_bipartite(), seed=33, **kw),
     "complete-6": lambda **kw: random_problem(graphs.complete(6), seed=20, **kw),

@@ -21,7 +21,6 @@ from qbmscvi.samplers import (
     Draw,
     ExactSampler,
     Retrying,
-    Sampler,
     SamplingRequest,
     TimeLimited,
 )
@@ -328,10 +327,3 @@ def test_budgets_of_nothing_let_nothing_through():
 def test_values_without_meaning_are_refused(build, match):
     with pytest.raises(ValueError, match=match):
         build()
-
-
-def test_names_and_traits_are_those_of_a_composite():
-    for sampler in (Retrying(ExactSampler()), Budgeted(ExactSampler(), n_calls=1), TimeLimited(ExactSampler(), 1.0)):
-        assert isinstance(sampler, Sampler)
-        assert sampler.name == f"{type(sampler).__name__}(ExactSampler)"
-        assert sampler.traits == ExactSampler.traits

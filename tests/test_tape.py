@@ -107,8 +107,6 @@ def checksum(entry) -> str:
 @pytest.mark.parametrize(
     "build",
     [
-        pytest.param(ExactSampler, id="exact"),
-        pytest.param(BlockGibbsSampler, id="gibbs"),
         pytest.param(Talkative, id="talkative"),
         pytest.param(lambda: SpinReversed(Reweighted(ExactSampler(), 0.01), 1), id="weights"),
     ],

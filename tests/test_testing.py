@@ -1,5 +1,7 @@
 """``qbmscvi.testing``: honest samplers keep the contract, each planted fault breaks the law that it should.
 
+Wrong signs, temperatures and node orders and lost edges are planted around samplers in ``test_laws.py``.
+
 The gates are compared with those of ``laws.py``, which were written separately and call none of the package's sums.
 """
 
@@ -28,7 +30,6 @@ from qbmscvi.samplers import (
     Sampler,
     SamplerTraits,
     SamplingRequest,
-    SimulatedAnnealingSampler,
 )
 from qbmscvi.testing import (
     SamplerCheckError,
@@ -261,16 +262,9 @@ def test_comparisons_without_meaning_are_refused():
 # Samplers that keep the contract -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "sampler",
-    [
-        pytest.param(ExactSampler(), id="exact"),
-        pytest.param(BlockGibbsSampler(burn_in=60), id="gibbs"),
-        pytest.param(SimulatedAnnealingSampler(n_ramp=40, n_hold=40), id="simulated-annealing"),
-    ],
-)
-def test_honest_samplers_keep_the_contract(sampler):
-    """Alpha 1e-4 a case. Shorter runs than the default, long enough by the test of mixing above."""
+def test_an_honest_sampler_keeps_the_contract():
+    """Alpha 1e-4. Every other sampler: ``test_laws.py``."""
+    sampler = ExactSampler()
     before = torch.get_rng_state(), random.getstate()
     report = check_sampler(sampler)
     assert report.has_passed
@@ -347,29 +341,6 @@ def test_a_sampler_that_takes_no_problem_is_not_passed():
 
 
 # Planted faults ----------------------------------------------------------------------------------------------------
-
-
-class FlippedCouplings(ExactSampler):
-    def _sample(self, request, seed):
-        problem = request.problem.to_dense()
-        return super()._sample(replace(request, problem=replace(problem, J=-problem.J)), seed)
-
-
-class TenPercentColder(ExactSampler):
-    def _sample(self, request, seed):
-        return super()._sample(replace(request, beta=1.1 * request.beta), seed)
-
-
-class ShiftedNodes(ExactSampler):
-    def _sample(self, request, seed):
-        return Draw(super()._sample(request, seed).spins.roll(1, dims=1))
-
-
-class DroppedEdge(ExactSampler):
-    def _sample(self, request, seed):
-        J = request.problem.J.clone()
-        J[-1] = 0.0
-        return super()._sample(replace(request, problem=replace(request.problem, J=J)), seed)
 
 
 class IgnoredFactor(ExactSampler):
@@ -480,11 +451,11 @@ def laws_of(caught) -> set[str]:
 @pytest.mark.parametrize(
     ("fault", "laws", "finding"),
     [
-        (FlippedCouplings, {"distribution"}, r"beta=1.: p = .*moments .* at <s_\d.*, energy .*, all states .*distance"),
-        (TenPercentColder, {"distribution"}, r"complete-6, float64, beta=1.: p ="),
-        (ShiftedNodes, {"distribution", "order"}, "bipartite-3x5, float32, beta=0.3.: p ="),
-        (DroppedEdge, {"distribution"}, "chimera-12, float64, beta=1.: p ="),
-        (IgnoredFactor, {"distribution"}, "ring-7-factor-2, float32, beta=2.: p ="),
+        (
+            IgnoredFactor,
+            {"distribution"},
+            r"ring-7-factor-2, float32, beta=2.: p = .*moments .* at <s_\d.*, energy .*, all states .*distance",
+        ),
         (SeedsTorch, {"random state"}, "the global stream of torch was used"),
         (DrawsFromNumpy, {"random state"}, "the global stream of numpy was used"),
         (DrawsFromPython, {"random state"}, "the global stream of Python was used"),

@@ -1,0 +1,91 @@
+"""Samplers with one known fault each, and a device with several, shared by the tests of samplers and composites."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from qbmscvi.enumeration import draw_exact
+from qbmscvi.ising import IsingModel
+from qbmscvi.samplers import Composite, Draw, ExactSampler, Rescaled, Sampler, SamplerTraits
+
+TRUE_BETA, BELIEVED_BETA, RANGE, N_BITS = 3.7, 5.0, 0.2, 8
+
+
+class Device(Sampler):
+    """Answers at 3.7, whatever is asked, with a field of its own; refuses what it cannot represent."""
+
+    traits = SamplerTraits(target="approximate", max_spins=12)
+
+    def __init__(self, bias=0.03):
+        self.bias = bias
+
+    def _sample(self, request, seed):
+        problem = request.problem
+        assert request.beta == BELIEVED_BETA, "this device has one temperature"
+        assert problem.factor is None, "this device has no factors"
+        for values in (problem.h, problem.J):
+            level = values.double() / (RANGE / (2 ** (N_BITS - 1) - 1))
+            assert (values.double().abs() <= RANGE * (1 + 1e-6)).all(), "out of range"
+            assert (level - level.round()).abs().max() < 1e-3, "finer than eight bits"
+        biased = replace(problem, h=problem.h + self.bias)
+        generator = torch.Generator().manual_seed(seed)
+        return Draw(draw_exact(biased, request.n_samples, TRUE_BETA, generator))
+
+
+def rescaled(device, device_beta=BELIEVED_BETA) -> Rescaled:
+    return Rescaled(device, h_limit=RANGE, J_limit=RANGE, n_bits=N_BITS, device_beta=device_beta)
+
+
+class OffTemperature(ExactSampler):
+    """Exact, at ``gain * beta``; ``reports`` says whether it says so."""
+
+    traits = SamplerTraits(target="boltzmann")
+
+    def __init__(self, gain, reports=False):
+        self.gain, self.reports = gain, reports
+
+    def _sample(self, request, seed):
+        draw = super()._sample(replace(request, beta=self.gain * request.beta), seed)
+        return replace(draw, info={"effective_beta": self.gain * request.beta} if self.reports else {})
+
+
+class Weighing(ExactSampler):
+    """Exact draws at three quarters of beta, with importance weights."""
+
+    def _sample(self, request, seed):
+        spins = super()._sample(replace(request, beta=0.75 * request.beta), seed).spins
+        weights = torch.softmax(-0.25 * request.beta * request.problem.energy(spins).double(), 0)
+        return Draw(spins, weights)
+
+
+def _flip_couplings(problem: IsingModel) -> IsingModel:
+    dense = problem.to_dense()
+    return replace(dense, J=-dense.J)
+
+
+def _drop_edge(problem: IsingModel) -> IsingModel:
+    J = problem.J.clone()
+    J[-1] = 0.0
+    return replace(problem, J=J)
+
+
+class Faulty(Composite):
+    """An error around any sampler: in what it is asked, or in the order of the nodes that it answers."""
+
+    FAULTS = ("sign-of-J", "beta-10-percent-high", "shifted-nodes", "dropped-edge")
+
+    def __init__(self, child, fault):
+        super().__init__(child)
+        self.fault = fault
+
+    def _sample_batch(self, requests, seeds):
+        asked = [replace(request, seed=seed) for request, seed in zip(requests, seeds, strict=True)]
+        if self.fault == "beta-10-percent-high":
+            asked = [replace(request, beta=1.1 * request.beta) for request in asked]
+        if self.fault in ("sign-of-J", "dropped-edge"):
+            change = _flip_couplings if self.fault == "sign-of-J" else _drop_edge
+            asked = [replace(request, problem=change(request.problem)) for request in asked]
+        shift = int(self.fault == "shifted-nodes")
+        return [Draw(batch.spins.roll(shift, dims=1), batch.weights) for batch in self.child.sample_batch(asked)]
