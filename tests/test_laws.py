@@ -82,8 +82,8 @@ SAMPLERS = {
     # Runs shorter than the defaults; 30 sweeps are enough on these problems (see `test_testing.py`).
     "gibbs": Case(lambda path: BlockGibbsSampler(burn_in=30), n_samples=5_000),
     "parallel-tempering": Case(lambda path: ParallelTemperingSampler(2, lowest=0.3, burn_in=20), n_samples=1_000),
-    "simulated-annealing": Case(lambda path: SimulatedAnnealingSampler(10, 30), n_samples=5_000),
-    "path-integral-annealing": Case(lambda path: PathIntegralAnnealingSampler(5, 30), n_samples=1_000),
+    "simulated-annealing": Case(lambda path: SimulatedAnnealingSampler(10, 30)),
+    "path-integral-annealing": Case(lambda path: PathIntegralAnnealingSampler(5, 30), n_samples=500),
     "path-integral-annealing-without-hold": Case(
         lambda path: PathIntegralAnnealingSampler(2, 0), "approximate", n_samples=500
     ),
@@ -265,7 +265,7 @@ each_fault = pytest.mark.parametrize("fault", Faulty.FAULTS)
 @each_fault
 @each({name: TABLE[name] for name in ("exact", "gibbs")})
 def test_planted_errors_fail_on_every_graph_and_in_either_precision(case, fault, tmp_path):
-    broken, report = examine(Faulty(case.build(tmp_path), fault), case, betas=(1.0, 2.0), dtypes=DTYPES)
+    broken, report = examine(Faulty(case.build(tmp_path), fault), case, betas=(1.0,), dtypes=DTYPES)
     assert broken == {"distribution"} | ({"order"} if fault == "shifted-nodes" else set())
     failed = {f.case.rpartition(", beta")[0] for f in report.failures if f.law == "distribution"}
     assert failed == {f"{name}, {dtype}" for name in tiny_problems() for dtype in ("float32", "float64")}
@@ -284,6 +284,6 @@ KINDS = (
 @each_fault
 @each({name: TABLE[name] for name in KINDS})
 def test_planted_errors_around_other_kinds_fail(case, fault, tmp_path):
-    """At one temperature and in one precision; around chains of dimod, weights, and corrected devices."""
+    """At one temperature and in one precision; around chains of dimod, weights and a stack."""
     broken, _ = examine(Faulty(case.build(tmp_path), fault), case, betas=(1.0,), dtypes=(torch.float32,))
     assert "distribution" in broken
