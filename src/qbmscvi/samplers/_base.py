@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qbmscvi.exceptions import GraphMismatchError, InvalidSamples, SamplerError, require_integer
-from qbmscvi.ising import IsingModel, SampleBatch
+from qbmscvi.ising import IsingModel, SampleBatch, are_spins
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -102,7 +102,7 @@ class SamplingRequest:
         if self.initial_spins is not None and tuple(self.initial_spins.shape) != expected:
             msg = f"initial_spins has shape {tuple(self.initial_spins.shape)}; it must be {expected}."
             raise ValueError(msg)
-        if self.initial_spins is not None and not bool((self.initial_spins.abs() == 1).all()):
+        if self.initial_spins is not None and not are_spins(self.initial_spins):
             msg = "initial_spins has values other than -1 and +1. Convert bits with `qbmscvi.ising.bits_to_spins`."
             raise ValueError(msg)
 
@@ -246,7 +246,7 @@ class Sampler:
         if tuple(spins.shape) != expected:
             msg = f"{self.name} returned samples of shape {tuple(spins.shape)}; {expected} were asked for."
             raise InvalidSamples(msg)
-        if not bool((spins.abs() == 1).all()):
+        if not are_spins(spins):
             msg = f"{self.name} returned values other than -1 and +1. Convert bits with `qbmscvi.ising.bits_to_spins`."
             raise InvalidSamples(msg)
         if weights is not None:

@@ -13,6 +13,7 @@ import math
 import time
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -209,7 +210,7 @@ class Broker:
             self.ledger.sampler_seconds += time.perf_counter() - started
         self.ledger.n_attempts += max((batch.info.get("n_attempts", 1) for batch in answers), default=0)
         self.ledger.device_seconds += sum(batch.info.get("device_seconds", 0.0) for batch in answers)
-        return [answers[group][rows.to(answers[group].spins.device)] for group, rows in places]
+        return [answers[group][rows] for group, rows in places]
 
     def state_dict(self) -> dict[str, Any]:
         """Ledger, and the trip under way unless it was given up, so that a restarted run can ask for it once more."""
@@ -235,14 +236,16 @@ class Broker:
             self._trip = None
 
 
-def _merge(requests: Sequence[SamplingRequest]) -> tuple[list[SamplingRequest], list[tuple[int, Tensor]]]:
+def _merge(requests: Sequence[SamplingRequest]) -> tuple[list[SamplingRequest], list[tuple[int, slice | Tensor]]]:
     """Join requests of one problem and temperature; return them and where each original one finds its rows."""
+    problems = {id(request.problem): request.problem for request in requests}
+    names: dict[int, str] = dict.fromkeys(problems, "the only problem")
+    if len(problems) > 1:  # a hash costs as much as a Gibbs sweep
+        names = {key: problem_fingerprint(problem) for key, problem in problems.items()}
     groups: dict[tuple, list[SamplingRequest]] = {}
     members = []
     for request in requests:
-        known = {id(member.problem): key[0] for key, group in groups.items() for member in group}
-        name = known.get(id(request.problem)) or problem_fingerprint(request.problem)
-        key = (name, request.beta, request.n_sweeps, request.initial_spins is None)
+        key = (names[id(request.problem)], request.beta, request.n_sweeps, request.initial_spins is None)
         group = groups.setdefault(key, [])
         members.append((list(groups).index(key), len(group)))
         group.append(request)
@@ -250,14 +253,14 @@ def _merge(requests: Sequence[SamplingRequest]) -> tuple[list[SamplingRequest], 
     return [_join(group) for group in groups.values()], [(group, rows[group][member]) for group, member in members]
 
 
-def _share_out(group: list[SamplingRequest]) -> Sequence[Tensor]:
+def _share_out(group: list[SamplingRequest]) -> Sequence[slice | Tensor]:
     """Rows of each member: those of its chains, or random ones, for some devices sort their answers by energy."""
     sizes = [member.n_samples for member in group]
-    rows = torch.arange(sum(sizes))
     if len(group) > 1 and group[0].initial_spins is None:
         seed = derive_seed(group[0].seed or 0, "rows of a merged request")
-        rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
-    return rows.split(sizes)
+        return torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(seed)).split(sizes)
+    ends = list(accumulate(sizes))
+    return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
 
 def _join(group: list[SamplingRequest]) -> SamplingRequest:
