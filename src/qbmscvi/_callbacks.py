@@ -264,7 +264,7 @@ class SamplingCallback(Callback):
         """Charge the tracking chains the work of the last update; add its free energy to log Z."""
         prior, before, tracked = self.prior, self.prior.tracking_log_weights, self._tracked
         after = before + tracked.energies - problem.energy(tracked.spins)
-        prior.log_z += torch.logsumexp(after, 0) - torch.logsumexp(before, 0)
+        prior.log_z.add_(torch.logsumexp(after, 0) - torch.logsumexp(before, 0))
         weights = torch.softmax(after, 0)
         if 1.0 / weights.square().sum() < _RESAMPLE_BELOW * len(weights):
             prior.chains[-len(weights) :] = tracked.spins[self._resample(weights)]

@@ -147,7 +147,7 @@ class BoltzmannPrior(nn.Module):
         self.edge_mean.copy_(edge_mean)
         if self.n_gaussian:
             self.spin_second.copy_(batch.second_moments())
-        self.n_updates += 1
+        self.n_updates.add_(1)
 
     def negative_phase(self) -> Tensor:
         r"""Scalar with the gradient of log Z at the current moments: :math:`-\langle E \rangle_p` up to constants."""

@@ -98,6 +98,17 @@ class Graph:
             cache[str(device)] = (ends[0], ends[1])
         return cache[str(device)]
 
+    def edge_numbers(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Number of the edge between two nodes, ``n_edges`` where there is none; symmetric, kept per device."""
+        cache = self.__dict__.setdefault("_edge_numbers", {})
+        if str(device) not in cache:
+            i, j = self.edges.T
+            numbers = np.full((self.n_nodes, self.n_nodes), self.n_edges)
+            numbers[i, j] = numbers[j, i] = np.arange(self.n_edges)
+            with torch.inference_mode(False):  # as in `edge_index`
+                cache[str(device)] = torch.tensor(numbers, device=device)
+        return cache[str(device)]
+
     @cached_property
     def color_order(self) -> np.ndarray:
         """Nodes class by class, shape ``(n_nodes,)``: position ``k`` of a color-sorted state is this node."""

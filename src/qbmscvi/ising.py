@@ -104,9 +104,10 @@ class IsingModel:
         Shape ``(...)``.
         """
         spins = spins.to(self.h)
-        energy = self.offset + spins @ self.h
+        field = self.h
         if self.graph.n_edges:
-            energy = energy + 0.5 * (spins * edge_fields(spins, self.J, self.graph)).sum(-1)
+            field = field + 0.5 * edge_fields(spins, self.J, self.graph)
+        energy = self.offset + (spins * field).sum(-1)
         if self.factor is not None:
             energy = energy - 0.5 * (spins @ self.factor.T).square().sum(-1)
         return energy
@@ -281,9 +282,8 @@ def disjoint_union(problems: Sequence[IsingModel]) -> IsingModel:
 
 def coupling_matrix(J: Tensor, graph: Graph) -> Tensor:
     """Edge couplings as a symmetric matrix with zero diagonal, shape ``(n_spins, n_spins)``; differentiable."""
-    i, j = graph.edge_index(J.device)
-    upper = J.new_zeros(graph.n_nodes, graph.n_nodes).index_put((i, j), J)
-    return upper + upper.T
+    places = graph.edge_numbers(J.device)
+    return torch.cat([J, J.new_zeros(1)]).index_select(0, places.view(-1)).view_as(places)
 
 
 def edge_fields(values: Tensor, J: Tensor, graph: Graph) -> Tensor:
