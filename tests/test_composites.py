@@ -83,17 +83,13 @@ def worst_mean(batch, law) -> float:
     return float(np.abs(batch.spins.double().mean(0).numpy() - law.mean).max())
 
 
-def test_each_layer_around_a_device_removes_what_it_says(capsys):
-    problem, n = PROBLEMS["bipartite-3x5"].to(torch.float32), 40_000
-    target = Law.boltzmann(problem, 1.0)
-    hot = Law.boltzmann(problem, TRUE_BETA / BELIEVED_BETA)
-    noise = np.sqrt((1 - target.mean**2) / n).max()
-
+def answers_by_layer(problem, n):
+    """Answers of the device, a further layer around it each time; also for ``benchmarks/sampling.py``."""
     bare = rescaled(Device())
     reversed_ = SpinReversed(rescaled(Device()), 400)
     calibrated = Calibrated(SpinReversed(rescaled(Device()), 400))
     polished = Polished(Calibrated(SpinReversed(rescaled(Device()), 400)), 10)
-    batches = {
+    return {
         "Rescaled": ask(bare, problem, n, seed=1),
         "SpinReversed": ask(reversed_, problem, n, seed=1),
         "Calibrated, first answer": ask(calibrated, problem, n, seed=2),
@@ -101,6 +97,15 @@ def test_each_layer_around_a_device_removes_what_it_says(capsys):
         "Polished, first answer": ask(polished, problem, n, seed=2),
         "Polished, second answer": ask(polished, problem, n, seed=3),
     }
+
+
+def test_each_layer_around_a_device_removes_what_it_says(capsys):
+    problem, n = PROBLEMS["bipartite-3x5"].to(torch.float32), 40_000
+    target = Law.boltzmann(problem, 1.0)
+    hot = Law.boltzmann(problem, TRUE_BETA / BELIEVED_BETA)
+    noise = np.sqrt((1 - target.mean**2) / n).max()
+
+    batches = answers_by_layer(problem, n)
     worst = {stage: worst_mean(batch, target) for stage, batch in batches.items()}
     worst_hot = {stage: worst_mean(batch, hot) for stage, batch in batches.items()}
     with capsys.disabled():
