@@ -106,7 +106,7 @@ class IsingModel:
         spins = spins.to(self.h)
         field = self.h
         if self.graph.n_edges:
-            field = field + 0.5 * edge_fields(spins, self.J, self.graph)
+            field = field + edge_fields(spins, 0.5 * self.J, self.graph)
         energy = self.offset + (spins * field).sum(-1)
         if self.factor is not None:
             energy = energy - 0.5 * (spins @ self.factor.T).square().sum(-1)
