@@ -161,8 +161,8 @@ def overhead_table(n_epochs: int, n_runs: int) -> list[str]:
         f"CPU time in % of the median training step: {cost.N_GENES:,} genes, batch {cost.BATCH_SIZE}, one thread; "
         f"{20 * n_epochs - cost.N_WARM} steps of a run, families in turn, {n_runs} times; median "
         "(95 % interval of the median, by ranks). *Layer* is all of sampling but the Gibbs sweeps, the moments and the "
-        "tracking of log Z: requests, checks, merging, energies, bookkeeping. The bounds are 2 % for the layer and 10 % for sampling and "
-        "KL together (`tests/test_prior_cost.py`).",
+        "tracking of log Z: requests, checks, merging, energies, bookkeeping. The bounds are 2 % for the "
+        "layer and 10 % for sampling and KL together (`tests/test_prior_cost.py`).",
         "",
         "| family | run | step, ms | sweeps | moments | log Z | layer | KL | sampling and KL |",
         "|---|---|---|---|---|---|---|---|---|",

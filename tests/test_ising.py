@@ -15,6 +15,7 @@ from qbmscvi import graphs
 from qbmscvi.ising import (
     IsingModel,
     SampleBatch,
+    are_spins,
     bits_to_spins,
     coupling_matrix,
     edge_fields,
@@ -303,3 +304,13 @@ def test_part_of_a_batch_keeps_its_rows_and_normalizes_their_weights(is_weighted
         assert math.isclose(part.weights.sum(), 1.0, abs_tol=1e-12)
     else:
         assert part.weights is None
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.float32, torch.float64])
+def test_spins_are_minus_one_and_one_and_nothing_else(dtype):
+    spins = torch.tensor([[1, -1, 1], [-1, -1, 1]], dtype=dtype)
+    assert are_spins(spins)
+    others = [0, 2, -2, -128] + ([0.5, float("nan"), float("inf")] if dtype.is_floating_point else [])
+    for other in others:
+        spins[1, 1] = other
+        assert not are_spins(spins), other

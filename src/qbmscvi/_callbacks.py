@@ -246,10 +246,10 @@ class SamplingCallback(Callback):
 
     def _finish(self, problem: IsingModel, answers: list[SampleBatch], continues: bool) -> None:
         """Hand the answers to the prior."""
-        prior, (batch, tracked) = self.prior, answers
-        if self._is_first:
+        prior, (batch, tracked), is_first = self.prior, answers, self._is_first
+        if is_first:
             prior.log_z.fill_(estimate_log_z(problem, n_chains=64, n_steps=50, seed=self._draw_seed()).value)
-        if self._is_first or not continues:
+        if is_first or not continues:
             prior.tracking_log_weights.zero_()
         prior.set_moments(batch)
         torch.cat([batch.spins, tracked.spins], out=prior.chains)

@@ -103,7 +103,7 @@ class Graph:
         cache = self.__dict__.setdefault("_edge_numbers", {})
         if str(device) not in cache:
             i, j = self.edges.T
-            numbers = np.full((self.n_nodes, self.n_nodes), self.n_edges)
+            numbers = np.full((self.n_nodes, self.n_nodes), self.n_edges, dtype=np.int32)
             numbers[i, j] = numbers[j, i] = np.arange(self.n_edges)
             with torch.inference_mode(False):  # as in `edge_index`
                 cache[str(device)] = torch.tensor(numbers, device=device)

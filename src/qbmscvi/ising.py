@@ -20,6 +20,7 @@ and log Z agree in every form. Higher-order terms are not supported.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +90,7 @@ class IsingModel:
         total = self.h.sum() + self.J.sum() + self.offset
         if self.factor is not None:
             total = total + self.factor.sum()
-        return bool(torch.isfinite(total))
+        return math.isfinite(total)
 
     def energy(self, spins: Tensor) -> Tensor:
         """Energy of spin configurations.
@@ -299,7 +300,7 @@ def are_spins(values: Tensor) -> bool:
     """Whether every value is -1 or +1; NaN is neither."""
     # Least and largest at once: a tenth of the time of comparing each value, and this runs at every training step.
     least, largest = torch.aminmax(values.abs())
-    return bool((least == 1) & (largest == 1))
+    return least.item() == largest.item() == 1
 
 
 def spins_to_bits(spins: Tensor) -> Tensor:
