@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from qbmscvi.diagnostics import estimate_log_z
 from qbmscvi.exceptions import SamplerError, TrainingDivergedError, require_integer
 from qbmscvi.ising import SampleBatch
-from qbmscvi.samplers import BlockGibbsSampler, Broker, SamplingRequest, Vetted
+from qbmscvi.samplers import BlockGibbsSampler, Broker, SamplingRequest, vet
 from qbmscvi.samplers._tape import problem_fingerprint
 
 if TYPE_CHECKING:
@@ -82,9 +82,8 @@ class SamplingCallback(Callback):
     ``schedule.latency`` steps after the question, or when it comes, as new states of chains that local block Gibbs
     sweeps carry from the parameters of then to those of now; the loss only sees moments of these chains, at every step.
 
-    If a sampler fails, the chains go on without it: one warning, and a count in the history. An answer whose
-    temperature is far from the one asked for counts as a failure where the sampler is remote or does not claim to be
-    a Boltzmann sampler: ground states, say, are no samples.
+    If a sampler fails, the chains go on without it: one warning, and a count in the history. Answers that are no
+    samples (ground states, say) count as failures; see :func:`qbmscvi.samplers.vet` for whose are looked at.
 
     The value of log Z is carried along by the work that each parameter update does on one chain in eight (Jarzynski's
     equality, :cite:p:`Carbone23`); those chains take no part in the moments. At the end of training log Z is
@@ -107,9 +106,7 @@ class SamplingCallback(Callback):
         self.prior = prior
         self.sampler = sampler
         self.schedule = schedule
-        is_trusted = sampler.traits.target == "boltzmann" and not sampler.traits.is_remote
-        asked = sampler if is_trusted else Vetted(sampler)
-        self.broker = Broker(asked, schedule.latency, schedule.max_staleness)
+        self.broker = Broker(vet(sampler), schedule.latency, schedule.max_staleness)
         self.n_fallbacks = 0
         self._local = BlockGibbsSampler()
         self._seeds = torch.Generator()

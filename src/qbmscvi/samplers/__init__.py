@@ -48,6 +48,7 @@ __all__ = [
     "Vetted",
     "build_sampler",
     "effective_beta",
+    "vet",
 ]
 
 _BY_NAME = {
@@ -58,6 +59,16 @@ _BY_NAME = {
     "tree_decomposition": TreeDecompositionSampler,
     "exact": ExactSampler,
 }
+
+
+def vet(sampler: Sampler) -> Sampler:
+    """Wrap a sampler in :class:`Vetted`, unless it is a local Boltzmann sampler of this package, or wrapped already.
+
+    What a sampler declares of itself is no proof; only the classes of this package are tested against enumeration.
+    """
+    is_own = type(sampler) in _BY_NAME.values() and sampler.traits.target == "boltzmann"
+    is_trusted = (is_own and not sampler.traits.is_remote) or isinstance(sampler, Vetted)
+    return sampler if is_trusted else Vetted(sampler)
 
 
 def build_sampler(spec: str | Sampler) -> Sampler:

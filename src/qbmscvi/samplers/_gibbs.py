@@ -68,8 +68,20 @@ def random_spins(n_samples: int, problem: IsingModel, generator: torch.Generator
 
 
 @torch.no_grad()
-def gibbs_sweeps(problem: IsingModel, spins: Tensor, n_sweeps: int, beta: float, generator: torch.Generator) -> Tensor:
-    """Run block Gibbs sweeps from ``spins``, shape ``(n_chains, n_spins)``; return the new states."""
+def gibbs_sweeps(
+    problem: IsingModel,
+    spins: Tensor,
+    n_sweeps: int,
+    beta: float,
+    generator: torch.Generator,
+    *,
+    is_reversible: bool = False,
+) -> Tensor:
+    """Run block Gibbs sweeps from ``spins``, shape ``(n_chains, n_spins)``; return the new states.
+
+    Reversible sweeps go through the color classes and back, so that Boltzmann samples before and after them can be
+    exchanged: both orders are equally likely.
+    """
     device, dtype = problem.h.device, problem.h.dtype
     # Nodes are permuted so that each color class is one slice and its neighbors are at most two.
     order = torch.from_numpy(problem.graph.color_order).to(device)
@@ -83,13 +95,16 @@ def gibbs_sweeps(problem: IsingModel, spins: Tensor, n_sweeps: int, beta: float,
         coupling = -2.0 * beta * coupling_matrix(problem.J, problem.graph).index_select(0, order).index_select(1, order)
     factor = None if problem.factor is None else problem.factor.index_select(1, order)
     one = torch.ones((), device=device, dtype=dtype)
+    classes = list(zip(bounds[:-1], bounds[1:], strict=True))
+    if is_reversible:
+        classes += classes[-2::-1]
     for _ in range(n_sweeps):
         base = field
         if factor is not None:
             noise = torch.randn(n_chains, len(factor), generator=generator, device=device, dtype=dtype)
             gaussian = torch.addmm(noise, state, factor.T, beta=beta**-0.5)  # v given s, (n_chains, rank)
             base = torch.addmm(field, gaussian, factor, alpha=2.0 * beta)  # (n_chains, n_spins)
-        for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        for start, stop in classes:
             logits = base[..., start:stop]
             if coupling is not None and start > 0:
                 logits = torch.addmm(logits, state[:, :start], coupling[:start, start:stop])

@@ -1,4 +1,15 @@
-"""A gate for answers that cannot be samples of the problem at the temperature asked for."""
+r"""A gate for answers that cannot be samples of the problem at the temperature asked for.
+
+It rests on one fact. Let :math:`s'` be what reversible Gibbs sweeps at the temperature asked for make of :math:`s`. If
+:math:`s` is a Boltzmann sample, the pair can be exchanged: any function that changes its sign when :math:`s` and
+:math:`s'` change places is positive and negative equally often. For independent samples the signs are coin flips, given
+everything else, so that their weighted sum exceeds :math:`z` of its standard deviations with probability
+:math:`e^{-z^2/2}` at most (Hoeffding's inequality), whatever the problem and however few the samples. An honest answer
+is refused by each test once in a million.
+
+Significance alone would refuse what is only nearly right, and is wrong for samples that are not independent. So each
+test asks for a large effect, too.
+"""
 
 from __future__ import annotations
 
@@ -12,28 +23,44 @@ from qbmscvi.exceptions import InvalidSamples
 from qbmscvi.samplers._base import Draw, Sampler
 from qbmscvi.samplers._composites import Composite, pass_on
 from qbmscvi.samplers._gibbs import gibbs_sweeps
+from qbmscvi.samplers._tape import problem_fingerprint
 from qbmscvi.samplers._temperature import effective_beta, pseudo_likelihood_score
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qbmscvi.ising import SampleBatch
+    from qbmscvi.ising import IsingModel, SampleBatch
     from qbmscvi.samplers._base import SamplingRequest
 
-_MAX_Z = 5.0  # a correct sampler is refused once in 10**6 answers
+_ALPHA = 1e-6
+_MAX_Z = math.sqrt(-2.0 * math.log(_ALPHA))  # 5.3: no fewer than 28 samples can be refused
 _N_SWEEPS = 5
-_MAX_GROWTH = 2.0
+_MAX_LOSS = 0.1
+_MIN_WEIGHTED = 32  # samples that weights must leave, so that there is something to judge
+_MIN_SORTED = 12  # distinct energies; 12 come in order by chance once in 10**8 answers
+_MIN_RETURNED = 16  # distinct states; 16 come twice, in whatever order, with probability 16! / 16**16 at most
+# Chains of which so many are elsewhere after five sweeps: if each moves with a tenth of that probability in what the
+# device calls a sweep, all of them stay with probability `_ALPHA`.
+_MIN_MOVED = -10.0 * math.log(_ALPHA)
 
 
 class Vetted(Composite):
     r"""Refuse answers that are no samples of the problem at the temperature asked for.
 
-    Two signs are looked at. The derivative of the log pseudo-likelihood must not place the samples, by more than five
-    standard errors, beyond ``max_ratio`` times the inverse temperature asked for, nor below its ``max_ratio``-th part:
-    ground states are infinitely cold, random states infinitely hot. And Gibbs sweeps at the temperature asked for,
-    which leave Boltzmann samples as they are, must not double the effective number of distinct states
-    :math:`1 / \sum_k f_k^2` (:math:`f_k`: shares of the states): repeated states fall apart. ``info`` has
-    ``effective_beta`` and ``effective_share``, that number over the number of samples.
+    - Ground states are too cold, noise is too hot: Gibbs sweeps at the temperature asked for raise, or lower, the
+      energy of most samples, and the maximum of the pseudo-likelihood lies beyond ``max_ratio`` times the inverse
+      temperature asked for, or below its ``max_ratio``-th part.
+    - Repeated states fall apart: sweeps lead away, in a tenth of the samples and more, from the states that the
+      answer consists of; even at the inverse temperature that it seems to have.
+    - The last answer comes back for another problem, 16 states or more of it; or chains have not moved, though of 139
+      or more of them sweeps do not leave the state as it is.
+    - Chains that were to go on come back sorted by energy.
+    - Weights leave fewer than 32 effective samples, and less than half of the answer.
+
+    What passes may still be wrong: one of several far-apart modes, say, looks like the whole to single spin flips, and
+    fewer than 28 samples prove nothing. ``info`` has ``effective_beta`` (where there is an estimate) and
+    ``effective_share``: the effective number of distinct states :math:`1 / \sum_k f_k^2` (:math:`f_k`: their shares)
+    over the number of samples.
 
     Parameters
     ----------
@@ -41,6 +68,11 @@ class Vetted(Composite):
         The wrapped sampler.
     max_ratio
         Largest acceptable factor between the inverse temperature of the samples and the one asked for.
+
+    Raises
+    ------
+    ValueError
+        If ``max_ratio`` is not above one.
     """
 
     def __init__(self, child: Sampler, max_ratio: float = 4.0) -> None:
@@ -49,6 +81,7 @@ class Vetted(Composite):
             msg = f"max_ratio={max_ratio} must be above 1."
             raise ValueError(msg)
         self.max_ratio = max_ratio
+        self._last: tuple[str, Tensor] | None = None
 
     def _sample_batch(self, requests: list[SamplingRequest], seeds: list[int]) -> list[Draw]:
         asked = [replace(request, seed=seed) for request, seed in zip(requests, seeds, strict=True)]
@@ -56,10 +89,69 @@ class Vetted(Composite):
         return [self._vet(request, batch) for request, batch in zip(asked, batches, strict=True)]
 
     def _vet(self, request: SamplingRequest, batch: SampleBatch) -> Draw:
-        problem, beta = request.problem, request.beta
+        problem = request.problem.to("cpu", torch.float64)
+        spins = batch.spins.cpu()
+        weights = torch.full((len(spins),), 1.0 / len(spins), dtype=torch.float64)
+        if batch.weights is not None:
+            weights = batch.weights.to(weights) / batch.weights.sum().to(weights)
+        generator = torch.Generator().manual_seed(self._own_seed(request.seed))
+        swept = _sweep(problem, spins, request.beta, generator)
+        energies, swept_energies = problem.energy(torch.stack([spins, swept]))
+        states, swept_states = _number(spins, swept)
+
+        self._refuse_few_weights(weights)
+        self._refuse_old_states(request, spins, states, int((states != swept_states).sum()))
+        self._refuse_sorted(request, energies)
+        self._refuse_temperature(request, batch, weights, swept_energies - energies)
+
+        facts = {"effective_share": _n_effective(states, weights) / len(spins)}
+        try:
+            facts["effective_beta"] = effective_beta(problem, batch).value
+        except ValueError:  # flat, or all ground states: every temperature fits, or none
+            pass
+        self._refuse_repeats(problem, spins, request.beta, facts, weights, swept, generator)
+        return pass_on(batch, **facts)
+
+    def _refuse_few_weights(self, weights: Tensor) -> None:
+        n_samples, n_effective = len(weights), float(1.0 / weights.square().sum())
+        if n_effective < min(_MIN_WEIGHTED, n_samples / 2):
+            msg = (
+                f"The weights of {self.child.name} make {n_samples} samples worth {n_effective:.1f}, too few to tell "
+                "samples from ground states. Lower its temperature error (`qbmscvi.samplers.Calibrated`), or use "
+                "`qbmscvi.samplers.Polished` instead of weights."
+            )
+            raise InvalidSamples(msg)
+
+    def _refuse_old_states(self, request: SamplingRequest, spins: Tensor, states: Tensor, n_moved: int) -> None:
+        name, start = problem_fingerprint(request.problem), request.initial_spins
+        last, self._last = self._last, (name, spins)
+        if start is not None:
+            what = "the states that its chains started from"
+            is_old = n_moved > _MIN_MOVED and torch.equal(start.cpu().to(spins), spins)
+        else:
+            what = "its last answer once more"
+            is_other_question = last is not None and name != last[0]
+            is_old = is_other_question and len(states.unique()) >= _MIN_RETURNED and torch.equal(last[1], spins)
+        if is_old:
+            msg = f"{self.child.name} returned {what}. Look for a cache in the device or its client, or a lost job."
+            raise InvalidSamples(msg)
+
+    def _refuse_sorted(self, request: SamplingRequest, energies: Tensor) -> None:
+        if request.initial_spins is None or len(energies.unique()) < _MIN_SORTED:
+            return
+        steps = energies.diff()
+        if bool((steps >= 0).all()) or bool((steps <= 0).all()):
+            msg = (
+                f"The answer of {self.child.name} is sorted by energy, so its rows are not the chains that were to go "
+                "on. Keep their order, or declare `is_persistent=False`."
+            )
+            raise InvalidSamples(msg)
+
+    def _refuse_temperature(self, request: SamplingRequest, batch: SampleBatch, weights: Tensor, rise: Tensor) -> None:
+        beta, z = request.beta, _z_score(rise.sign(), weights)
         highest, lowest = beta * self.max_ratio, beta / self.max_ratio
-        is_cold = _z_score(pseudo_likelihood_score(problem, batch, highest), batch) > _MAX_Z
-        is_hot = _z_score(pseudo_likelihood_score(problem, batch, lowest), batch) < -_MAX_Z
+        is_cold = z > _MAX_Z and float(weights @ pseudo_likelihood_score(request.problem, batch, highest)) > 0.0
+        is_hot = z < -_MAX_Z and float(weights @ pseudo_likelihood_score(request.problem, batch, lowest)) < 0.0
         if is_cold or is_hot:
             where = f"above {highest:.3g}, as ground states have" if is_cold else f"below {lowest:.3g}, as noise has"
             msg = (
@@ -68,38 +160,59 @@ class Vetted(Composite):
                 "choose another."
             )
             raise InvalidSamples(msg)
-        n_distinct = _n_effective_states(batch.spins, batch.weights)
-        generator = torch.Generator(device=problem.h.device).manual_seed(self._own_seed(request.seed))
-        swept = gibbs_sweeps(problem, batch.spins.to(problem.h), _N_SWEEPS, beta, generator)
-        n_swept = _n_effective_states(swept, batch.weights)
-        if n_swept > _MAX_GROWTH * n_distinct:
+
+    def _refuse_repeats(
+        self,
+        problem: IsingModel,
+        spins: Tensor,
+        beta: float,
+        facts: dict[str, float],
+        weights: Tensor,
+        swept: Tensor,
+        generator: torch.Generator,
+    ) -> None:
+        z, _ = _loss_of_states(spins, swept, weights, generator)
+        if z <= _MAX_Z:
+            return
+        # Samples that are colder than asked for, within the limits, lose states as well, but not at their own beta.
+        again = _sweep(problem, spins, facts.get("effective_beta", beta), generator)
+        z, share = _loss_of_states(spins, again, weights, generator)
+        if z > _MAX_Z and share > _MAX_LOSS:
             msg = (
-                f"The answer of {self.child.name} repeats states: {batch.n_samples} samples are worth "
-                f"{n_distinct:.0f}, and {n_swept:.0f} after {_N_SWEEPS} Gibbs sweeps. Ask the device for raw, not for "
-                "sorted or best, samples."
+                f"The answer of {self.child.name} repeats states: {len(spins)} samples are worth "
+                f"{facts['effective_share'] * len(spins):.0f}, and {_N_SWEEPS} Gibbs sweeps lead {share:.0%} of them "
+                "to other states than these. Ask the device for raw, not for sorted or best, samples."
             )
             raise InvalidSamples(msg)
-        facts = {"effective_share": n_distinct / batch.n_samples}
-        try:
-            facts["effective_beta"] = effective_beta(problem, batch).value
-        except ValueError:  # the problem is nearly flat: every temperature fits
-            pass
-        return pass_on(batch, **facts)
 
 
-def _z_score(values: Tensor, batch: SampleBatch) -> float:
-    """Mean over its standard error; infinite for equal values other than zero."""
-    weights = torch.full_like(values, 1.0 / len(values)) if batch.weights is None else batch.weights.to(values)
-    mean = weights @ values
-    scale = (weights * (values - mean)).square().sum().sqrt()
-    return math.inf * float(mean.sign()) if scale == 0 != mean else float(mean / scale) if scale > 0 else 0.0
+def _sweep(problem: IsingModel, spins: Tensor, beta: float, generator: torch.Generator) -> Tensor:
+    swept = gibbs_sweeps(problem, spins.to(problem.h), _N_SWEEPS, beta, generator, is_reversible=True)
+    return swept.to(torch.int8)
 
 
-def _n_effective_states(spins: Tensor, weights: Tensor | None) -> float:
-    _, state = torch.unique(spins, dim=0, return_inverse=True)
-    ones = torch.ones(len(spins), dtype=torch.float64) if weights is None else weights.double()
-    shares = torch.zeros(len(spins), dtype=torch.float64, device=state.device).index_add_(
-        0, state, ones.to(state.device)
-    )
-    shares = shares / shares.sum()
+def _number(spins: Tensor, swept: Tensor) -> tuple[Tensor, ...]:
+    """Number the distinct states of both."""
+    return torch.unique(torch.cat([spins, swept]), dim=0, return_inverse=True)[1].split(len(spins))
+
+
+def _loss_of_states(spins: Tensor, swept: Tensor, weights: Tensor, generator: torch.Generator) -> tuple[float, float]:
+    """Significance and size of the loss of known states: share of the rows in them, before less after the sweeps."""
+    states, swept_states = _number(spins, swept)
+    # A quarter of the answer says which states to look for in the rest, which is independent of it.
+    chosen, rest = torch.randperm(len(states), generator=generator).tensor_split([len(states) // 4])
+    is_known, stays = (torch.isin(values[rest], states[chosen]) for values in (states, swept_states))
+    change, weights = is_known.double() - stays.double(), weights[rest]
+    return _z_score(change, weights), float(weights @ change / weights.sum())
+
+
+def _z_score(signs: Tensor, weights: Tensor) -> float:
+    """Weighted sum of -1, 0 and +1 over the standard deviation it has if signs are coin flips."""
+    scale = float((weights * signs).square().sum().sqrt())
+    return float(weights @ signs) / scale if scale > 0.0 else 0.0
+
+
+def _n_effective(states: Tensor, weights: Tensor) -> float:
+    """Effective number of distinct states, given as numbers."""
+    shares = torch.zeros(int(states.max()) + 1, dtype=weights.dtype).index_add_(0, states, weights)
     return float(1.0 / shares.square().sum())
