@@ -118,6 +118,8 @@ class SamplingRequest:
 
 
 _WEIGHT_TOLERANCE = 1e-4  # sums of many float32 weights
+_AMOUNTS = ("seconds", "device_seconds", "n_attempts")  # facts that are added up
+_NUMBERS = (*_AMOUNTS, "effective_beta", "effective_share", "exchange_rate")  # facts that the package computes with
 _PLAIN_FIELDS = ("n_samples", "beta", "n_sweeps", "seed", "purpose", "request_id")
 
 
@@ -238,9 +240,9 @@ class Sampler:
         try:
             spins = torch.as_tensor(draw.spins).to(problem.h.device)
             weights = None if draw.weights is None else torch.as_tensor(draw.weights).to(problem.h)
-            info = dict(draw.info)
+            info = _with_numbers(dict(draw.info))
         except (AttributeError, TypeError, ValueError) as error:
-            msg = f"{self.name} returned {type(draw).__name__}, which is not a Draw of spins: {error}"
+            msg = f"{self.name} returned {type(draw).__name__}, which is not a Draw of spins and facts: {error}"
             raise InvalidSamples(msg) from error
         expected = (request.n_samples, problem.n_spins)
         if tuple(spins.shape) != expected:
@@ -276,6 +278,17 @@ class Sampler:
 def derive_seed(seed: int, purpose: str) -> int:
     """Seed of random numbers that are independent of those drawn from ``seed`` itself, or for another purpose."""
     return int.from_bytes(hashlib.sha256(f"{seed} {purpose}".encode()).digest()[:4], "little") % 2**31
+
+
+def _with_numbers(info: dict[str, Any]) -> dict[str, Any]:
+    """Facts whose numbers are numbers; those that are None are unknown, and left out."""
+    numbers = {key: info.pop(key) for key in _NUMBERS if key in info}
+    numbers = {key: float(value) for key, value in numbers.items() if value is not None}
+    for key in _AMOUNTS:
+        if not numbers.get(key, 0.0) >= 0.0:
+            msg = f"info[{key!r}]={numbers[key]} is not an amount. Report a number of at least 0, or leave it out."
+            raise ValueError(msg)
+    return {**info, **numbers}
 
 
 def _resolve_seed(seed: int | None) -> int:

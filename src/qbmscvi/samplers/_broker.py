@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
@@ -141,7 +142,7 @@ class Broker:
             future, started = Future(), time.perf_counter()
             try:
                 future.set_result(self._call(requests))
-            except SamplerError as error:
+            except Exception as error:  # noqa: BLE001 - whatever it is, the collector gets it
                 future.set_exception(error)
             self.ledger.wait_seconds += time.perf_counter() - started
         recorded_age = self.sampler.recorded_age if self.latency else None
@@ -170,21 +171,30 @@ class Broker:
             if age > self.max_staleness and not trip.is_given_up:
                 trip.is_given_up = True
                 self.ledger.n_failures += 1
+                self._cancel()
                 msg = f"{self.sampler.name} has not answered within max_staleness={self.max_staleness} steps."
                 raise SamplerTimeout(msg)
             return None
         self._trip = None
-        self.sampler.note_age(age)
+        error = trip.future.exception()
+        try:
+            self.sampler.note_age(age)
+        except Exception as failure:  # noqa: BLE001 - whatever it is, it must not end training
+            error = error or failure
         if trip.is_given_up:
             return None
-        try:
-            if age > self.max_staleness:
-                msg = f"The answer of {self.sampler.name} is {age} steps old (max_staleness={self.max_staleness})."
-                raise SamplerTimeout(msg)
-            batches = trip.future.result()
-        except SamplerError:
+        if age > self.max_staleness:
+            error = SamplerTimeout(
+                f"The answer of {self.sampler.name} is {age} steps old (max_staleness={self.max_staleness})."
+            )
+        if error is not None:
             self.ledger.n_failures += 1
-            raise
+            if isinstance(error, SamplerError):
+                raise error
+            # From outside the guarded call, e.g. `check` of a device that is gone, or a client that ends its thread.
+            msg = f"{self.sampler.name} failed: {type(error).__name__}: {error}"
+            raise SamplerError(msg) from error
+        batches = trip.future.result()
         self.ledger.n_samples += sum(batch.n_samples for batch in batches)
         return [replace(batch, info={**batch.info, "staleness": age}) for batch in batches]
 
@@ -208,7 +218,7 @@ class Broker:
             answers = _ask_packed(self.sampler, merged) if packed else self.sampler.sample_batch(merged)
         finally:
             self.ledger.sampler_seconds += time.perf_counter() - started
-        self.ledger.n_attempts += max((batch.info.get("n_attempts", 1) for batch in answers), default=0)
+        self.ledger.n_attempts += int(max((batch.info.get("n_attempts", 1) for batch in answers), default=0))
         self.ledger.device_seconds += sum(batch.info.get("device_seconds", 0.0) for batch in answers)
         return [answers[group][rows] for group, rows in places]
 
@@ -232,8 +242,19 @@ class Broker:
         """Drop the trip under way; an answer that comes later is ignored."""
         if self._trip is not None:
             if not self._trip.future.done():
-                self.sampler.cancel()
+                self._cancel()
             self._trip = None
+
+    def _cancel(self) -> None:
+        try:
+            self.sampler.cancel()
+        except Exception as error:  # noqa: BLE001 - a courtesy to the device must not cost the run
+            warnings.warn(
+                f"{self.sampler.name} could not cancel its question ({type(error).__name__}: {error}). Training is not "
+                "concerned; a job may still be running on the device.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
 
 def _merge(requests: Sequence[SamplingRequest]) -> tuple[list[SamplingRequest], list[tuple[int, slice | Tensor]]]:
