@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import threading
-import warnings
 import zipfile
 from dataclasses import replace
 
@@ -14,12 +13,13 @@ import numpy as np
 import pytest
 import scvi
 import torch
+from faulty import FAULTS, Faulty
 from lightning.pytorch.callbacks import Callback
 
 from qbmscvi import QBMSCVI, SamplingSchedule
 from qbmscvi.datasets import synthetic_counts
-from qbmscvi.exceptions import SamplerError, SamplerTimeout, TrainingDivergedError
-from qbmscvi.samplers import BlockGibbsSampler, DimodSampler, Draw, ExactSampler, Sampler, build_sampler
+from qbmscvi.exceptions import SamplerTimeout, TrainingDivergedError
+from qbmscvi.samplers import BlockGibbsSampler, DimodSampler, ExactSampler, Sampler, build_sampler
 
 LATENTS = ("gaussian-spins", "spins")
 SAMPLER_NAMES = (
@@ -74,53 +74,6 @@ class RecordingSampler(BlockGibbsSampler):
         initial = None if request.initial_spins is None else request.initial_spins.clone()
         self.requests.append(replace(request, initial_spins=initial))
         return super()._sample(request, seed)
-
-
-class Fault(BlockGibbsSampler):
-    """Block Gibbs that fails at the calls for which ``is_due(number of the call)`` holds."""
-
-    def __init__(self, fail, is_due=lambda call: True) -> None:
-        super().__init__()
-        self.fail, self.is_due, self.n_calls = fail, is_due, 0
-
-    def _sample(self, request, seed):
-        self.n_calls += 1
-        draw = super()._sample(request, seed)
-        return self.fail(draw) if self.is_due(self.n_calls - 1) else draw
-
-
-def _raise(error):
-    raise error
-
-
-FAULTS = [
-    pytest.param(lambda draw: _raise(SamplerTimeout("no answer after 60 s")), "no answer after 60 s", id="timeout"),
-    pytest.param(lambda draw: _raise(RuntimeError("lost link")), "RuntimeError: lost link", id="any-exception"),
-    pytest.param(lambda draw: Draw(draw.spins[:-1]), r"returned samples of shape \(63, 8\)", id="one-sample-less"),
-    pytest.param(lambda draw: Draw(draw.spins[:, :-1]), r"returned samples of shape \(64, 7\)", id="one-spin-less"),
-    pytest.param(lambda draw: Draw((draw.spins + 1) / 2), r"values other than -1 and \+1", id="bits"),
-    pytest.param(lambda draw: Draw(draw.spins * float("nan")), r"values other than -1 and \+1", id="nan"),
-    pytest.param(
-        lambda draw: None,
-        "not a Draw of spins",
-        id="no-answer",
-    ),
-    pytest.param(
-        lambda draw: Draw("up up down"),
-        "not a Draw of spins",
-        id="text",
-    ),
-    pytest.param(
-        lambda draw: Draw(draw.spins, weights=torch.ones(3) / 3),
-        "weights",
-        id="weights-of-wrong-length",
-    ),
-    pytest.param(
-        lambda draw: Draw(draw.spins, weights=torch.full((64,), float("nan"))),
-        "weights",
-        id="weights-nan",
-    ),
-]
 
 
 class CallCounter(Callback):
@@ -296,10 +249,10 @@ def test_equal_seeds_give_bit_equal_models(adata, latent, sampler):
         pytest.param({"schedule": SamplingSchedule(n_sweeps=9, burn_in=20)}, id="n_sweeps"),
         pytest.param({"schedule": SamplingSchedule(every_n_steps=3)}, id="every_n_steps"),
         *(pytest.param({"sampler": name}, id=name) for name in SAMPLER_NAMES[1:]),
-        pytest.param({"sampler": Fault(lambda draw: _raise(SamplerError("busy")))}, id="failing"),
+        pytest.param({"sampler": Faulty(FAULTS["timeout"].spoil, child=BlockGibbsSampler())}, id="failing"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:Fault failed")
+@pytest.mark.filterwarnings("ignore:Faulty failed")
 def test_sampling_takes_nothing_from_the_global_streams_per_step(adata, other):
     def run(**kwargs):
         scvi.settings.seed = 0
@@ -505,38 +458,6 @@ def test_moments_stay_as_they_are_between_requests(adata):
 @pytest.mark.parametrize("n_chains", [2, 7, 8], ids="{}-chains".format)
 def test_few_chains_suffice(adata, n_chains):
     assert train(build(adata, n_chains=n_chains), max_epochs=1).is_trained
-
-
-@pytest.mark.parametrize(("fail", "message"), FAULTS)
-def test_failing_sampler_is_replaced_with_one_warning(adata, fail, message):
-    sampler = Fault(fail)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        model = train(build(adata), sampler=sampler)
-    ours = [str(w.message) for w in caught if issubclass(w.category, RuntimeWarning)]
-    assert len(ours) == 1
-    assert re.search(rf"(?s)Fault failed.*{message}.*Block Gibbs answers in its place.*sampling_fallbacks", ours[0])
-    assert sampler.n_calls == 2 * N_STEPS  # it is asked again each time
-    assert column(model, "sampling_fallbacks") == [N_STEPS, 2 * N_STEPS]
-    assert n_updates(model) == 2 * N_STEPS
-    assert model.is_trained
-    assert np.isfinite(model.get_latent_representation(layer="both")).all()
-
-
-def test_sampler_that_answers_a_whole_trip_with_nothing_is_replaced(adata):
-    class Silent(BlockGibbsSampler):
-        def _sample_batch(self, requests, seeds):
-            return None
-
-    with pytest.warns(RuntimeWarning, match="Silent failed.*Block Gibbs answers in its place"):
-        assert train(build(adata), max_epochs=1, sampler=Silent()).is_trained
-
-
-def test_fallbacks_are_counted_where_they_happen(adata):
-    sampler = Fault(lambda draw: _raise(SamplerError("busy")), is_due=lambda call: call in (1, 5, 6))
-    with pytest.warns(RuntimeWarning, match="busy.*Block Gibbs answers in its place"):
-        model = train(build(adata), max_epochs=3, sampler=sampler)
-    assert column(model, "sampling_fallbacks") == [1.0, 3.0, 3.0]
 
 
 def test_fallback_of_a_sampler_without_chains_is_burnt_in(adata, monkeypatch):
