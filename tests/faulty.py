@@ -163,7 +163,7 @@ class SteppedDevice(Faulty):
     @staticmethod
     def asked_at(request) -> int:
         """Step of a question, from its name."""
-        return int(request.request_id.rsplit("-", 1)[1])
+        return int(request.request_id.split("-")[2])
 
     def is_ready(self, request) -> bool:
         """Whether the job is done, or will be in no time."""

@@ -266,7 +266,7 @@ class Claims(BlockGibbsSampler):
         pytest.param(ExactSampler(), False, id="exact"),
         pytest.param(ParallelTemperingSampler(), False, id="tempering"),
         pytest.param(Vetted(Claims(), max_ratio=10.0), False, id="already"),
-        pytest.param(PathIntegralAnnealingSampler(), True, id="approximate"),
+        pytest.param(PathIntegralAnnealingSampler(n_hold=0), True, id="approximate"),
         pytest.param(Claims(), True, id="subclass"),
         pytest.param(Device(exact), True, id="foreign"),
         pytest.param(DimodSampler(dimod.ExactSolver(), target="boltzmann"), True, id="dimod"),
