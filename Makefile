@@ -19,6 +19,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
+# Two tests at a time on two cores; one at a time (`PARALLEL=`) shows output as it comes.
+PARALLEL ?= --numprocesses=auto --maxprocesses=4 --dist=worksteal
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install demo test test-slow lint clean distclean
@@ -59,7 +62,7 @@ demo: $(STAMP)
 	  --out "$(OUT)" $(ARGS)
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-slow: $(STAMP)
 	@$(BIN)/python -m pytest -m "slow and not hardware" $(ARGS)

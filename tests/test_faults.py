@@ -81,7 +81,15 @@ def assert_survived(model, n_failures: int, words: str, n_trips: int | None = No
     assert model.worst < MAX_Z
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    "place",
+    [
+        "local-chains",
+        "remote",
+        pytest.param("local-draws", marks=pytest.mark.slow),
+        pytest.param("remote-waited-for", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_training_survives(adata, fault, place):
     """Every second answer is spoiled, from the second on."""
