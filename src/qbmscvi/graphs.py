@@ -155,6 +155,11 @@ class Graph:
         labels = np.array([color[node] for node in range(self.n_nodes)])
         return tuple(np.flatnonzero(labels == label) for label in np.unique(labels))
 
+    @cached_property
+    def treewidth(self) -> int:
+        """Upper bound of the treewidth, by the min-fill heuristic of networkx."""
+        return nx.algorithms.approximation.treewidth_min_fill_in(self.to_networkx())[0]
+
     def __repr__(self) -> str:
         return f"Graph({self.name}, n_nodes={self.n_nodes}, n_edges={self.n_edges})"
 

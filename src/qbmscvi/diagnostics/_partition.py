@@ -1,4 +1,7 @@
-r"""Log partition function: exact where enumeration is feasible, annealed importance sampling elsewhere.
+r"""Log partition function: exact where the graph allows it, annealed importance sampling elsewhere.
+
+Exact values come from enumeration of the spins outside the largest color class, or from the tree decomposition of
+``dwave-samplers``, which takes time and memory of the order of two to the treewidth.
 
 Annealed importance sampling :cite:p:`Neal01` runs from the problem without couplings (``t = 0``, log Z known) to the
 problem itself (``t = 1``), couplings scaled by ``t``. Spins of the largest color class are summed out of the
@@ -18,11 +21,13 @@ from torch import Tensor
 
 from qbmscvi.enumeration import exact_log_z, log_2cosh, n_enumerated
 from qbmscvi.ising import coupling_matrix
+from qbmscvi.samplers import SamplingRequest, TreeDecompositionSampler
 
 if TYPE_CHECKING:
     from qbmscvi.ising import IsingModel
 
-_MAX_EXACT = 16  # 2**16 states: milliseconds
+_MAX_ENUMERATED = 16  # 2**16 states: milliseconds
+_MAX_TREEWIDTH = 20  # two seconds and 100 MB at most
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,8 @@ def estimate_log_z(
     seed
         Seed of the runs.
     method
-        ``"auto"`` enumerates where at most 16 spins have to be, and anneals otherwise.
+        ``"auto"`` enumerates where at most 16 spins have to be, decomposes where the treewidth is at most 20, and
+        anneals otherwise.
 
     Raises
     ------
@@ -91,9 +97,12 @@ def estimate_log_z(
     if n_chains < 2 or n_steps < 1:
         msg = f"n_chains={n_chains} must be at least 2 and n_steps={n_steps} at least 1."
         raise ValueError(msg)
-    if method == "exact" or (method == "auto" and n_enumerated(problem) <= _MAX_EXACT):
-        value = exact_log_z(problem)
-        return LogPartition(value, value, value, 0.0, "exact")
+    if method != "ais":
+        value = _exact_where_feasible(problem)
+        if value is None and method == "exact":
+            value = exact_log_z(problem)  # raises, and says why
+        if value is not None:
+            return LogPartition(value, value, value, 0.0, "exact")
 
     path = _AnnealingPath(problem, torch.Generator(device=problem.h.device).manual_seed(seed))
     forward, state = path.run(path.independent(n_chains), torch.linspace(0.0, 1.0, n_steps + 1))
@@ -102,18 +111,30 @@ def estimate_log_z(
         chosen = torch.randint(len(samples), (n_chains,), generator=generator).to(samples.device)
         state = path.complete(samples[chosen].to(path.h), 1.0)
     backward, _ = path.run(state, torch.linspace(1.0, 0.0, n_steps + 1))
-    lower, lower_scale = _log_mean_exp(forward)
-    negative_upper, upper_scale = _log_mean_exp(backward)
+    (lower, lower_scale), (negative_upper, upper_scale) = (
+        (float(value), float(error)) for value, error in map(log_mean_exp, (forward, backward))
+    )
     lower, upper = path.log_z0 + lower, path.log_z0 - negative_upper
     scale = math.sqrt(0.25 * (upper - lower) ** 2 + 0.25 * (lower_scale**2 + upper_scale**2))
     return LogPartition(0.5 * (lower + upper), lower, upper, scale, "ais")
 
 
-def _log_mean_exp(log_weights: Tensor) -> tuple[float, float]:
-    """Log of the mean weight, and its standard error by the delta method."""
-    log_mean = float(torch.logsumexp(log_weights, 0)) - math.log(len(log_weights))
+def _exact_where_feasible(problem: IsingModel) -> float | None:
+    n_rest = n_enumerated(problem)
+    if n_rest <= _MAX_ENUMERATED:
+        return exact_log_z(problem)
+    # The number of enumerated spins bounds the treewidth; with a factor, which makes the graph complete, it equals it.
+    if n_rest > _MAX_TREEWIDTH and (problem.factor is not None or problem.graph.treewidth > _MAX_TREEWIDTH):
+        return None
+    return TreeDecompositionSampler().sample(SamplingRequest(problem.to("cpu", torch.float64), 1, seed=0)).info["log_z"]
+
+
+def log_mean_exp(log_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Log of the mean weight over the first axis, and its standard error by the delta method."""
+    n_weights = len(log_weights)
+    log_mean = torch.logsumexp(log_weights, 0) - math.log(n_weights)
     relative = (log_weights - log_mean).exp()
-    return log_mean, float(relative.std()) / math.sqrt(len(log_weights))
+    return log_mean, relative.std(0, correction=min(1, n_weights - 1)) / math.sqrt(n_weights)
 
 
 class _AnnealingPath:

@@ -160,10 +160,8 @@ class TreeDecompositionSampler(_DimodAdapter):
 
     def check(self, problem: IsingModel) -> None:
         """Raise :class:`~qbmscvi.exceptions.GraphMismatchError` if the treewidth is too large."""
-        from networkx.algorithms.approximation import treewidth_min_fill_in
-
         limit = self.sampler.properties["max_treewidth"]
-        treewidth, _ = treewidth_min_fill_in(problem.to_dense().graph.to_networkx())
+        treewidth = problem.to_dense().graph.treewidth
         if treewidth > limit:
             msg = (
                 f"The problem's treewidth is about {treewidth}, but tree decomposition takes at most {limit}. Use a "
