@@ -133,8 +133,7 @@ def test_annealing_is_exact_without_couplings():
 
 def test_annealing_meets_enumeration_on_a_problem_beyond_the_automatic_limit():
     problem = random_problem(graphs.bipartite(17, 18), seed=2, scale=0.2, dtype=torch.float32)
-    estimate = estimate_log_z(problem, n_chains=128, n_steps=300, seed=3)
-    assert estimate.method == "ais"
+    estimate = estimate_log_z(problem, n_chains=128, n_steps=300, seed=3, method="ais")
     assert estimate.scale < 0.05
     assert abs(estimate.value - exact_log_z(problem)) < 3 * estimate.scale
 
@@ -143,26 +142,61 @@ def test_annealing_meets_enumeration_on_a_problem_beyond_the_automatic_limit():
     ("graph", "rank", "method"),
     [
         pytest.param(graphs.bipartite(16, 18), 0, "exact", id="16-of-34"),
-        pytest.param(graphs.bipartite(17, 18), 0, "ais", id="17-of-35"),
+        pytest.param(graphs.bipartite(17, 18), 0, "exact", id="17-of-35"),
+        pytest.param(graphs.bipartite(21, 22), 0, "ais", id="21-of-43"),
+        pytest.param(graphs.hardware("chimera", 16), 0, "exact", id="chimera-16"),
         pytest.param(graphs.complete(10), 0, "exact", id="complete-10"),
         pytest.param(graphs.independent(17), 2, "exact", id="factor-16-of-17"),
-        pytest.param(graphs.independent(18), 2, "ais", id="factor-17-of-18"),
+        pytest.param(graphs.independent(18), 2, "exact", id="factor-17-of-18"),
+        pytest.param(graphs.independent(22), 2, "ais", id="factor-21-of-22"),
         pytest.param(graphs.independent(40), 0, "exact", id="independent-40"),
     ],
 )
-def test_small_problems_are_enumerated(graph, rank, method):
+def test_small_problems_are_exact(graph, rank, method):
     problem = random_problem(graph, rank=rank, seed=4, scale=0.1)
     estimate = estimate_log_z(problem, n_chains=4, n_steps=2)
     assert estimate.method == method
     if method == "exact":
         value = exact_log_z(problem)
-        assert estimate == LogPartition(value, value, value, 0.0, "exact")
-        assert estimate.interval == (value, value)
+        assert estimate.interval == pytest.approx((value, value), rel=1e-12)
+        assert estimate == LogPartition(estimate.value, estimate.value, estimate.value, 0.0, "exact")
+
+
+def test_large_problems_of_low_treewidth_are_exact():
+    """A ring of 60 against the trace of its transfer matrices, in 100 random machines none of which may miss."""
+    for seed in range(100):
+        problem = random_problem(ring(60), seed=seed, dtype=torch.float32 if seed % 2 else torch.float64)
+        h, s = problem.h.double().numpy(), np.array([-1.0, 1.0])
+        J = {tuple(edge): float(value) for edge, value in zip(problem.graph.edges.tolist(), problem.J, strict=True)}
+        log_trace, matrix = 0.0, np.eye(2)
+        for i in range(60):
+            coupling = J[tuple(sorted((i, (i + 1) % 60)))]
+            matrix = matrix @ np.exp(-h[i] * s[:, None] - coupling * np.outer(s, s))
+            log_trace, matrix = log_trace + math.log(matrix.sum()), matrix / matrix.sum()
+        exact = log_trace + math.log(np.trace(matrix)) - float(problem.offset)
+        estimate = estimate_log_z(problem)
+        assert estimate.method == "exact"
+        assert estimate.value == pytest.approx(exact, abs=1e-9)
+
+
+@pytest.mark.slow
+def test_interval_contains_log_z_in_glassy_machines():
+    """100 Sherrington-Kirkpatrick, bipartite and Gaussian-layer machines of 16 spins, up to three times the critical
+    coupling. A run of 300 had 296 inside; below 95 % coverage 87 of 100 fail in 3 of 10,000 suites."""
+    rows = []
+    for seed in range(100):
+        g = [0.5, 1.0, 2.0, 3.0][seed % 4]
+        graph, rank = [(graphs.complete(16), 0), (graphs.bipartite(8, 8), 0), (graphs.independent(16), 5)][seed % 3]
+        problem = random_problem(graph, rank=rank, seed=seed, scale=g / 4 if rank == 0 else 0.5 * g)
+        estimate = estimate_log_z(problem, n_chains=128, n_steps=300, seed=seed, method="ais")
+        rows.append((estimate, exact_log_z(problem)))
+    print(n_inside(rows), "of 100; mean scale", np.mean([estimate.scale for estimate, _ in rows]))
+    assert n_inside(rows) >= 95
 
 
 def test_method_exact_goes_up_to_the_limit_of_enumeration():
     problem = random_problem(graphs.bipartite(17, 18), seed=5)
-    assert estimate_log_z(problem, method="exact").value == exact_log_z(problem)
+    assert estimate_log_z(problem, method="exact").value == pytest.approx(exact_log_z(problem), rel=1e-12)
     with pytest.raises(GraphMismatchError, match="states of 21 spins"):
         estimate_log_z(random_problem(graphs.bipartite(21, 22)), method="exact")
 
@@ -297,6 +331,23 @@ def test_tracking_chains_take_no_part_in_the_moments():
     callback._refresh()
     assert torch.allclose(prior.spin_mean, prior.chains[:-8].float().mean(0))
     assert torch.equal(prior.chains[-8:], callback._tracked.spins)
+
+
+def test_validation_carries_log_z_over_the_last_update_once():
+    """512 tracking chains; the weights of so large a step spread so far that its error is a tenth of a nat."""
+    prior, callback = make_callback(8, 4096)
+    callback._refresh()
+    before, exact_before = float(prior.log_z), exact_log_z(prior.to_ising())
+    with torch.no_grad():
+        prior.h.copy_(torch.linspace(-0.5, 0.5, 16))
+    callback.on_validation_start(None, None)
+    moved = float(prior.log_z) - before
+    exact = exact_log_z(prior.to_ising()) - exact_before
+    print(moved, exact)
+    assert exact > 0.5
+    assert abs(moved - exact) < 0.3
+    callback.on_validation_start(None, None)
+    assert float(prior.log_z) - before == pytest.approx(moved, abs=1e-5)
 
 
 def test_resampling_keeps_log_z_and_equalizes_the_weights():

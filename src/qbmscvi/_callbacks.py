@@ -8,7 +8,7 @@ call that every rank makes.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -86,8 +86,8 @@ class SamplingCallback(Callback):
     samples (ground states, say) count as failures; see :func:`qbmscvi.samplers.vet` for whose are looked at.
 
     The value of log Z is carried along by the work that each parameter update does on one chain in eight (Jarzynski's
-    equality, :cite:p:`Carbone23`); those chains take no part in the moments. At the end of training log Z is
-    estimated anew.
+    equality, :cite:p:`Carbone23`); those chains take no part in the moments. Validation sees log Z of the parameters
+    it is run with, the same for all its batches. At the end of training log Z is estimated anew.
 
     Under distributed training only rank 0 samples; the others take over the buffers of its prior. A sampler, local or
     remote, is asked once for all ranks, and need not give equal answers in two processes.
@@ -120,6 +120,8 @@ class SamplingCallback(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take one seed from torch's global stream, so that equal ``scvi.settings.seed`` gives equal runs."""
+        if not self._is_frozen:
+            self.prior.is_log_z_estimated.fill_(False)
         state, self._resumed = self._resumed, None
         if state is None:
             self._seeds.manual_seed(int(torch.randint(2**31 - 1, ())))  # on all ranks: their streams stay equal
@@ -139,7 +141,7 @@ class SamplingCallback(Callback):
     ) -> None:
         """Refresh the moments if the schedule says so."""
         step = trainer.global_step
-        if step == self._last_step or not any(p.requires_grad for p in self.prior.parameters()):
+        if step == self._last_step or self._is_frozen:
             return
         self._last_step = step
         if trainer.world_size > 1 and not self.prior.to_ising().is_finite:
@@ -154,6 +156,10 @@ class SamplingCallback(Callback):
 
     def _is_time_to_ask(self, step: int) -> bool:
         return self._last_asked is None or step >= self._last_asked + self.schedule.every_n_steps
+
+    @property
+    def _is_frozen(self) -> bool:
+        return not any(parameter.requires_grad for parameter in self.prior.parameters())
 
     @property
     def _is_first(self) -> bool:
@@ -290,6 +296,16 @@ class SamplingCallback(Callback):
     def _note_facts(self, batch: SampleBatch) -> None:
         self._facts |= {key: float(batch.info[key]) for key in _REPORTED_FACTS if key in batch.info}
 
+    @torch.no_grad()
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Carry log Z over the last update: validation sees one value, that of the parameters it is run with."""
+        if self._tracked is not None:
+            problem, n_tracking = self.prior.to_ising(), len(self.prior.tracking_log_weights)
+            self._track_log_z(problem)
+            spins = self.prior.chains[-n_tracking:].clone()
+            self._tracked = replace(self._tracked, spins=spins, energies=problem.energy(spins))
+        share_buffers(trainer, self.prior)
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log what was sampled, the same on every rank."""
         logged = {}
@@ -311,8 +327,7 @@ class SamplingCallback(Callback):
             estimate = estimate_log_z(
                 self.prior.to_ising(), samples=self.prior.chains, n_chains=128, n_steps=300, seed=self._draw_seed()
             )
-            self.prior.log_z.fill_(estimate.value)
-            self.prior.log_z_scale.fill_(estimate.scale)
+            self.prior.set_log_z(estimate.value, estimate.lower, estimate.upper, estimate.scale)
         share_buffers(trainer, self.prior)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -79,7 +79,10 @@ class BoltzmannPrior(nn.Module):
         self.register_buffer("tracking_log_weights", torch.zeros(max(1, n_chains // _TRACKING_SHARE)))
         self.register_buffer("n_updates", torch.zeros((), dtype=torch.long))
         self.register_buffer("log_z", torch.tensor(self._independent_log_z()))
+        # Error and bounds are those of the last full estimate; the flag says whether it is of the present parameters.
         self.register_buffer("log_z_scale", torch.zeros(()))
+        self.register_buffer("log_z_bounds", torch.zeros(2))
+        self.register_buffer("is_log_z_estimated", torch.tensor(False))
 
     @property
     def n_spins(self) -> int:
@@ -148,6 +151,14 @@ class BoltzmannPrior(nn.Module):
         if self.n_gaussian:
             self.spin_second.copy_(batch.second_moments())
         self.n_updates.add_(1)
+
+    @torch.no_grad()
+    def set_log_z(self, value: float, lower: float, upper: float, scale: float) -> None:
+        """Take over an estimate of log Z at the present parameters, its bounds and its standard error, in nats."""
+        self.log_z.fill_(value)
+        self.log_z_bounds[0], self.log_z_bounds[1] = lower, upper
+        self.log_z_scale.fill_(scale)
+        self.is_log_z_estimated.fill_(True)
 
     def negative_phase(self) -> Tensor:
         r"""Scalar with the gradient of log Z at the current moments: :math:`-\langle E \rangle_p` up to constants."""
