@@ -83,8 +83,11 @@ class LabeledPrior(BoltzmannPrior):
         h = self.h[n:]
         up = torch.rand(len(self.chains), self.n_labels, device=h.device) < torch.sigmoid(-2.0 * h)
         self.chains.copy_(torch.cat([prior.chains, torch.where(up, 1, -1).to(torch.int8)], dim=1))
-        self.log_z.copy_(prior.log_z + torch.logaddexp(h, -h).sum())
+        shift = torch.logaddexp(h, -h).sum()
+        self.log_z.copy_(prior.log_z + shift)
+        self.log_z_bounds.copy_(prior.log_z_bounds + shift)
         self.log_z_scale.copy_(prior.log_z_scale)
+        self.is_log_z_estimated.copy_(prior.is_log_z_estimated)
         if int(prior.n_updates):
             self.set_moments(SampleBatch(self.chains, self.to_ising().energy(self.chains)))
 

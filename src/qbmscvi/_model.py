@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import is_dataclass
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -14,6 +14,7 @@ from scvi.model import SCVI
 from scvi.module._constants import MODULE_KEYS
 
 from qbmscvi._counts import check_counts
+from qbmscvi._likelihood import Layer, LikelihoodMixin
 from qbmscvi._module import QBMVAE, LatentName
 from qbmscvi._training_plan import QBMTrainingPlan, QBMTrainRunner
 from qbmscvi.distributions import Smoothing, SmoothingName
@@ -33,10 +34,9 @@ if TYPE_CHECKING:
     from qbmscvi.samplers import Sampler
 
 Representation = Literal["mean", "logits", "bits"]
-Layer = Literal["gaussian", "spins", "both"]
 
 
-class QBMSCVI(SCVI):
+class QBMSCVI(LikelihoodMixin, SCVI):
     """scVI with a Boltzmann prior over its latent space :cite:p:`Wang25`.
 
     Used like :class:`scvi.model.SCVI`; arguments not listed here are scVI's.
@@ -442,22 +442,6 @@ class QBMSCVI(SCVI):
             energies.append(self.module.prior.expected_energy(outputs[MODULE_KEYS.QZ_KEY]).sum(-1).cpu())
         return torch.cat(energies).numpy()
 
-    def get_marginal_ll(self, *args: Any, **kwargs: Any) -> Any:
-        """Not available: scVI's importance weights hold the Gaussian prior. Use :meth:`get_elbo`."""
-        _refuse_gaussian("get_marginal_ll", "`get_elbo`, a lower bound of it")
-
-    def get_importance_weights(self, *args: Any, **kwargs: Any) -> Any:
-        """Not available: scVI's importance weights hold the Gaussian prior. Use ``weights="uniform"``."""
-        _refuse_gaussian("get_importance_weights", "`weights='uniform'`")
-
-    def get_aggregated_posterior(self, *args: Any, **kwargs: Any) -> Any:
-        """Not available: scVI mixes Gaussian posteriors. Use ``get_latent_representation(return_dist=True)``."""
-        _refuse_gaussian("get_aggregated_posterior", "`get_latent_representation(return_dist=True)`")
-
-    def differential_abundance(self, *args: Any, **kwargs: Any) -> Any:
-        """Not available: it rests on the aggregated posterior of Gaussians."""
-        _refuse_gaussian("differential_abundance", "a method on the neighbor graph of the latent representation")
-
 
 def _build_prior_sampler(spec: str | Sampler) -> Sampler:
     sampler = build_sampler(spec)
@@ -479,14 +463,6 @@ def plan_arguments(config: Any | None) -> dict[str, Any]:
     return {
         name: value for name, value in config.to_kwargs().items() if name not in defaults or value != defaults[name]
     }
-
-
-def _refuse_gaussian(method: str, remedy: str) -> NoReturn:
-    msg = (
-        f"`{method}` of scVI assumes Gaussian posteriors and a Gaussian prior and would return wrong numbers under a "
-        f"Boltzmann prior, so it is switched off. Use {remedy}."
-    )
-    raise NotImplementedError(msg)
 
 
 def _split_seed(seed: int | None, n_seeds: int) -> list[int]:

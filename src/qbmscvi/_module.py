@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from scvi import REGISTRY_KEYS
 from scvi.module import VAE
@@ -12,6 +14,7 @@ from scvi.module.base import LossOutput, auto_move_data
 from torch import Tensor, nn
 
 from qbmscvi._prior import BoltzmannPrior
+from qbmscvi.diagnostics import log_mean_exp
 from qbmscvi.distributions import FactorialPosterior, Smoothing, SmoothingName, build_smoothing
 from qbmscvi.exceptions import require_integer
 from qbmscvi.graphs import Graph, GraphName, build_graph, independent
@@ -20,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     import networkx as nx
-    import numpy as np
     from scvi.nn import Encoder
     from torch.distributions import Distribution
 
@@ -30,6 +32,7 @@ _LIKELIHOODS = ("zinb", "nb", "poisson", "normal")
 _DEFAULT_N_GAUSSIAN = 10
 _DEFAULT_N_SPINS = 32
 _DEFAULT_N_SPINS_ALONE = 64
+_N_LIBRARY_NODES = 15
 
 
 def resolve_latent_sizes(latent: LatentName, n_latent: int | None, n_spins: int | None) -> tuple[int, int]:
@@ -289,3 +292,90 @@ class QBMVAE(VAE):
         # Both passes are draws of the same objective: their mean serves decoder and Gaussian layer.
         losses.loss = losses.loss + (qz.antithetic_gradient(z, pair, difference) - 0.5 * difference).mean()
         return losses
+
+    def _decode(self, tensors: dict[str, Tensor], z: Tensor, library: Tensor) -> tuple[Tensor, Distribution | None]:
+        """Log likelihood per cell at ``z`` and log library size, and the prior of the latter."""
+        outputs = {MODULE_KEYS.Z_KEY: z, MODULE_KEYS.LIBRARY_KEY: library}
+        decoded = self.generative(**self._get_generative_input(tensors, outputs))
+        log_px = decoded[MODULE_KEYS.PX_KEY].log_prob(tensors[REGISTRY_KEYS.X_KEY]).sum(-1)
+        return log_px, decoded[MODULE_KEYS.PL_KEY]
+
+    @torch.inference_mode()
+    @auto_move_data
+    def log_importance_weights(
+        self, tensors: dict[str, Tensor], n_samples: int, n_samples_per_pass: int = 10
+    ) -> Tensor:
+        r"""Log of :math:`p(x, z, \ell) / q(z, \ell \mid x)` at draws of the posterior.
+
+        Parameters
+        ----------
+        tensors
+            One batch, as a data loader gives it.
+        n_samples
+            Number of draws.
+        n_samples_per_pass
+            Number of draws decoded at once.
+
+        Returns
+        -------
+        Shape ``(n_samples, n_cells)``, in nats.
+        """
+        outputs = self.inference(**self._get_inference_input(tensors, full_forward_pass=True))
+        qz, ql, library = (outputs[key] for key in (MODULE_KEYS.QZ_KEY, MODULE_KEYS.QL_KEY, MODULE_KEYS.LIBRARY_KEY))
+        parts = []
+        for start in range(0, n_samples, n_samples_per_pass):
+            shape = (min(n_samples_per_pass, n_samples - start),)
+            z = qz.sample(shape)
+            library_draws = library.expand(*shape, *library.shape) if ql is None else ql.sample(shape)
+            log_px, pl = self._decode(tensors, self.z_encoder.z_transformation(z), library_draws)
+            log_weights = log_px + self.prior.distribution().log_prob(z) - qz.log_prob(z).sum(-1)
+            if ql is not None:
+                log_weights += (pl.log_prob(library_draws) - ql.log_prob(library_draws)).sum(-1)
+            parts.append(log_weights)
+        return torch.cat(parts)
+
+    @torch.inference_mode()
+    @auto_move_data
+    def log_likelihood(self, tensors: dict[str, Tensor], z: Tensor) -> Tensor:
+        r"""Log likelihood :math:`\log p(x \mid z)` of cells at given codes.
+
+        A latent library size is integrated out by Gauss-Hermite quadrature around its posterior.
+
+        Parameters
+        ----------
+        tensors
+            One batch of ``n_cells``, as a data loader gives it.
+        z
+            Codes as the decoder sees them, shape ``(n_codes, n_cells, n_units)``.
+
+        Returns
+        -------
+        Shape ``(n_codes, n_cells)``, in nats.
+        """
+        outputs = self.inference(**self._get_inference_input(tensors, full_forward_pass=True))
+        ql, library = outputs[MODULE_KEYS.QL_KEY], outputs[MODULE_KEYS.LIBRARY_KEY]
+        if ql is None:
+            return self._decode(tensors, z, library.expand(len(z), *library.shape))[0]
+        total = z.new_full(z.shape[:-1], -math.inf)
+        for node, weight in zip(*np.polynomial.hermite_e.hermegauss(_N_LIBRARY_NODES), strict=True):
+            library = ql.mean + ql.stddev * node
+            log_px, pl = self._decode(tensors, z, library.expand(len(z), *library.shape))
+            log_ratio = (pl.log_prob(library) - ql.log_prob(library)).sum(-1)
+            total = torch.logaddexp(total, log_px + log_ratio + math.log(weight / math.sqrt(2.0 * math.pi)))
+        return total
+
+    def marginal_ll(
+        self,
+        tensors: dict[str, Tensor],
+        n_mc_samples: int,
+        return_mean: bool = False,
+        n_mc_samples_per_pass: int = 10,
+    ) -> Tensor | float:
+        """Log likelihood of cells by importance sampling; see :meth:`qbmscvi.QBMSCVI.get_marginal_ll`.
+
+        Returns
+        -------
+        Shape ``(n_cells,)``, or the mean.
+        """
+        value = log_mean_exp(self.log_importance_weights(tensors, n_mc_samples, n_mc_samples_per_pass))[0]
+        return value.mean().item() if return_mean else value.cpu()

@@ -319,5 +319,54 @@ class FactorialPosterior(Distribution):
         return torch.cat([gaussian, spin], dim=-1)
 
 
+class MixtureComponent(FactorialPosterior):
+    r"""Component of an aggregated posterior: continued from hard to mean spins, with heavy tails if wanted.
+
+    A product of spin masses is linear in each spin: :math:`q(s) = \prod_i (1 + s_i m_i) / 2`. Put at mean spins, this
+    is the mass expected for independent spins of these means.
+
+    Parameters
+    ----------
+    gaussian_loc, gaussian_scale, logits
+        As in :class:`FactorialPosterior`.
+    dof
+        Degrees of freedom of Student's t-distribution in place of the Gaussian; None for the Gaussian.
+    """
+
+    def __init__(self, gaussian_loc: Tensor, gaussian_scale: Tensor, logits: Tensor, dof: float | None = None) -> None:
+        super().__init__(gaussian_loc, gaussian_scale, logits)
+        normal = torch.distributions.Normal(gaussian_loc, gaussian_scale)
+        self.layer = normal if dof is None else torch.distributions.StudentT(dof, gaussian_loc, gaussian_scale)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Real Gaussian units, spins or mean spins in ``[-1, 1]``."""
+        lengths = [self.n_gaussian, self.logits.shape[-1]]
+        return constraints.cat([constraints.real, constraints.interval(-1.0, 1.0)], -1, lengths)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of ``[v, s]``."""
+        return torch.cat([self.layer.mean, self.spin_mean], dim=-1)
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of ``[v, s]``."""
+        return torch.cat([self.layer.variance, super().variance[..., self.n_gaussian :]], dim=-1)
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draw ``[v, s]`` with hard spins."""
+        v, s = super().sample(sample_shape).split([self.n_gaussian, self.logits.shape[-1]], dim=-1)
+        return torch.cat([self.layer.sample(torch.Size(sample_shape)).to(v), s], dim=-1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density of ``v`` and log mass of hard or mean spins, per unit, in nats."""
+        v, s = value.split([self.n_gaussian, self.logits.shape[-1]], dim=-1)
+        # As a sum over the two states of each spin: 1 + s m would vanish for saturated logits.
+        up, down = torch.log1p(s) + logsigmoid(self.logits), torch.log1p(-s) + logsigmoid(-self.logits)
+        return torch.cat([self.layer.log_prob(v), torch.logaddexp(up, down) - math.log(2.0)], dim=-1)
+
+
 def _harden(logits: Tensor, uniform: Tensor) -> Tensor:
     return torch.where(uniform < torch.sigmoid(logits), 1.0, -1.0).to(logits)

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from qbmscvi.diagnostics._partition import LogPartition, estimate_log_z
+from qbmscvi.diagnostics._partition import LogPartition, estimate_log_z, log_mean_exp
 
-__all__ = ["LogPartition", "estimate_log_z"]
+__all__ = ["LogPartition", "estimate_log_z", "log_mean_exp"]
