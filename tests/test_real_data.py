@@ -9,6 +9,7 @@ import scvi
 import torch
 
 from qbmscvi import QBMSCVI, SamplingSchedule
+from qbmscvi.diagnostics import estimate_log_z
 
 pytestmark = pytest.mark.slow
 
@@ -86,3 +87,20 @@ def test_couplings_raise_the_held_out_elbo_of_spins(kang):
     error = np.hypot(difference.std(ddof=1) / np.sqrt(len(difference)), log_z_scale["bipartite"])
     print(f"couplings gain {difference.mean():.2f} +- {error:.2f} nats per cell ({difference.mean() / error:.1f} SE)")
     assert difference.mean() > 3 * error
+
+
+@pytest.mark.parametrize("n_spins", [64, 256])
+def test_log_z_of_a_trained_prior_is_known_within_its_error(kang, n_spins):
+    """Two estimates from other seeds, one with four times the steps, differ by less than 4 of their standard errors."""
+    scvi.settings.seed = 0
+    model = train(QBMSCVI(kang, latent="spins", n_latent=n_spins), max_epochs=15)
+    problem, samples = model.module.prior.to_ising(), model.module.prior.chains
+    estimates = [
+        estimate_log_z(problem, samples=samples, n_steps=n_steps, seed=n_steps, method="ais") for n_steps in (500, 2000)
+    ]
+    for estimate in (model.get_log_z(), *estimates):
+        low, high = estimate.interval
+        print(f"\n{n_spins} spins: log Z {estimate.value:.4f}, interval of width {high - low:.4f}")
+    short, long = estimates
+    assert abs(short.value - long.value) < 4 * np.hypot(short.scale, long.scale)
+    assert long.scale < 0.5
