@@ -20,7 +20,7 @@ from scipy import special, stats
 from scvi.module import VAE
 from torch.distributions import kl_divergence
 
-from qbmscvi import QBMSCVI
+from qbmscvi import QBMSCANVI, QBMSCVI
 from qbmscvi.datasets import synthetic_counts
 from qbmscvi.distributions import SpikeExponential
 from qbmscvi.enumeration import exact_log_z
@@ -218,6 +218,30 @@ def test_mean_of_the_marginal_likelihood_weighs_cells_and_not_batches():
     assert abs(model.get_marginal_ll(dataloader=loader, n_mc_samples=4000) - exact.mean()) < MAX_Z * error
     of_batches = 0.5 * (exact[:4].mean() + exact[4:].mean())
     assert abs(of_batches - exact.mean()) > MAX_Z * error
+
+
+def test_marginal_likelihood_of_a_labeled_model_sums_over_the_cell_types():
+    adata = register()
+    QBMSCANVI.setup_anndata(adata, "cell_type", "unknown", batch_key="batch")
+    scvi.settings.seed = 0
+    model = QBMSCANVI(adata, latent="spins", n_latent=4, n_hidden=8, n_chains=64, gene_likelihood="nb")
+    model.train(max_epochs=10, accelerator="cpu", enable_progress_bar=False, plan_kwargs={"lr": 0.01})
+    prior, tensors = model.module.prior, batch_of(model)
+    with torch.no_grad():
+        prior.J.copy_(0.5 * torch.randn(prior.J.shape, generator=torch.Generator().manual_seed(5)))
+    problem, states = prior.to_ising(), spin_states(4)
+    assert model.update_log_z().method == "exact"
+    types = 2 * torch.eye(prior.n_labels) - 1
+    energies = [
+        problem.energy(torch.cat([s.expand(len(types), -1), types], 1)) for s in torch.from_numpy(states).float()
+    ]
+    log_p = np.array([float(torch.logsumexp(-e, 0)) for e in energies]) - exact_log_z(problem)
+    exact = special.logsumexp(log_likelihood(model, tensors, states) + log_p[:, None], axis=0)
+    values, errors = model.get_marginal_ll(indices=ROWS, n_mc_samples=2000, return_mean=False, return_error=True)
+    assert float(errors.max()) < 0.15
+    assert judge(values, errors, exact) < MAX_Z
+    assert len(model.get_active_units()) == 4
+    assert np.isfinite(model.get_kl()).all()
 
 
 @pytest.mark.parametrize(

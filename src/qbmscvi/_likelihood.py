@@ -239,8 +239,8 @@ class LikelihoodMixin:
         """
         means = torch.cat([qz.mean.cpu() for qz in self._get_posteriors(adata, indices, batch_size, dataloader)])
         variance = means.double().var(0, correction=0).numpy()
-        prior = self.module.prior
-        n_units = {"gaussian": prior.n_gaussian, "spins": prior.n_spins}
+        n_gaussian = self.module.prior.n_gaussian
+        n_units = {"gaussian": n_gaussian, "spins": means.shape[1] - n_gaussian}
         return pd.DataFrame(
             {
                 "layer": np.repeat(list(n_units), list(n_units.values())),
