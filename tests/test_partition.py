@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -340,13 +341,13 @@ def test_validation_carries_log_z_over_the_last_update_once():
     before, exact_before = float(prior.log_z), exact_log_z(prior.to_ising())
     with torch.no_grad():
         prior.h.copy_(torch.linspace(-0.5, 0.5, 16))
-    callback.on_validation_start(None, None)
+    callback.on_validation_start(SimpleNamespace(world_size=1), None)
     moved = float(prior.log_z) - before
     exact = exact_log_z(prior.to_ising()) - exact_before
     print(moved, exact)
     assert exact > 0.5
     assert abs(moved - exact) < 0.3
-    callback.on_validation_start(None, None)
+    callback.on_validation_start(SimpleNamespace(world_size=1), None)
     assert float(prior.log_z) - before == pytest.approx(moved, abs=1e-5)
 
 
