@@ -278,7 +278,6 @@ def test_batches_without_labels_train(adata):
     [
         pytest.param({"label": "Unknown"}, {}, "No cell has a label.*Label some cells", id="no-labels"),
         pytest.param({}, {"dispersion": "gene-label"}, "needs the label of every cell.*Use 'gene'", id="gene-label"),
-        pytest.param({}, {"prior_graph": "independent"}, "nothing to tell labels apart.*'bipartite'", id="independent"),
     ],
 )
 def test_impossible_annotations_are_refused(adata, change, arguments, match):

@@ -36,8 +36,7 @@ if TYPE_CHECKING:
 class LabeledPrior(BoltzmannPrior):
     """Boltzmann distribution over ``z = [v, s]`` and one label spin per cell type.
 
-    The label spins are the last of the Ising problem. They couple to the Gaussian layer if there is one, otherwise to
-    every spin.
+    The label spins are the last of the Ising problem. They couple to every latent spin and to the Gaussian layer.
 
     Parameters
     ----------
@@ -52,7 +51,7 @@ class LabeledPrior(BoltzmannPrior):
     def __init__(
         self, graph: Graph, n_labels: int, n_gaussian: int = 0, *, n_chains: int = 512, is_coupled: bool = True
     ) -> None:
-        super().__init__(_add_labels(graph, n_labels, n_gaussian), n_gaussian, n_chains=n_chains, is_coupled=is_coupled)
+        super().__init__(_add_labels(graph, n_labels), n_gaussian, n_chains=n_chains, is_coupled=is_coupled)
         self.n_labels = n_labels
         with torch.no_grad():
             # Types start equally likely, and independent of the rest: one of n_labels spins is up in the mean.
@@ -168,10 +167,8 @@ def _kl_factorial_labeled(q: FactorialPosterior, p: LabeledDistribution) -> Tens
     return prior.expected_energy(q, p.labels) - q.entropy() + prior.log_partition() / prior.n_units
 
 
-def _add_labels(graph: Graph, n_labels: int, n_gaussian: int) -> Graph:
-    """Append label spins, coupled to every spin where there is no Gaussian layer to couple to."""
+def _add_labels(graph: Graph, n_labels: int) -> Graph:
+    """Append label spins, coupled to every spin."""
     n_nodes = graph.n_nodes + n_labels
-    labels = np.arange(graph.n_nodes, n_nodes)
-    pairs = [] if n_gaussian else [(node, label) for node in range(graph.n_nodes) for label in labels]
-    edges = np.concatenate([graph.edges, np.array(pairs, dtype=np.int64).reshape(-1, 2)])
-    return Graph(n_nodes, edges, f"{graph.name} with {n_labels} labels")
+    pairs = [(node, label) for node in range(graph.n_nodes) for label in range(graph.n_nodes, n_nodes)]
+    return Graph(n_nodes, np.concatenate([graph.edges, np.array(pairs)]), f"{graph.name} with {n_labels} labels")

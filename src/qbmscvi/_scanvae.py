@@ -28,8 +28,8 @@ class QBMSCANVAE(QBMVAE):
     Raises
     ------
     ValueError
-        If there is no type beside the unknown one, ``dispersion="gene-label"``, which would need the type of every
-        cell, or the prior is without any coupling that could tell types apart.
+        If there is no type beside the unknown one, or ``dispersion="gene-label"``, which would need the type of every
+        cell.
     """
 
     def __init__(self, n_input: int, n_batch: int = 0, n_labels: int = 0, **kwargs: Any) -> None:
@@ -43,9 +43,6 @@ class QBMSCANVAE(QBMVAE):
 
     @staticmethod
     def _build_prior(graph: Graph, n_gaussian: int, n_labels: int, **settings: Any) -> LabeledPrior:
-        if n_gaussian and not settings["is_coupled"]:
-            msg = "prior_graph='independent' leaves nothing to tell labels apart. Use 'bipartite' or another graph."
-            raise ValueError(msg)
         return LabeledPrior(graph, n_labels - 1, n_gaussian, **settings)
 
     @auto_move_data
