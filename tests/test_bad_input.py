@@ -207,11 +207,6 @@ def test_copy_of_registered_data_is_refused(adata):
         QBMSCVI(adata.copy())
 
 
-def test_model_without_data_is_refused():
-    with pytest.raises(ValueError, match="adata or registry must be provided"):
-        QBMSCVI()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Constructor
 # ---------------------------------------------------------------------------------------------------------------------

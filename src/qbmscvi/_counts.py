@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import sparse
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 _CHUNK_ROWS = 10_000
 
 
-def check_counts(X: Any, *, is_count_likelihood: bool = True, needs_library_size: bool = True) -> None:
+def totals_per_cell(X: Any, n_cells: int) -> np.ndarray:
+    """Return row sums, shape ``(n_cells,)``, of whatever :func:`check_counts` reads."""
+    return np.concatenate([np.asarray(rows.sum(axis=1)).ravel() for _, rows in _chunks(X, n_cells)])
+
+
+def _chunks(X: Any, n_cells: int) -> Iterator[tuple[int, Any]]:
+    for start in range(0, n_cells, _CHUNK_ROWS):
+        yield start, X[start : start + _CHUNK_ROWS]
+
+
+def check_counts(X: Any, n_cells: int, *, is_count_likelihood: bool = True, needs_library_size: bool = True) -> None:
     """Raise unless ``X`` is something scVI can be trained on; reads it in chunks of rows.
 
     Parameters
     ----------
     X
-        Shape ``(n_cells, n_genes)``: dense, sparse or backed.
+        Rows are cells, columns genes: dense, sparse, backed, or the matrix of an AnnCollection.
+    n_cells
+        Number of rows; the matrix of an AnnCollection has no shape.
     is_count_likelihood
         Whether values must be non-negative integers.
     needs_library_size
@@ -27,8 +42,7 @@ def check_counts(X: Any, *, is_count_likelihood: bool = True, needs_library_size
     ValueError
         For values that are not finite, negative or fractional, or a cell without counts.
     """
-    for start in range(0, X.shape[0], _CHUNK_ROWS):
-        rows = X[start : start + _CHUNK_ROWS]
+    for start, rows in _chunks(X, n_cells):
         values = np.asarray(rows.data if sparse.issparse(rows) else rows)
         if not np.isfinite(values).all():
             msg = (

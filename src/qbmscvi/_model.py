@@ -10,10 +10,12 @@ import pandas as pd
 import torch
 from anndata import AnnData
 from scvi import REGISTRY_KEYS
+from scvi.data._constants import ADATA_MINIFY_TYPE
 from scvi.model import SCVI
 from scvi.module._constants import MODULE_KEYS
 
-from qbmscvi._counts import check_counts
+from qbmscvi._counts import check_counts, totals_per_cell
+from qbmscvi._deferred import DeferredInitialization
 from qbmscvi._likelihood import Layer, LikelihoodMixin
 from qbmscvi._module import QBMVAE, LatentName
 from qbmscvi._training_plan import QBMTrainingPlan, QBMTrainRunner
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 Representation = Literal["mean", "logits", "bits"]
 
 
-class QBMSCVI(LikelihoodMixin, SCVI):
+class QBMSCVI(LikelihoodMixin, SCVI, DeferredInitialization):
     """scVI with a Boltzmann prior over its latent space :cite:p:`Wang25`.
 
     Used like :class:`scvi.model.SCVI`; arguments not listed here are scVI's.
@@ -44,7 +46,10 @@ class QBMSCVI(LikelihoodMixin, SCVI):
     Parameters
     ----------
     adata
-        AnnData registered with :meth:`setup_anndata`.
+        AnnData registered with :meth:`setup_anndata`. None if the data come as a data module: pass its registry then,
+        or nothing, and the networks are built by ``train(datamodule=...)``.
+    registry
+        Registry of a data module.
     n_latent
         Width of the Gaussian layer (``latent="gaussian-spins"``, default 10) or number of spins (``latent="spins"``,
         default 64).
@@ -101,6 +106,12 @@ class QBMSCVI(LikelihoodMixin, SCVI):
         n_chains: int = 512,
         **kwargs: Any,
     ) -> None:
+        if adata is None and registry is None and not use_observed_lib_size:
+            msg = (
+                "use_observed_lib_size=False needs the library sizes of the batches, but neither `adata` nor "
+                "`registry` was given. Pass `adata`, or leave use_observed_lib_size=True."
+            )
+            raise ValueError(msg)
         super().__init__(
             adata,
             registry,
@@ -167,18 +178,27 @@ class QBMSCVI(LikelihoodMixin, SCVI):
         Raises
         ------
         ValueError
-            If the data are not counts or a cell is empty, or the sampler is unknown or finds ground states only.
+            If the data are not counts, a cell is empty or the counts were minified away, or the sampler is unknown or
+            finds ground states only.
+        AttributeError
+            If the model has no AnnData and ``datamodule`` is missing.
         GraphMismatchError
             If the prior does not fit the sampler.
         TrainingDivergedError
             If the loss became non-finite; the model is left in its last finite state.
         """
         sampler = _build_prior_sampler(sampler)
-        if self.module is not None:
-            sampler.check(self.module.prior.to_ising())
+        if datamodule is None and self.adata is None:
+            msg = "The model has no AnnData to be trained on. Pass `datamodule`, or build the model with `adata`."
+            raise AttributeError(msg)  # as scVI, by accident, does
+        if datamodule is None and self.minified_data_type == ADATA_MINIFY_TYPE.LATENT_POSTERIOR:
+            # In scVI's words, but before a pass through the decoder has changed its batch statistics.
+            msg = "The VAE.loss function currently does not support minified data."
+            raise ValueError(msg)
         if datamodule is None and self.minified_data_type is None:
             check_counts(
                 self.adata_manager.get_from_registry(REGISTRY_KEYS.X_KEY),
+                self.adata.n_obs,
                 is_count_likelihood=self.module.gene_likelihood != "normal",
                 needs_library_size=self.module.use_observed_lib_size and not self.module.use_size_factor_key,
             )
@@ -250,6 +270,7 @@ class QBMSCVI(LikelihoodMixin, SCVI):
         ValueError
             If ``representation`` or ``layer`` is unknown, or the model has no Gaussian layer.
         """
+        self._check_if_trained(warn=False)
         layer = self._resolve_layer(layer)
         if representation not in ("mean", "logits", "bits"):
             msg = f"Unknown representation {representation!r}. Use 'mean', 'logits' or 'bits'."
@@ -258,7 +279,6 @@ class QBMSCVI(LikelihoodMixin, SCVI):
             return super().get_latent_representation(
                 adata, indices, batch_size=batch_size, return_dist=True, dataloader=dataloader, **data_loader_kwargs
             )
-        self._check_if_trained(warn=False)
         if dataloader is None:
             adata = self._validate_anndata(adata)
             dataloader = self._make_data_loader(adata, indices=indices, batch_size=batch_size, **data_loader_kwargs)
@@ -293,7 +313,7 @@ class QBMSCVI(LikelihoodMixin, SCVI):
 
         ``model.get_ising_model().to_bqm()`` is a :class:`dimod.BinaryQuadraticModel`.
         """
-        return self.module.prior.to_ising()
+        return self._require_module().prior.to_ising()
 
     @torch.inference_mode()
     def sample_prior(
@@ -321,7 +341,7 @@ class QBMSCVI(LikelihoodMixin, SCVI):
         SamplerError
             If the sampler fails.
         """
-        prior = self.module.prior
+        prior = self._require_module().prior
         spin_seed, gaussian_seed = _split_seed(seed, 2)
         batch = _build_prior_sampler(sampler).sample(
             SamplingRequest(prior.to_ising(), n_samples, seed=spin_seed, purpose="generation")
@@ -362,10 +382,10 @@ class QBMSCVI(LikelihoodMixin, SCVI):
         Raises
         ------
         ValueError
-            If the batch is unknown, ``library_size`` is not positive or of the wrong length, or the model needs
-            covariates or labels beyond the batch.
+            If the batch is unknown, ``library_size`` is not positive, of the wrong length, or missing for a model
+            without AnnData, or the model needs covariates or labels beyond the batch.
         """
-        stats, module = self.summary_stats, self.module
+        stats, module, genes = self.summary_stats, self._require_module(), self.get_var_names()
         has_covariates = stats.get("n_extra_categorical_covs", 0) or stats.get("n_extra_continuous_covs", 0)
         if has_covariates or module.dispersion == "gene-label":
             msg = (
@@ -373,7 +393,7 @@ class QBMSCVI(LikelihoodMixin, SCVI):
                 "`model.module.generative` and your own values instead."
             )
             raise ValueError(msg)
-        categories = list(self.adata_manager.get_state_registry(REGISTRY_KEYS.BATCH_KEY).categorical_mapping)
+        categories = list(self.get_state_registry(REGISTRY_KEYS.BATCH_KEY).categorical_mapping)
         if batch is not None and batch not in categories:
             msg = f"Unknown batch {batch!r}. Use one of {', '.join(map(repr, categories))}."
             raise ValueError(msg)
@@ -381,9 +401,7 @@ class QBMSCVI(LikelihoodMixin, SCVI):
         seed = _split_seed(None, 1)[0] if seed is None else seed
         library_seed, count_seed = _split_seed(seed, 4)[2:]  # the first two are those of `sample_prior`
         if library_size is None:
-            key = REGISTRY_KEYS.SIZE_FACTOR_KEY if module.use_size_factor_key else REGISTRY_KEYS.X_KEY
-            totals = np.asarray(self.adata_manager.get_from_registry(key).sum(axis=1)).ravel()
-            library_size = np.random.default_rng(library_seed).choice(totals, n_cells)
+            library_size = np.random.default_rng(library_seed).choice(self._library_sizes(), n_cells)
         library_size = np.asarray(library_size, dtype=np.float32)
         if library_size.shape not in ((), (n_cells,)):
             msg = f"library_size has shape {library_size.shape}; it must be a number or have shape ({n_cells},)."
@@ -414,10 +432,22 @@ class QBMSCVI(LikelihoodMixin, SCVI):
         generated = AnnData(
             X=np.concatenate(counts),
             obs=pd.DataFrame({"library_size": library_size}, index=[f"generated_{i}" for i in range(n_cells)]),
-            var=pd.DataFrame(index=self.adata.var_names),
+            var=pd.DataFrame(index=genes),
         )
         generated.obsm["z"] = z
         return generated
+
+    def _library_sizes(self) -> np.ndarray:
+        """What the decoder takes for the library sizes of the training data, shape ``(n_cells,)``."""
+        if self.adata is None:
+            msg = "The model has no AnnData to draw library sizes from. Pass `library_size`."
+            raise ValueError(msg)
+        key = REGISTRY_KEYS.X_KEY
+        if self.module.use_size_factor_key:
+            key = REGISTRY_KEYS.SIZE_FACTOR_KEY
+        elif self.minified_data_type is not None:
+            key = REGISTRY_KEYS.OBSERVED_LIB_SIZE
+        return totals_per_cell(self.adata_manager.get_from_registry(key), self.adata.n_obs)
 
     @torch.inference_mode()
     def get_prior_energy(
@@ -425,22 +455,70 @@ class QBMSCVI(LikelihoodMixin, SCVI):
         adata: AnnData | None = None,
         indices: Sequence[int] | None = None,
         batch_size: int | None = None,
+        dataloader: Iterator[dict[str, torch.Tensor | None]] | None = None,
     ) -> np.ndarray:
         """Mean energy of each cell's posterior under the prior, in nats: low where the prior expects cells.
 
-        The mean is exact. Compare with the energies of prior samples, ``model.module.prior.energy``.
+        The mean is exact. Compare with the energies of prior samples, ``model.module.prior.energy``. Arguments are
+        those of :meth:`get_latent_representation`.
 
         Returns
         -------
         Shape ``(n_cells,)``.
         """
         self._check_if_trained(warn=False)
-        adata = self._validate_anndata(adata)
+        if dataloader is None:
+            adata = self._validate_anndata(adata)
+            dataloader = self._make_data_loader(adata, indices=indices, batch_size=batch_size)
         energies = []
-        for tensors in self._make_data_loader(adata, indices=indices, batch_size=batch_size):
+        for tensors in dataloader:
             outputs = self.module.inference(**self.module._get_inference_input(tensors))
             energies.append(self.module.prior.expected_energy(outputs[MODULE_KEYS.QZ_KEY]).sum(-1).cpu())
         return torch.cat(energies).numpy()
+
+    @classmethod
+    def load_query_data(cls, *args: Any, freeze_prior: bool = True, **kwargs: Any) -> QBMSCVI:
+        """Map new data onto a trained model (scArches).
+
+        Arguments not listed here are those of :meth:`scvi.model.SCVI.load_query_data`. The prior comes along with its
+        chains and its log Z.
+
+        Parameters
+        ----------
+        freeze_prior
+            Leave the prior as it is, so that the latent space keeps its meaning. False goes on learning it from the new
+            data, as ``unfrozen=True`` does.
+        """
+        model = super().load_query_data(*args, **kwargs)
+        if not freeze_prior:
+            model.module.prior.unfreeze()
+        return model
+
+    def minify_adata(
+        self,
+        minified_data_type: str = "latent_posterior_parameters",
+        use_latent_qzm_key: str = "X_latent_qzm",
+        use_latent_qzv_key: str = "X_latent_qzv",
+    ) -> None:
+        """Keep the posterior of each cell in place of its counts.
+
+        Arguments are those of :meth:`scvi.model.SCVI.minify_adata`. Both keys of ``adata.obsm`` take what
+        ``get_latent_representation(return_dist=True)`` returns: mean and variance of the Gaussian units and of the
+        spins. They determine the posterior, logits of saturated spins included.
+
+        Raises
+        ------
+        ValueError
+            If a key is missing or does not hold these moments.
+        """
+        moments = []
+        for key in (use_latent_qzm_key, use_latent_qzv_key):
+            if key not in self.adata.obsm:
+                msg = f"`adata.obsm` has no {key!r}. {_HOW_TO_MINIFY}"
+                raise ValueError(msg)
+            moments.append(np.asarray(self.adata.obsm[key]))
+        _check_moments(*moments, self.module.prior.n_gaussian, self.module.prior.n_units)
+        super().minify_adata(minified_data_type, use_latent_qzm_key, use_latent_qzv_key)
 
 
 def _build_prior_sampler(spec: str | Sampler) -> Sampler:
@@ -463,6 +541,25 @@ def plan_arguments(config: Any | None) -> dict[str, Any]:
     return {
         name: value for name, value in config.to_kwargs().items() if name not in defaults or value != defaults[name]
     }
+
+
+_HOW_TO_MINIFY = (
+    "Store both arrays of `model.get_latent_representation(return_dist=True)`, mean and variance of all units, in "
+    "`adata.obsm['X_latent_qzm']` and `adata.obsm['X_latent_qzv']`."
+)
+
+
+def _check_moments(mean: np.ndarray, variance: np.ndarray, n_gaussian: int, n_units: int) -> None:
+    for name, values in (("mean", mean), ("variance", variance)):
+        if values.ndim != 2 or values.shape[1] != n_units:
+            msg = f"The {name} of the posterior has shape {values.shape}, not (n_cells, {n_units}). {_HOW_TO_MINIFY}"
+            raise ValueError(msg)
+    m, var = mean[:, n_gaussian:], variance[:, n_gaussian:]
+    # Rounding of single precision is 1e-7; logits or standard deviations are off by orders of magnitude more.
+    is_consistent = np.isfinite(mean).all() and (variance >= 0).all() and np.allclose(1.0 - m**2, var, atol=1e-5)
+    if not is_consistent:
+        msg = f"These are no posterior means of spins m in [-1, 1] with variances 1 - m^2. {_HOW_TO_MINIFY}"
+        raise ValueError(msg)
 
 
 def _split_seed(seed: int | None, n_seeds: int) -> list[int]:

@@ -239,13 +239,12 @@ class QBMVAE(VAE):
         self, qzm: Tensor, qzv: Tensor, observed_lib_size: Tensor, n_samples: int = 1
     ) -> dict[str, Tensor | Distribution | None]:
         """Rebuild the posterior of minified data from its stored mean and variance."""
-        n_gaussian = self.prior.n_gaussian
-        limit = 1.0 - torch.finfo(qzm.dtype).eps
-        logits = 2.0 * torch.atanh(qzm[..., n_gaussian:].clamp(-limit, limit))
-        qz = FactorialPosterior(qzm[..., :n_gaussian], qzv[..., :n_gaussian].sqrt(), logits, self.z_encoder.smoothing)
-        z = self.z_encoder.z_transformation(qz.sample() if n_samples == 1 else qz.sample((n_samples,)))
+        qz = FactorialPosterior.from_moments(qzm, qzv, self.prior.n_gaussian, self.z_encoder.smoothing)
+        z = self.z_encoder.z_transformation(qz.sample())
         library = torch.log(observed_lib_size)
         if n_samples > 1:
+            # After one draw that is not used, as from counts: equal seeds give equal numbers.
+            z = self.z_encoder.z_transformation(qz.sample((n_samples,)))
             library = library.unsqueeze(0).expand((n_samples, *library.shape))
         return {
             MODULE_KEYS.Z_KEY: z,

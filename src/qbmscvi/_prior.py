@@ -64,6 +64,7 @@ class BoltzmannPrior(nn.Module):
         super().__init__()
         self.graph = graph
         self.n_gaussian = n_gaussian
+        self.is_coupled = is_coupled
         n_spins, n_edges = graph.n_nodes, graph.n_edges
         self.h = nn.Parameter(torch.zeros(n_spins))
         self.J = nn.Parameter(_INITIAL_J_SCALE * torch.randn(n_edges))
@@ -93,6 +94,11 @@ class BoltzmannPrior(nn.Module):
     def n_units(self) -> int:
         """Width of ``z``: Gaussian units and spins."""
         return self.n_gaussian + self.n_spins
+
+    def unfreeze(self) -> None:
+        """Let all parameters be learned again, but not couplings that the prior does not have."""
+        self.requires_grad_(True)
+        self.W.requires_grad_(self.is_coupled)
 
     def _independent_log_z(self) -> float:
         return self.n_spins * math.log(2.0) + 0.5 * self.n_gaussian * math.log(2.0 * math.pi)

@@ -88,7 +88,9 @@ class QBMTrainingPlan(TrainingPlan):
         super().__init__(module, n_epochs_kl_warmup=n_epochs, eps=eps, **kwargs)
         self.prior_lr = prior_lr
         self.prior_weight_decay = prior_weight_decay
-        self.sampling = SamplingCallback(module.prior, build_sampler(sampler), schedule or SamplingSchedule())
+        sampler = build_sampler(sampler)
+        sampler.check(module.prior.to_ising())
+        self.sampling = SamplingCallback(module.prior, sampler, schedule or SamplingSchedule())
         self.guard = FiniteStateGuard()
 
     def configure_callbacks(self) -> list[Callback]:
@@ -152,10 +154,10 @@ class QBMTrainRunner(TrainRunner):
         try:
             super().__call__()
         except Exception as error:
+            self.model.module.eval()
             guard: FiniteStateGuard = self.training_plan.guard
             if guard.diverged_at_step is None:
                 raise
-            self.model.module.eval()
             self.model.is_trained_ = True
             self.model.train_indices = getattr(self.data_splitter, "train_idx", None)
             self.model.validation_indices = getattr(self.data_splitter, "val_idx", None)

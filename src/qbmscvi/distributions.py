@@ -224,8 +224,34 @@ class FactorialPosterior(Distribution):
         self.logits = logits
         self.smoothing = StraightThrough() if smoothing is None else smoothing
         self._last_uniform: Tensor | None = None
+        self._given_spin_mean: Tensor | None = None
         width = gaussian_loc.shape[-1] + logits.shape[-1]
         super().__init__(torch.Size((*logits.shape[:-1], width)), validate_args=validate_args)
+
+    @classmethod
+    def from_moments(
+        cls, mean: Tensor, variance: Tensor, n_gaussian: int, smoothing: Smoothing | None = None
+    ) -> FactorialPosterior:
+        """Rebuild a posterior from its :attr:`mean` and :attr:`variance`, which come back unchanged.
+
+        Parameters
+        ----------
+        mean, variance
+            Shape ``(..., n_gaussian + n_spins)``; of a spin, ``m`` and ``1 - m^2``.
+        n_gaussian
+            Number of Gaussian units.
+        smoothing
+            Relaxation used by :meth:`rsample`.
+        """
+        m, var = mean[..., n_gaussian:], variance[..., n_gaussian:]
+        # l = log (1 + m) / (1 - m), and 1 - |m| = var / (1 + |m|): the variance still resolves a saturated spin whose
+        # mean is rounded to one. Below the smallest normal number, at |l| = 88 in single precision, it ends too.
+        magnitude = 2.0 * torch.log1p(m.abs()) - var.clamp(min=torch.finfo(var.dtype).tiny).log()
+        is_saturated = m.abs() > 0.5
+        logits = torch.where(is_saturated, m.sign() * magnitude, 2.0 * torch.atanh(m.clamp(-0.5, 0.5)))
+        posterior = cls(mean[..., :n_gaussian], variance[..., :n_gaussian].sqrt(), logits, smoothing)
+        posterior._given_spin_mean = m
+        return posterior
 
     @property
     def n_gaussian(self) -> int:
@@ -235,7 +261,7 @@ class FactorialPosterior(Distribution):
     @property
     def spin_mean(self) -> Tensor:
         """Mean spins ``tanh(logits / 2)``, shape ``(..., n_spins)``."""
-        return torch.tanh(0.5 * self.logits)
+        return torch.tanh(0.5 * self.logits) if self._given_spin_mean is None else self._given_spin_mean
 
     @property
     def mean(self) -> Tensor:
