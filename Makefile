@@ -24,13 +24,14 @@ PARALLEL ?= --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-slow lint clean distclean
+.PHONY: help install demo test test-slow test-scvi lint clean distclean
 
 help:
 	@echo 'make demo        train on a small data set, write figures and tables to $$OUT'
 	@echo '                 variables: DATA (an .h5ad file), BATCH_KEY, LABEL_KEY, OUT, ARGS'
 	@echo 'make test        default test suite; ARGS is passed to pytest'
 	@echo 'make test-slow   the tests that take minutes'
+	@echo 'make test-scvi   the tests of SCVI in scvi-tools, with QBMSCVI in its place'
 	@echo 'make lint        ruff check, ruff format --check, import contracts'
 	@echo 'make install     create .venv only (PYTHON chooses the interpreter: $(PYTHON))'
 	@echo 'make clean       remove caches and build products; distclean removes .venv as well'
@@ -66,6 +67,9 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	@$(BIN)/python -m pytest -m "slow and not hardware" $(ARGS)
+
+test-scvi: $(STAMP)
+	@$(BIN)/python tests/scvi_suite.py $(ARGS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

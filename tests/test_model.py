@@ -19,7 +19,6 @@ from scvi.module import VAE
 
 from qbmscvi import QBMSCVI, QBMVAE
 from qbmscvi._deferred import DeferredInitialization
-from qbmscvi._likelihood import LikelihoodMixin
 from qbmscvi.datasets import synthetic_counts
 from qbmscvi.distributions import Gumbel, SmoothingName
 from qbmscvi.samplers import ExactSampler
@@ -292,7 +291,15 @@ DOCUMENTED_DEFAULTS = {("__init__", "n_latent"): None}
 
 @pytest.mark.parametrize(
     "method",
-    ["__init__", "setup_anndata", "train", "get_latent_representation", "get_elbo", "get_importance_weights", "minify_adata"],
+    [
+        "__init__",
+        "setup_anndata",
+        "train",
+        "get_latent_representation",
+        "get_elbo",
+        "get_importance_weights",
+        "minify_adata",
+    ],
 )
 def test_signature_extends_that_of_scvi_by_keywords_only(method):
     theirs = inspect.signature(getattr(SCVI, method)).parameters
