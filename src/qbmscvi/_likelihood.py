@@ -177,7 +177,8 @@ class LikelihoodMixin:
             errors.append(error.cpu())
         value, error = torch.cat(values), torch.cat(errors)
         if return_mean:
-            value, error = value.mean().item(), float(error.square().sum().sqrt()) / len(error)
+            # As scVI, a scalar of numpy, which is a float.
+            value, error = np.float64(value.mean().item()), float(error.square().sum().sqrt()) / len(error)
         return (value, error) if return_error else value
 
     @torch.inference_mode()
