@@ -192,8 +192,10 @@ class QBMSCVI(LikelihoodMixin, SCVI, DeferredInitialization):
             msg = "The model has no AnnData to be trained on. Pass `datamodule`, or build the model with `adata`."
             raise AttributeError(msg)  # as scVI, by accident, does
         if datamodule is None and self.minified_data_type == ADATA_MINIFY_TYPE.LATENT_POSTERIOR:
-            # In scVI's words, but before a pass through the decoder has changed its batch statistics.
-            msg = "The VAE.loss function currently does not support minified data."
+            msg = (
+                "Training needs counts, but they were minified away. Load the model with the full data, or minify with "
+                "'latent_posterior_parameters_with_counts'."
+            )
             raise ValueError(msg)
         if datamodule is None and self.minified_data_type is None:
             check_counts(
