@@ -10,8 +10,8 @@ from scvi.model import SCVI
 from qbmscvi import QBMSCVI
 from qbmscvi._deferred import DeferredInitialization
 
-# Method: inherited or overridden, and its arguments, of scvi-tools 1.4 and 1.5 together. All of them work (test_model.py,
-# test_training.py, test_likelihood.py, test_drop_in.py and, above all, scvi_suite.py) but for those below.
+# Method: inherited or overridden, and its arguments, of scvi-tools 1.4 and 1.5 together. All of them work but for those
+# below: see test_model.py, test_training.py, test_likelihood.py, test_drop_in.py and, above all, scvi_suite.py.
 SURFACE = {
     "__init__": (
         "overridden",

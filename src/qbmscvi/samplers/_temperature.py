@@ -141,10 +141,12 @@ def _energy_matching(
         return (problem.energy(after) - problem.energy(spins)).to("cpu", torch.float64)
 
     beta = _bisect(lambda value: float(weights @ drift(value)), bracket)
-    step = 0.05 * beta
-    slope = float(weights @ (drift(beta + step) - drift(beta - step))) / (2.0 * step)
-    centered = drift(beta) - float(weights @ drift(beta))
-    return BetaEstimate(beta, math.sqrt(float((weights * centered).square().sum())) / abs(slope), "energy")
+    change = drift(beta)
+    # At the temperature of the samples, p K = p under sweeps K; its derivative says that the mean drift falls with beta
+    # by Var(E) - Cov(E, E'), which is half the mean squared change of the energy, for any kernel.
+    slope = 0.5 * float(weights @ change.square())
+    centered = change - float(weights @ change)
+    return BetaEstimate(beta, math.sqrt(float((weights * centered).square().sum())) / slope, "energy")
 
 
 def _bisect(decreasing: Callable[[float], float], bracket: tuple[float, float]) -> float:
