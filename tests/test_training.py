@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import scvi
 import torch
-from faulty import FAULTS, Faulty
+from faulty import FAULTS, Faulty, Pace
 from lightning.pytorch.callbacks import Callback
 
 from qbmscvi import QBMSCVI, SamplingSchedule
@@ -358,7 +358,9 @@ def test_accumulated_gradients_move_the_chains_beside_a_remote_sampler_once_per_
     sampler = RecordingSampler()
     sampler.traits = replace(sampler.traits, is_remote=True)
     schedule = SamplingSchedule(latency=2)
-    model = train(build(adata), max_epochs=3, sampler=sampler, schedule=schedule, accumulate_grad_batches=2)
+    model = train(
+        build(adata), max_epochs=3, sampler=sampler, schedule=schedule, accumulate_grad_batches=2, callbacks=[Pace()]
+    )
     assert n_updates(model) == 3 * N_STEPS / 2
     # asked at steps 0, 2 and 4; the answers of the first two are used at 2 and 4
     assert model.trainer.lightning_module.sampling.broker.ledger.n_trips == 3

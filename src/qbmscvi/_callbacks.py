@@ -171,16 +171,15 @@ class SamplingCallback(Callback):
         problem = self._begin()
         self._last_asked = step
         continues = self.sampler.traits.is_persistent and not self._is_first
-        for request in self._questions(problem, continues):
-            self.broker.submit(request)
+        self.broker.submit(self._question(problem, continues, self.schedule.n_sweeps))
         self.broker.dispatch(step)
         try:
-            answers = self.broker.collect(step)
+            (answer,) = self.broker.collect(step)
         except SamplerError as error:
             self._note_failure(error, problem)
             continues = not self._is_first
-            answers = self._ask_locally(problem, self._local.n_sweeps)
-        self._finish(problem, answers, continues)
+            answer = self._ask_locally(problem, self._local.n_sweeps)
+        self._finish(problem, answer, continues)
 
     @torch.no_grad()
     def _refresh_beside_remote(self, step: int) -> None:
@@ -226,39 +225,34 @@ class SamplingCallback(Callback):
             self._track_log_z(problem)
         return problem
 
-    def _questions(self, problem: IsingModel, continues: bool, n_sweeps: int | None = None) -> list[SamplingRequest]:
-        """Two questions about one problem: for the moments, and for the chains that track log Z."""
-        schedule, n_tracking = self.schedule, len(self.prior.tracking_log_weights)
-        if self._is_first:
-            n_sweeps = schedule.burn_in
-        parts = {"negative_phase": self.prior.chains[:-n_tracking], "log_z": self.prior.chains[-n_tracking:]}
-        return [
-            SamplingRequest(
-                problem,
-                n_samples=len(chains),
-                initial_spins=chains if continues else None,
-                n_sweeps=n_sweeps or schedule.n_sweeps,
-                seed=self._draw_seed(),
-                purpose=purpose,
-            )
-            for purpose, chains in parts.items()
-        ]
+    def _question(self, problem: IsingModel, continues: bool, n_sweeps: int) -> SamplingRequest:
+        return SamplingRequest(
+            problem,
+            n_samples=len(self.prior.chains),
+            initial_spins=self.prior.chains if continues else None,
+            n_sweeps=self.schedule.burn_in if self._is_first else n_sweeps,
+            seed=self._draw_seed(),
+            purpose="refresh",
+        )
 
-    def _ask_locally(self, problem: IsingModel, n_sweeps: int) -> list[SampleBatch]:
-        return self._local.sample_batch(self._questions(problem, not self._is_first, n_sweeps))
+    def _ask_locally(self, problem: IsingModel, n_sweeps: int) -> SampleBatch:
+        return self._local.sample(self._question(problem, not self._is_first, n_sweeps))
 
-    def _finish(self, problem: IsingModel, answers: list[SampleBatch], continues: bool) -> None:
-        """Hand the answers to the prior."""
-        prior, (batch, tracked), is_first = self.prior, answers, self._is_first
+    def _finish(self, problem: IsingModel, answer: SampleBatch, continues: bool) -> None:
+        """Hand the answer to the prior: most rows give the moments, the last ones track log Z."""
+        prior, is_first, n_tracking = self.prior, self._is_first, len(self.prior.tracking_log_weights)
+        if not continues:
+            # Rows that are no chains have no order of their own, but some devices sort by energy.
+            answer = answer[torch.randperm(answer.n_samples, generator=self._seeds).to(answer.spins.device)]
         if is_first:
             prior.log_z.fill_(estimate_log_z(problem, n_chains=64, n_steps=50, seed=self._draw_seed()).value)
         if is_first or not continues:
             prior.tracking_log_weights.zero_()
-        prior.set_moments(batch)
-        torch.cat([batch.spins, tracked.spins], out=prior.chains)
-        self._tracked, self._mean_energy = tracked, batch.energies.mean()
-        self._note_facts(batch)
-        self._epoch_seconds += batch.info["seconds"] + tracked.info["seconds"]
+        prior.set_moments(answer[:-n_tracking])
+        prior.chains.copy_(answer.spins)
+        self._tracked, self._mean_energy = answer[-n_tracking:], answer.energies.mean()
+        self._note_facts(answer)
+        self._epoch_seconds += answer.info["seconds"]
 
     def _draw_seed(self) -> int:
         return int(torch.randint(2**31 - 1, (), generator=self._seeds))
