@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 import torch
+from scvi.data._constants import ADATA_MINIFY_TYPE
 from scvi.module._constants import MODULE_KEYS
 from scvi.utils import unsupported_if_adata_minified
 from torch.distributions import Categorical, Independent, MixtureSameFamily, kl_divergence
@@ -123,7 +124,6 @@ class LikelihoodMixin:
         )
 
     @torch.inference_mode()
-    @unsupported_if_adata_minified
     def get_marginal_ll(
         self,
         adata: AnnData | None = None,
@@ -166,6 +166,8 @@ class LikelihoodMixin:
             If a number of samples is not an integer of at least one (``n_mc_samples``: two with ``return_error``), the
             data are minified, or both ``adata`` and ``dataloader`` are given.
         """
+        if self.minified_data_type == ADATA_MINIFY_TYPE.LATENT_POSTERIOR:
+            return super().get_marginal_ll()  # refuses, in scVI's words
         require_integer("n_mc_samples", n_mc_samples, 2 if return_error else 1)
         require_integer("n_mc_samples_per_pass", n_mc_samples_per_pass, 1)
         self.get_log_z()

@@ -192,11 +192,8 @@ class QBMSCVI(LikelihoodMixin, SCVI, DeferredInitialization):
             msg = "The model has no AnnData to be trained on. Pass `datamodule`, or build the model with `adata`."
             raise AttributeError(msg)  # as scVI, by accident, does
         if datamodule is None and self.minified_data_type == ADATA_MINIFY_TYPE.LATENT_POSTERIOR:
-            msg = (
-                "Training needs counts, but they were minified away. Load the model with the full data, or minify with "
-                "'latent_posterior_parameters_with_counts'."
-            )
-            raise ValueError(msg)
+            # scVI refuses here, before a pass through the decoder has changed its batch statistics.
+            self.module.loss({}, {}, {})
         if datamodule is None and self.minified_data_type is None:
             check_counts(
                 self.adata_manager.get_from_registry(REGISTRY_KEYS.X_KEY),
