@@ -99,12 +99,14 @@ def run(adata: anndata.AnnData, name: str, keys: dict, seed: int, epochs: int) -
 
 def write_table(records_path: Path, table_path: Path) -> None:
     table = pd.DataFrame([json.loads(line) for line in records_path.read_text().splitlines()])
+    sweeps = set(table["n_sweeps"]) if "n_sweeps" in table else {3}  # the default before it was recorded
     lines = [
         "# What the latent representation should be",
         "",
         f"Written by `{Path(__file__).name}` from its records: {table['epochs'].iloc[0]} epochs, "
         f"{table['n_genes'].iloc[0]} genes (or all), NB likelihood, KL weight reaching one half-way in every model, "
-        f"{table['seed'].nunique()} seeds; mean and standard deviation over seeds. "
+        f"{', '.join(map(str, sorted(sweeps)))} Gibbs sweeps a step, {table['seed'].nunique()} seeds; mean and standard "
+        "deviation over seeds. "
         f"{table['versions'].iloc[0]}; commit {', '.join(sorted(table['commit'].unique()))}.",
         "",
     ]
@@ -140,6 +142,7 @@ def main() -> None:
         facts = {
             "epochs": options.epochs,
             "n_genes": options.genes,
+            "n_sweeps": qbmscvi.SamplingSchedule().n_sweeps,
             "commit": commit,
             "versions": f"scvi-tools {scvi.__version__}, torch {torch.__version__}, numpy {np.__version__}",
         }
