@@ -105,8 +105,8 @@ def write_table(records_path: Path, table_path: Path) -> None:
         "",
         f"Written by `{Path(__file__).name}` from its records: {table['epochs'].iloc[0]} epochs, "
         f"{table['n_genes'].iloc[0]} genes (or all), NB likelihood, KL weight reaching one half-way in every model, "
-        f"{', '.join(map(str, sorted(sweeps)))} Gibbs sweeps a step, {table['seed'].nunique()} seeds; mean and standard "
-        "deviation over seeds. "
+        f"{', '.join(map(str, sorted(sweeps)))} Gibbs sweeps a step, {table['seed'].nunique()} seeds; mean and "
+        "standard deviation over seeds. "
         f"{table['versions'].iloc[0]}; commit {', '.join(sorted(table['commit'].unique()))}.",
         "",
     ]
