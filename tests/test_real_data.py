@@ -39,6 +39,17 @@ def train(model: QBMSCVI, **kwargs) -> QBMSCVI:
             {"sampler": "simulated_annealing", "schedule": SamplingSchedule(every_n_steps=4)},
             id="simulated_annealing",
         ),
+        pytest.param(
+            32,
+            {"sampler": "parallel_tempering", "schedule": SamplingSchedule(every_n_steps=4)},
+            id="parallel_tempering",
+        ),
+        pytest.param(
+            32,
+            {"sampler": "path_integral_annealing", "schedule": SamplingSchedule(every_n_steps=20)},
+            id="path_integral_annealing",
+        ),
+        pytest.param(16, {"sampler": "tree_decomposition"}, id="tree_decomposition"),
         pytest.param(16, {"sampler": "exact"}, id="exact"),
     ],
 )
