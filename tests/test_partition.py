@@ -317,14 +317,15 @@ def test_running_log_z_is_unbiased_in_training(learning_errors):
 
 
 def test_running_log_z_drifts_if_the_moments_come_from_the_tracking_chains(learning_errors):
-    """The planted fault that the separate tracking chains exist for: log Z is underestimated, by far."""
+    """The planted fault that separate tracking chains exist for: log Z comes out low, by four standard errors."""
 
     def from_tracking_chains(prior, callback):
         prior.set_moments(callback._tracked)
 
     errors = np.array([learn(seed, 60, from_tracking_chains) for seed in range(3)])
-    print(f"error {errors.mean():.3f}")
-    assert errors.max() < learning_errors.mean() - 4 * learning_errors.std()
+    scale = learning_errors.std(ddof=1) * math.sqrt(1 / len(errors) + 1 / len(learning_errors))
+    print(f"error {errors.mean():.3f}, {(errors.mean() - learning_errors.mean()) / scale:.1f} standard errors")
+    assert errors.mean() < learning_errors.mean() - 4 * scale
 
 
 def test_tracking_chains_take_no_part_in_the_moments():
