@@ -31,12 +31,8 @@ FILES = [
     "tests/dataloaders/test_datasplitter.py",
 ]
 
-_SCANVI = "ends in SCANVI.from_scvi_model, which builds a Gaussian latent space and refuses a Boltzmann one"
+_SCANVI = "needs the weights of a Gaussian latent space: ends in SCANVI.from_scvi_model, which refuses any other"
 EXEMPT = {
-    "test_scvi_get_latent_rep_backwards_compat": (
-        "hands in a mock of a module that returns mean and variance in place of a distribution, as before scvi-tools "
-        "0.20; QBMVAE is younger"
-    ),
     "test_scanvi_from_scvi": _SCANVI,
     "test_anncollection": _SCANVI,
 }
@@ -46,8 +42,7 @@ LATENTS = {
         {},
         {"test_scvi_online_update": "counts the inputs of the decoder: n_latent and batches; here spins come on top"},
     ),
-    # scvi-tools' tests take five latent dimensions, which have no two equal layers.
-    "spins": ({"latent": "spins", "prior_graph": "complete"}, {}),
+    "spins": ({"latent": "spins"}, {}),
 }
 
 

@@ -220,11 +220,11 @@ def _with_self_loop():
 
 CONSTRUCTOR = [
     pytest.param(
-        {"latent": "spins", "n_latent": 7, "n_spins": None},
+        {"latent": "spins", "n_latent": 1, "n_spins": None},
         ValueError,
-        "two equal layers, but there are 7",
-        r"even number .*\(nearest: 8\).*bipartite\(n_left, n_right\)",
-        id="odd-n_latent",
+        "two layers, but there are 1",
+        "at least 2.*independent",
+        id="one-spin",
     ),
     pytest.param({"n_latent": 0}, ValueError, "n_latent=0 is too small", "Leave it out", id="n_latent-0"),
     pytest.param({"n_latent": -3}, ValueError, "n_latent=-3 is too small", "Leave it out", id="n_latent-negative"),

@@ -202,6 +202,7 @@ def test_hardware_names_the_extra_when_dwave_networkx_is_missing(monkeypatch):
     ("name", "n_nodes", "n_edges"),
     [
         pytest.param("bipartite", 8, 16, id="bipartite"),
+        pytest.param("bipartite", 7, 12, id="bipartite-odd"),
         pytest.param("complete", 5, 10, id="complete"),
         pytest.param("independent", 5, 0, id="independent"),
         pytest.param("chimera", 8, 16, id="chimera"),
@@ -221,8 +222,8 @@ def test_build_graph_takes_graphs_as_they_are():
 @pytest.mark.parametrize(
     ("spec", "n_nodes", "error", "match"),
     [
-        pytest.param("bipartite", 7, ValueError, r"there are 7.*nearest: 8", id="odd-bipartite"),
-        pytest.param("bipartite", 0, ValueError, r"there are 0.*nearest: 2", id="empty-bipartite"),
+        pytest.param("bipartite", 1, ValueError, r"there are 1.*at least 2", id="one-spin-bipartite"),
+        pytest.param("bipartite", 0, ValueError, r"there are 0.*at least 2", id="empty-bipartite"),
         pytest.param("kagome", 6, ValueError, "Unknown prior graph 'kagome'.*chimera", id="unknown-name"),
         pytest.param(graphs.complete(5), 6, ValueError, "has 5 nodes, but the model has 6", id="graph-size"),
         pytest.param(nx.path_graph(4), 6, ValueError, "has 4 nodes, but the model has 6", id="networkx-size"),

@@ -884,8 +884,23 @@ def test_other_inherited_readings_run(model):
 
 def test_model_does_not_turn_into_a_gaussian_scanvi(model):
     # SCANVI would copy what fits of the weights and leave a random encoder
-    with pytest.raises(TypeError, match="unexpected keyword argument"):
+    with pytest.raises(TypeError, match=r"Gaussian latent space .* Use `qbmscvi.QBMSCANVI.from_qbmscvi_model"):
         scvi.model.SCANVI.from_scvi_model(model, unlabeled_category="unknown", labels_key="cell_type")
+
+
+def test_latent_of_a_module_that_returns_moments_only(model, monkeypatch):
+    expected = {how: model.get_latent_representation(representation=how, layer="both") for how in ("mean", "logits")}
+    inference = model.module.inference
+
+    def moments_only(*args, **kwargs):
+        outputs = inference(*args, **kwargs)
+        qz = outputs.pop("qz")
+        return outputs | {"qzm": qz.mean, "qzv": qz.variance}
+
+    monkeypatch.setattr(model.module, "inference", moments_only)
+    for how, value in expected.items():
+        found = model.get_latent_representation(representation=how, layer="both")
+        np.testing.assert_allclose(found, value, rtol=1e-4, atol=1e-5)
 
 
 def test_registry_can_be_viewed(model, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,7 +12,7 @@ import torch
 from anndata import AnnData
 from scvi import REGISTRY_KEYS
 from scvi.data._constants import ADATA_MINIFY_TYPE
-from scvi.model import SCVI
+from scvi.model import SCANVI, SCVI
 from scvi.module._constants import MODULE_KEYS
 
 from qbmscvi._counts import check_counts, totals_per_cell
@@ -19,18 +20,18 @@ from qbmscvi._deferred import DeferredInitialization
 from qbmscvi._likelihood import Layer, LikelihoodMixin
 from qbmscvi._module import QBMVAE, LatentName
 from qbmscvi._training_plan import QBMTrainingPlan, QBMTrainRunner
-from qbmscvi.distributions import Smoothing, SmoothingName
+from qbmscvi.distributions import FactorialPosterior, Smoothing, SmoothingName
 from qbmscvi.exceptions import require_integer
 from qbmscvi.samplers import SamplingRequest, build_sampler
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from types import FrameType
 
     import networkx as nx
     from lightning import LightningDataModule
 
     from qbmscvi._callbacks import SamplingSchedule
-    from qbmscvi.distributions import FactorialPosterior
     from qbmscvi.graphs import Graph, GraphName
     from qbmscvi.ising import IsingModel
     from qbmscvi.samplers import Sampler
@@ -285,12 +286,23 @@ class QBMSCVI(LikelihoodMixin, SCVI, DeferredInitialization):
         for tensors in dataloader:
             outputs = self.module.inference(**self.module._get_inference_input(tensors))
             if give_mean:
-                part = _represent(outputs[MODULE_KEYS.QZ_KEY], representation, layer)
+                part = _represent(self._posterior(outputs), representation, layer)
             else:
                 v, s = self.module.prior.split(outputs[MODULE_KEYS.Z_KEY])
                 part = {"gaussian": v, "spins": s, "both": torch.cat([v, s], dim=-1)}[layer]
             parts.append(part.cpu())
         return torch.cat(parts).numpy()
+
+    def _posterior(self, outputs: dict[str, Any]) -> FactorialPosterior:
+        """Posterior of a batch, from a module that may return its moments only, as scvi-tools allows."""
+        if MODULE_KEYS.QZ_KEY in outputs:
+            return outputs[MODULE_KEYS.QZ_KEY]
+        mean, variance = outputs[MODULE_KEYS.QZM_KEY], outputs[MODULE_KEYS.QZV_KEY]
+        return FactorialPosterior.from_moments(mean, variance, self.module.prior.n_gaussian)
+
+    def _check_if_trained(self, *args: Any, **kwargs: Any) -> None:
+        _refuse_gaussian_annotation(inspect.currentframe().f_back)
+        super()._check_if_trained(*args, **kwargs)
 
     def _resolve_layer(self, layer: Layer | None) -> Layer:
         has_gaussian = self.module.prior.n_gaussian > 0
@@ -567,6 +579,20 @@ def _split_seed(seed: int | None, n_seeds: int) -> list[int]:
         require_integer("seed", seed, 0, "Leave it out for one from torch's global stream.")
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     return torch.randint(2**31 - 1, (n_seeds,), generator=generator).tolist()
+
+
+def _refuse_gaussian_annotation(caller: FrameType) -> None:
+    """Raise if the caller is :meth:`scvi.model.SCANVI.from_scvi_model`.
+
+    It would only say that 'latent' is an unexpected argument, and this is all that it asks of a model before.
+    """
+    asks = caller.f_code is SCANVI.from_scvi_model.__func__.__code__
+    if asks and not issubclass(caller.f_locals["cls"], QBMSCVI):
+        msg = (
+            "SCANVI has a Gaussian latent space and cannot take over a QBMSCVI, whose latent space has a Boltzmann prior. "
+            "Use `qbmscvi.QBMSCANVI.from_qbmscvi_model(model, unlabeled_category, labels_key)`."
+        )
+        raise TypeError(msg)
 
 
 def _represent(qz: FactorialPosterior, representation: Representation, layer: Layer) -> torch.Tensor:

@@ -245,14 +245,14 @@ def hardware(topology: Literal["chimera", "pegasus", "zephyr"], n_nodes: int) ->
 def build_graph(spec: GraphName | nx.Graph | Graph, n_nodes: int) -> Graph:
     """Turn a graph name, a networkx graph or a :class:`Graph` into a :class:`Graph` over ``n_nodes`` spins.
 
-    ``"bipartite"`` halves the spins into two layers, ``"independent"`` has no couplings, ``"chimera"``,
-    ``"pegasus"`` and ``"zephyr"`` are patches of D-Wave topologies.
+    ``"bipartite"`` halves the spins into two layers, of which the first has one spin more where their number is odd;
+    ``"independent"`` has no couplings; ``"chimera"``, ``"pegasus"`` and ``"zephyr"`` are patches of D-Wave topologies.
 
     Raises
     ------
     ValueError
-        If the name is unknown, ``"bipartite"`` is asked for an odd number of spins or fewer than two, or the
-        size of a given graph differs from ``n_nodes``.
+        If the name is unknown, ``"bipartite"`` is asked for fewer than two spins, or the size of a given graph differs
+        from ``n_nodes``.
     TypeError
         If ``spec`` is of another type.
     """
@@ -273,14 +273,13 @@ def build_graph(spec: GraphName | nx.Graph | Graph, n_nodes: int) -> Graph:
         )
         raise TypeError(msg)
     if spec == "bipartite":
-        if n_nodes < 2 or n_nodes % 2:
+        if n_nodes < 2:
             msg = (
-                f"The bipartite prior splits the spins into two equal layers, but there are {n_nodes}. "
-                f"Use an even number of at least 2 (nearest: {max(2, n_nodes + n_nodes % 2)}), or pass "
-                "`prior_graph=qbmscvi.graphs.bipartite(n_left, n_right)` for unequal layers."
+                f"The bipartite prior splits the spins into two layers, but there are {n_nodes}. Use at least 2, or "
+                "`prior_graph='independent'`."
             )
             raise ValueError(msg)
-        return bipartite(n_nodes // 2, n_nodes // 2)
+        return bipartite(n_nodes - n_nodes // 2, n_nodes // 2)
     if spec == "complete":
         return complete(n_nodes)
     if spec == "independent":
