@@ -177,9 +177,9 @@ CONSTRUCTIONS = [
     *(
         pytest.param({"gene_likelihood": name}, {}, lambda module, px, cls=cls: type(px).__name__ == cls, id=name)
         for name, cls in [
-            ("zinb", "ZeroInflatedNegativeBinomial"),
-            ("nb", "NegativeBinomial"),
-            ("poisson", "Poisson"),
+            ("zinb", "SparseZeroInflatedNegativeBinomial"),
+            ("nb", "SparseNegativeBinomial"),
+            ("poisson", "SparsePoisson"),
             ("normal", "Normal"),
         ]
     ),

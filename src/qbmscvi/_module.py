@@ -13,6 +13,7 @@ from scvi.module._constants import MODULE_KEYS
 from scvi.module.base import LossOutput, auto_move_data
 from torch import Tensor, nn
 
+from qbmscvi._count_likelihoods import with_sparse_log_prob
 from qbmscvi._prior import BoltzmannPrior
 from qbmscvi.diagnostics import log_mean_exp
 from qbmscvi.distributions import FactorialPosterior, Smoothing, SmoothingName, build_smoothing
@@ -267,6 +268,8 @@ class QBMVAE(VAE):
     ) -> dict[str, Distribution | None]:
         """Run scVI's generative process; the prior of ``z`` is the Boltzmann prior."""
         outputs = super().generative(z, library, batch_index, cont_covs, cat_covs, size_factor, y, transform_batch)
+        theta = self.px_r.exp() if self.dispersion == "gene" else None
+        outputs[MODULE_KEYS.PX_KEY] = with_sparse_log_prob(outputs[MODULE_KEYS.PX_KEY], theta)
         outputs[MODULE_KEYS.PZ_KEY] = self.prior.distribution()
         return outputs
 
