@@ -401,6 +401,28 @@ def test_plan_config_reaches_the_plan(adata):
     assert [group["lr"] for group in model.trainer.optimizers[0].param_groups] == [0.03, 0.2]
 
 
+@pytest.mark.parametrize("optimizer", ["Adam", "AdamW"])
+def test_fused_optimizer_makes_the_steps_of_scvis(adata, optimizer):
+    """In double precision, but for rounding; the prior's group has settings of its own."""
+
+    def losses(**kwargs):
+        scvi.settings.seed = 0
+        plan = {"optimizer": optimizer, "weight_decay": 1e-3, "prior_lr": 3e-3, **kwargs}
+        model = train(build(adata), max_epochs=3, precision="64-true", plan_kwargs=plan)
+        groups = model.trainer.optimizers[0].param_groups
+        return model.history["train_loss"].to_numpy(float), [group["fused"] for group in groups]
+
+    def create(params):
+        groups = [{key: value for key, value in group.items() if key != "fused"} for group in params]
+        return getattr(torch.optim, optimizer)(groups, lr=1e-3, eps=1e-8, weight_decay=1e-3)
+
+    fused, flags = losses()
+    plain, plain_flags = losses(optimizer="Custom", optimizer_creator=create)
+    assert flags == [True, True]
+    assert plain_flags == [None, None]
+    np.testing.assert_allclose(fused, plain, rtol=1e-7)
+
+
 def test_config_objects_of_scvi_do_not_bring_its_defaults_back(adata):
     """scVI's eps of 0.01 would freeze the prior, its 400 epochs of warm-up keep the weight of the KL low."""
     model = train(build(adata), max_epochs=4, plan_config=scvi.train.TrainingPlanConfig(lr=0.03, n_epochs_kl_warmup=3))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from scvi.train import TrainingPlan, TrainRunner
 
 from qbmscvi._callbacks import FiniteStateGuard, SamplingCallback, SamplingSchedule, StreamKeeper, is_refusal
+from qbmscvi._logging import LoggedOncePerEpoch
 from qbmscvi.exceptions import TrainingDivergedError
 from qbmscvi.samplers import build_sampler
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 _MAX_AUTO_WARMUP = 400  # scVI's default
 
 
-class QBMTrainingPlan(TrainingPlan):
+class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
     """scVI's training plan with a sampled prior.
 
     All arguments are those of :class:`scvi.train.TrainingPlan`, but for the following.
@@ -120,19 +121,21 @@ class QBMTrainingPlan(TrainingPlan):
             return float("nan") * sum(trained)
 
     def get_optimizer_creator(self) -> Callable[[Iterable[torch.Tensor]], torch.optim.Optimizer]:
-        """Give the prior a parameter group of its own where it has settings of its own."""
+        """Give the prior a parameter group of its own where it has settings of its own, and Adam its fused kernel."""
         create = super().get_optimizer_creator()
+        shared = {}
+        if self.optimizer_name in ("Adam", "AdamW") and self.device.type in ("cpu", "cuda"):
+            shared["fused"] = True
         own = {"lr": self.prior_lr, "weight_decay": self.prior_weight_decay}
         own = {key: value for key, value in own.items() if value is not None}
-        if not own:
-            return create
         prior_ids = {id(parameter) for parameter in self.sampling.prior.parameters()}
 
         def create_grouped(parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
             parameters = list(parameters)
             prior = [p for p in parameters if id(p) in prior_ids]
             rest = [p for p in parameters if id(p) not in prior_ids]
-            return create([{"params": rest}, {"params": prior, **own}])
+            groups = [{"params": rest, **shared}, {"params": prior, **shared, **own}]
+            return create(groups if own else [{"params": parameters, **shared}])
 
         return create_grouped
 
