@@ -1,6 +1,6 @@
 """Run scvi-tools' own tests of SCVI with QBMSCVI in its place.
 
-    python tests/scvi_suite.py [--latent spins] [--tests FOLDER] [arguments of pytest]
+    python tests/scvi_suite.py [--latent gaussian-spins] [--tests FOLDER] [arguments of pytest]
 
 The tests come from the source distribution of the installed scvi-tools, which pip downloads, unless FOLDER is one that
 is unpacked already. Tests that cannot pass are listed here with the reason. They are strict: one that passes fails the
@@ -38,11 +38,11 @@ EXEMPT = {
 }
 # By latent family: defaults of the constructor, and tests exempt beside those above.
 LATENTS = {
+    "spins": ({}, {}),
     "gaussian-spins": (
-        {},
+        {"latent": "gaussian-spins"},
         {"test_scvi_online_update": "counts the inputs of the decoder: n_latent and batches; here spins come on top"},
     ),
-    "spins": ({"latent": "spins"}, {}),
 }
 
 
@@ -81,7 +81,7 @@ def download(folder: Path) -> Path:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run scvi-tools' tests of SCVI with QBMSCVI in its place.")
     parser.add_argument("--tests", type=Path, help="unpacked source distribution of scvi-tools (default: download it)")
-    parser.add_argument("--latent", choices=LATENTS, default="gaussian-spins")
+    parser.add_argument("--latent", choices=LATENTS, default="spins")
     arguments, for_pytest = parser.parse_known_args()
     for_pytest = ["-q", "-p", "no:cacheprovider", "-W", "ignore", *for_pytest]
 

@@ -43,7 +43,7 @@ def train(model: QBMSCVI, **kwargs) -> QBMSCVI:
 
 
 def small(adata, **kwargs) -> QBMSCVI:
-    return QBMSCVI(adata, **{"n_latent": 3, "n_spins": 6, "n_chains": 16, **kwargs})
+    return QBMSCVI(adata, **{"latent": "gaussian-spins", "n_latent": 3, "n_spins": 6, "n_chains": 16, **kwargs})
 
 
 def assert_untrained(model: QBMSCVI) -> None:

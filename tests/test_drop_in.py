@@ -21,8 +21,8 @@ from qbmscvi.samplers import BlockGibbsSampler
 
 N_CELLS, N_GENES = 100, 30
 LATENTS = {
-    "gaussian-spins": {"n_latent": 3, "n_spins": 4},
-    "spins": {"latent": "spins", "n_latent": 6},
+    "gaussian-spins": {"latent": "gaussian-spins", "n_latent": 3, "n_spins": 4},
+    "spins": {"n_latent": 6},
 }
 WITHOUT_COUNTS = "latent_posterior_parameters"
 WITH_COUNTS = "latent_posterior_parameters_with_counts"

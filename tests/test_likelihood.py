@@ -335,7 +335,7 @@ def test_minified_cells_have_the_same_kl(name):
 
 def test_units_without_information_are_reported():
     adata = register()
-    model = QBMSCVI(adata, n_latent=2, n_spins=3, n_hidden=8, n_chains=16)
+    model = QBMSCVI(adata, latent="gaussian-spins", n_latent=2, n_spins=3, n_hidden=8, n_chains=16)
     model.train(max_epochs=1, accelerator="cpu", enable_progress_bar=False)
     with torch.no_grad():
         for layer in (model.module.z_encoder.mean_encoder, model.module.z_encoder.logit_encoder):

@@ -25,7 +25,7 @@ from qbmscvi.samplers import ExactSampler
 N_CELLS, N_GENES = 240, 60
 LATENTS = ("gaussian-spins", "spins")
 SMOOTHINGS = get_args(SmoothingName)
-REPRESENTATIONS = ("mean", "logits", "bits")
+REPRESENTATIONS = ("angles", "mean", "logits", "bits")
 
 # Statistics are judged by their largest |z|. At 5 one standard normal is exceeded once in 1.7 million, so that a
 # hundred of them raise a false alarm in one suite in 17,000 (seeds are fixed: in truth never or always).
@@ -150,11 +150,12 @@ def test_smoothing_instance_is_used_as_it_is(adata):
 @pytest.mark.parametrize(
     ("arguments", "n_gaussian", "n_spins", "width"),
     [
-        pytest.param({}, 10, 32, 10, id="defaults"),
-        pytest.param({"n_latent": 3}, 3, 32, 3, id="n_latent"),
-        pytest.param({"n_spins": 5}, 10, 5, 10, id="n_spins"),
-        pytest.param({"latent": "spins"}, 0, 64, 64, id="spins-defaults"),
-        pytest.param({"latent": "spins", "n_latent": 12}, 0, 12, 12, id="spins-n_latent"),
+        pytest.param({}, 0, 64, 64, id="defaults"),
+        pytest.param({"n_latent": 12}, 0, 12, 12, id="n_latent"),
+        pytest.param({"n_latent": 5}, 0, 5, 5, id="n_latent-odd"),
+        pytest.param({"latent": "gaussian-spins"}, 10, 32, 10, id="gaussian-spins-defaults"),
+        pytest.param({"latent": "gaussian-spins", "n_latent": 3}, 3, 32, 3, id="gaussian-spins-n_latent"),
+        pytest.param({"latent": "gaussian-spins", "n_spins": 5}, 10, 5, 10, id="gaussian-spins-n_spins"),
         pytest.param({"latent": "spins", "n_spins": 12}, 0, 12, 12, id="spins-n_spins"),
         pytest.param({"latent": "spins", "n_latent": 12, "n_spins": 12}, 0, 12, 12, id="spins-both-equal"),
     ],
@@ -400,7 +401,9 @@ def test_representation_is_the_documented_reading_of_the_posterior(trained, late
         tensors = next(iter(model._make_data_loader(model.adata, batch_size=N_CELLS)))
         qz = model.module.inference(**model.module._get_inference_input(tensors))["qz"]
     logits = qz.logits.double().numpy()
-    spins = {"mean": np.tanh(logits / 2), "logits": logits, "bits": (logits > 0).astype(float)}[representation]
+    mean = np.tanh(logits / 2)
+    bits = (logits > 0).astype(float)
+    spins = {"angles": np.arcsin(mean), "mean": mean, "logits": logits, "bits": bits}[representation]
     gaussian = qz.gaussian_loc.double().numpy()
     if layer is None:
         layer = "gaussian" if latent == "gaussian-spins" else "spins"
@@ -412,8 +415,8 @@ def test_representation_is_the_documented_reading_of_the_posterior(trained, late
         z, model.get_latent_representation(representation=representation, layer=layer), strict=True
     )
     if layer == "spins":
-        assert z.min() >= {"mean": -1, "logits": -np.inf, "bits": 0}[representation]
-        assert z.max() <= 1 or representation == "logits"
+        assert z.min() >= {"angles": -np.pi / 2, "mean": -1, "logits": -np.inf, "bits": 0}[representation]
+        assert z.max() <= {"angles": np.pi / 2, "mean": 1, "logits": np.inf, "bits": 1}[representation]
         assert representation != "bits" or set(np.unique(z)) <= {0.0, 1.0}
         assert z.std(axis=0).min() > 0 or representation == "bits"
 
@@ -600,7 +603,7 @@ def test_prior_samples_have_the_exact_moments(model, sampler):
 
 def test_noise_of_the_gaussian_layer_is_independent_of_the_spins(adata):
     """Correlation of squared noise with spins over 100,000 exact draws; |z| below 5 (15 if both share a seed)."""
-    model = build(adata, n_latent=2, n_spins=4)
+    model = build(adata, latent="gaussian-spins", n_latent=2, n_spins=4)
     prior = model.module.prior
     with torch.no_grad():
         prior.W.zero_()

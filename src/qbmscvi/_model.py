@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import is_dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from qbmscvi.ising import IsingModel
     from qbmscvi.samplers import Sampler
 
-Representation = Literal["mean", "logits", "bits"]
+Representation = Literal["angles", "mean", "logits", "bits"]
 
 
 class QBMSCVI(LikelihoodMixin, SCVI, DeferredInitialization):
@@ -52,15 +52,15 @@ class QBMSCVI(LikelihoodMixin, SCVI, DeferredInitialization):
     registry
         Registry of a data module.
     n_latent
-        Width of the Gaussian layer (``latent="gaussian-spins"``, default 10) or number of spins (``latent="spins"``,
-        default 64).
+        Number of spins (``latent="spins"``, default 64) or width of the Gaussian layer (``latent="gaussian-spins"``,
+        default 10).
     latent_distribution
         Kept for scVI's signature; must be ``"normal"``.
     latent
-        ``"gaussian-spins"``: a Gaussian layer coupled to spins, a Gaussian-Bernoulli restricted Boltzmann machine; the
-        prior of the Gaussian layer is a mixture of exponentially many Gaussians. ``"spins"``: spins alone, the family
-        of the QBM-VAE; on two batches of ``kang_ifnb`` it mixes them as scVI does (kNN accuracy of the batch 0.74),
-        which the default does not (0.83).
+        ``"spins"``: spins alone, the family of the QBM-VAE. ``"gaussian-spins"``: a Gaussian layer coupled to spins, a
+        Gaussian-Bernoulli restricted Boltzmann machine; the prior of the Gaussian layer is a mixture of exponentially
+        many Gaussians. It does not mix the two batches of ``kang_ifnb`` as scVI and the default do (accuracy of a kNN
+        classifier of the batch 0.83 against 0.74, three seeds of ``benchmarks/REPRESENTATION.md``).
     n_spins
         Number of spins beside the Gaussian layer, default 32.
     prior_graph
@@ -100,7 +100,7 @@ class QBMSCVI(LikelihoodMixin, SCVI, DeferredInitialization):
         use_observed_lib_size: bool = True,
         latent_distribution: Literal["normal"] = "normal",
         *,
-        latent: LatentName = "gaussian-spins",
+        latent: LatentName = "spins",
         n_spins: int | None = None,
         prior_graph: GraphName | nx.Graph | Graph = "bipartite",
         smoothing: SmoothingName | Smoothing = "straight-through",
@@ -235,7 +235,7 @@ class QBMSCVI(LikelihoodMixin, SCVI, DeferredInitialization):
         return_dist: bool = False,
         dataloader: Iterator[dict[str, torch.Tensor | None]] | None = None,
         *,
-        representation: Representation = "mean",
+        representation: Representation = "angles",
         layer: Layer | None = None,
         **data_loader_kwargs: Any,
     ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
@@ -252,11 +252,12 @@ class QBMSCVI(LikelihoodMixin, SCVI, DeferredInitialization):
         return_dist
             Return mean and variance of the posterior of both layers, each of shape ``(n_cells, n_gaussian + n_spins)``.
         representation
-            For spins: their ``"mean"`` :math:`\tanh(l / 2)` in ``[-1, 1]``, ``"logits"`` :math:`l`, or most likely
-            ``"bits"`` in ``{0, 1}``, which make many cells identical and so spoil neighbor graphs. The Gaussian layer
-            is represented by its mean in any case.
+            For spins: ``"angles"`` :math:`\arcsin(m)` of their mean :math:`m`, whose Euclidean distances are Fisher-Rao
+            distances between posteriors; the ``"mean"`` :math:`m = \tanh(l / 2)` in ``[-1, 1]`` itself; ``"logits"``
+            :math:`l`; or most likely ``"bits"`` in ``{0, 1}``, which make many cells identical and so spoil neighbor
+            graphs. The Gaussian layer is represented by its mean in any case.
         layer
-            ``"gaussian"`` (default of ``latent="gaussian-spins"``), ``"spins"`` (default of ``latent="spins"``), or
+            ``"spins"`` (default of ``latent="spins"``), ``"gaussian"`` (default of ``latent="gaussian-spins"``), or
             ``"both"``, Gaussian units first. The defaults are the readings that keep cell types and order in
             ``benchmarks/REPRESENTATION.md``: beside a Gaussian layer the spins alone lose the order (Kendall tau of
             pseudotime 0.04 to 0.36, against 0.83 of the Gaussian layer and of scVI, three seeds).
@@ -272,8 +273,8 @@ class QBMSCVI(LikelihoodMixin, SCVI, DeferredInitialization):
         """
         self._check_if_trained(warn=False)
         layer = self._resolve_layer(layer)
-        if representation not in ("mean", "logits", "bits"):
-            msg = f"Unknown representation {representation!r}. Use 'mean', 'logits' or 'bits'."
+        if representation not in get_args(Representation):
+            msg = f"Unknown representation {representation!r}. Use {', '.join(map(repr, get_args(Representation)))}."
             raise ValueError(msg)
         if return_dist:
             return super().get_latent_representation(
@@ -597,6 +598,7 @@ def _refuse_gaussian_annotation(caller: FrameType) -> None:
 
 def _represent(qz: FactorialPosterior, representation: Representation, layer: Layer) -> torch.Tensor:
     read: dict[str, Callable[[], torch.Tensor]] = {
+        "angles": lambda: 2.0 * torch.atan(torch.tanh(qz.logits / 4.0)),  # arcsin(tanh(l / 2)), also where it saturates
         "mean": lambda: qz.spin_mean,
         "logits": lambda: qz.logits,
         "bits": lambda: (qz.logits > 0).to(qz.logits),

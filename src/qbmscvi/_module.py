@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from scvi.nn import Encoder
     from torch.distributions import Distribution
 
-LatentName = Literal["gaussian-spins", "spins"]
+LatentName = Literal["spins", "gaussian-spins"]
 
 _LIKELIHOODS = ("zinb", "nb", "poisson", "normal")
 _DEFAULT_N_GAUSSIAN = 10
@@ -51,13 +51,13 @@ def resolve_latent_sizes(latent: LatentName, n_latent: int | None, n_spins: int 
         if n_latent is not None and n_spins is not None and n_latent != n_spins:
             msg = (
                 f"With latent='spins' the latent space is the spins, but n_latent={n_latent} and n_spins={n_spins} "
-                "differ. Pass `n_latent` only."
+                "differ. Pass `n_latent` only, or latent='gaussian-spins' for a Gaussian layer beside the spins."
             )
             raise ValueError(msg)
         return 0, n_latent or n_spins or _DEFAULT_N_SPINS_ALONE
     if latent == "gaussian-spins":
         return n_latent or _DEFAULT_N_GAUSSIAN, n_spins or _DEFAULT_N_SPINS
-    msg = f"Unknown latent family {latent!r}. Use 'gaussian-spins' or 'spins'."
+    msg = f"Unknown latent family {latent!r}. Use 'spins' or 'gaussian-spins'."
     raise ValueError(msg)
 
 
@@ -133,8 +133,8 @@ class QBMVAE(VAE):
     Parameters
     ----------
     n_latent
-        Width of the Gaussian layer (``latent="gaussian-spins"``, default 10) or number of spins
-        (``latent="spins"``, default 64).
+        Number of spins (``latent="spins"``, default 64) or width of the Gaussian layer (``latent="gaussian-spins"``,
+        default 10).
     latent_distribution
         Kept for scVI's signature; must be ``"normal"``.
     latent
@@ -179,7 +179,7 @@ class QBMVAE(VAE):
         extra_decoder_kwargs: dict | None = None,
         batch_embedding_kwargs: dict | None = None,
         *,
-        latent: LatentName = "gaussian-spins",
+        latent: LatentName = "spins",
         n_spins: int | None = None,
         prior_graph: GraphName | nx.Graph | Graph = "bipartite",
         smoothing: SmoothingName | Smoothing = "straight-through",

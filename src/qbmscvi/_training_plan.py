@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from inspect import signature
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from qbmscvi._module import QBMVAE
     from qbmscvi.samplers import Sampler
 
-_MAX_AUTO_WARMUP = 400  # scVI's default
+_AUTO_WARMUP_SHARE = 0.1
+_AUTO_WARMUP_STEPS = 1_000  # where the number of steps is not known
 
 
 class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
@@ -43,9 +45,9 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
     prior_weight_decay
         Weight decay of the prior's parameters; None for ``weight_decay``.
     n_epochs_kl_warmup
-        Epochs until the KL weight is reached. ``"auto"`` takes half of ``max_epochs`` and at most scVI's 400, so that
-        the prior counts fully by the end of a short run (scVI's 400 would leave its weight below one in any run
-        shorter than that), or ``n_steps_kl_warmup`` if that is given.
+        Epochs until the KL weight is reached. ``"auto"`` takes ``n_steps_kl_warmup`` if that is given, and otherwise
+        the first tenth of all steps. While the weight is low, the spins learn what they have to unlearn later, the
+        batch among it; scVI's 400 epochs would leave it below one in any shorter run.
     eps
         Adam's epsilon. scVI's 0.01 exceeds the gradients of the prior and would freeze them.
     """
@@ -99,12 +101,12 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
         return [self.sampling, self.guard, StreamKeeper()]
 
     def on_fit_start(self) -> None:
-        """Fix the length of the KL warm-up, now that ``max_epochs`` is known."""
+        """Fix the length of the KL warm-up, now that the number of steps is known."""
         super().on_fit_start()
         if self._is_auto_warmup:
-            max_epochs = self.trainer.max_epochs
-            known = max_epochs is not None and max_epochs > 0
-            self.n_epochs_kl_warmup = min(max_epochs // 2, _MAX_AUTO_WARMUP) if known else _MAX_AUTO_WARMUP
+            n_steps = self.trainer.estimated_stepping_batches
+            is_known = 0 < n_steps < math.inf
+            self.n_steps_kl_warmup = round(_AUTO_WARMUP_SHARE * n_steps) if is_known else _AUTO_WARMUP_STEPS
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         """Compute the loss; on several ranks, one that cannot be computed is NaN instead of an error.

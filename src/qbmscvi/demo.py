@@ -58,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--n-genes", type=int, default=2000, help="highly variable genes to keep (default 2000)")
     parser.add_argument("--max-epochs", type=int, help="epochs of either model (default: scVI's choice, at most 100)")
     parser.add_argument(
-        "--latent", choices=["gaussian-spins", "spins"], default="gaussian-spins", help="latent family of QBMSCVI"
+        "--latent", choices=["spins", "gaussian-spins"], default="spins", help="latent family of QBMSCVI"
     )
     parser.add_argument("--sampler", default="gibbs", help="gibbs, simulated_annealing or exact")
     parser.add_argument("--seed", type=int, default=0)
