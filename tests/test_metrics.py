@@ -39,7 +39,8 @@ def line():
 
 def test_separated_labels_score_one(codes):
     scores = score_latent(blobs(codes), codes)
-    assert set(scores) == {"knn_accuracy", "logistic_accuracy", "kmeans_ari", "silhouette"}
+    expected = "knn_accuracy knn_macro_f1 logistic_accuracy logistic_macro_f1 kmeans_ari silhouette"
+    assert set(scores) == set(expected.split())
     assert all(type(value) is float for value in scores.values())
     assert scores["knn_accuracy"] == scores["logistic_accuracy"] == scores["kmeans_ari"] == 1.0
     assert scores["silhouette"] > 0.9
@@ -52,6 +53,15 @@ def test_unrelated_labels_score_chance(codes):
     assert abs(scores["logistic_accuracy"] - 0.25) < 0.087
     assert abs(scores["kmeans_ari"]) < 0.05
     assert abs(scores["silhouette"] - 0.5) < 0.1
+
+
+def test_macro_f1_counts_a_lost_rare_label_as_much_as_a_frequent_one():
+    """Twenty cells of a third label lie amid 280 of the first: accuracy loses 20 of 500, macro-F1 a third."""
+    labels = np.repeat([0, 1, 2], [280, 200, 20])
+    latent = blobs(np.where(labels == 2, 0, labels))
+    scores = score_latent(latent, labels)
+    assert scores["knn_accuracy"] == pytest.approx(0.96, abs=0.01)
+    assert scores["knn_macro_f1"] == pytest.approx((2 * 280 / 580 + 2 * 200 / 400 + 0) / 3, abs=0.03)
 
 
 def test_separated_batches_are_found(codes):

@@ -27,6 +27,11 @@ _AUTO_WARMUP_SHARE = 0.1
 _AUTO_WARMUP_STEPS = 1_000  # where the number of steps is not known
 
 
+def auto_kl_warmup(n_steps: float) -> int:
+    """Length of the KL warm-up, in steps of the optimizer, that ``n_epochs_kl_warmup="auto"`` stands for."""
+    return round(_AUTO_WARMUP_SHARE * n_steps) if 0 < n_steps < math.inf else _AUTO_WARMUP_STEPS
+
+
 class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
     """scVI's training plan with a sampled prior.
 
@@ -104,9 +109,7 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
         """Fix the length of the KL warm-up, now that the number of steps is known."""
         super().on_fit_start()
         if self._is_auto_warmup:
-            n_steps = self.trainer.estimated_stepping_batches
-            is_known = 0 < n_steps < math.inf
-            self.n_steps_kl_warmup = round(_AUTO_WARMUP_SHARE * n_steps) if is_known else _AUTO_WARMUP_STEPS
+            self.n_steps_kl_warmup = auto_kl_warmup(self.trainer.estimated_stepping_batches)
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         """Compute the loss; on several ranks, one that cannot be computed is NaN instead of an error.

@@ -62,8 +62,9 @@ def score_latent(
     -------
     By name:
 
-    - ``knn_accuracy``: accuracy of a nearest-neighbor classifier of the labels, over five stratified folds.
-    - ``logistic_accuracy``: the same for logistic regression on the standardized latent.
+    - ``knn_accuracy``, ``knn_macro_f1``: accuracy of a nearest-neighbor classifier of the labels, and its F1 averaged
+      over labels, rare ones as heavy as frequent ones; mean over five stratified folds.
+    - ``logistic_accuracy``, ``logistic_macro_f1``: the same for logistic regression on the standardized latent.
     - ``kmeans_ari``: adjusted Rand index of k-means, as many clusters as labels; mean over three seeds.
     - ``silhouette``: ``(s + 1) / 2`` for the mean silhouette width ``s`` of the labels, on at most 2000 cells; NaN if
       these happen to carry a single label.
@@ -101,7 +102,7 @@ def score_latent(
     1.0
     """
     latent = _as_latent(latent)
-    labels = _as_codes("labels", labels, len(latent))
+    labels = as_codes("labels", labels, len(latent))
     if isinstance(n_neighbors, bool) or not isinstance(n_neighbors, int | np.integer) or n_neighbors < 2:
         msg = (
             f"`n_neighbors` is out of range: got {n_neighbors!r}, but it must be an integer of at least 2. "
@@ -111,23 +112,23 @@ def score_latent(
     if root is not None and order is None:
         msg = f"`root` is given ({root!r}) but `order` is not. Pass the known order too, or leave `root` out."
         raise ValueError(msg)
-    batches = None if batches is None else _as_codes("batches", batches, len(latent))
+    batches = None if batches is None else as_codes("batches", batches, len(latent))
     if order is not None:
-        order = _as_order(order, len(latent), n_neighbors)
-        roots = _choose_roots(order, root, seed)
+        order = as_order(order, len(latent), n_neighbors)
+        roots = choose_roots(order, root, seed)
 
-    x, y = _classifiable("labels", latent, labels, n_neighbors, minimum_groups=2)
+    x, y = classifiable("labels", latent, labels, n_neighbors, minimum_groups=2)
     scores = {
-        "knn_accuracy": _knn_accuracy(x, y, n_neighbors, seed),
-        "logistic_accuracy": _logistic_accuracy(x, y, seed),
+        **cross_validate(_knn(n_neighbors), x, y, seed, "knn"),
+        **cross_validate(_logistic(), x, y, seed, "logistic"),
         **_cluster_scores(latent, labels, seed),
     }
     if batches is not None:
-        x, y = _classifiable("batches", latent, batches, n_neighbors, minimum_groups=1)
-        scores["batch_knn_accuracy"] = _knn_accuracy(x, y, n_neighbors, seed)
+        x, y = classifiable("batches", latent, batches, n_neighbors, minimum_groups=1)
+        scores["batch_knn_accuracy"] = cross_validate(_knn(n_neighbors), x, y, seed, "knn")["knn_accuracy"]
         scores["batch_chance"] = float(np.bincount(y).max() / len(y))
     if order is not None:
-        scores |= _pseudotime_scores(latent, order, roots, n_neighbors, seed)
+        scores |= pseudotime_scores(latent, order, roots, n_neighbors, seed)
     return scores
 
 
@@ -165,7 +166,7 @@ def _require_length(name: str, values: np.ndarray, n_cells: int) -> None:
         raise ValueError(msg)
 
 
-def _as_codes(name: str, values: ArrayLike, n_cells: int) -> np.ndarray:
+def as_codes(name: str, values: ArrayLike, n_cells: int) -> np.ndarray:
     """Turn category names into integers ``0 .. n_groups - 1``, every one of them in use."""
     if not hasattr(values, "shape"):
         values = np.array(values, dtype=object)  # a plain list of str and nan would turn nan into the text "nan"
@@ -181,7 +182,7 @@ def _as_codes(name: str, values: ArrayLike, n_cells: int) -> np.ndarray:
     return pd.factorize(values)[0]
 
 
-def _as_order(order: ArrayLike, n_cells: int, n_neighbors: int) -> np.ndarray:
+def as_order(order: ArrayLike, n_cells: int, n_neighbors: int) -> np.ndarray:
     try:
         order = np.asarray(order, dtype=np.float64)
     except (TypeError, ValueError) as error:
@@ -214,7 +215,7 @@ def _as_order(order: ArrayLike, n_cells: int, n_neighbors: int) -> np.ndarray:
     return order
 
 
-def _choose_roots(order: np.ndarray, root: int | Sequence[int] | None, seed: int) -> np.ndarray:
+def choose_roots(order: np.ndarray, root: int | Sequence[int] | None, seed: int) -> np.ndarray:
     if root is None:
         ties = np.random.default_rng(seed).random(len(order))
         return np.lexsort((ties, order))[:_N_ROOTS]  # NaN sorts last
@@ -229,7 +230,7 @@ def _choose_roots(order: np.ndarray, root: int | Sequence[int] | None, seed: int
     return roots
 
 
-def _classifiable(
+def classifiable(
     name: str, latent: np.ndarray, codes: np.ndarray, n_neighbors: int, *, minimum_groups: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Leave out groups with fewer cells than folds."""
@@ -259,26 +260,30 @@ def _classifiable(
     return latent[keep], codes[keep]
 
 
-def _cross_validated_accuracy(classifier: object, x: np.ndarray, y: np.ndarray, seed: int) -> float:
-    from sklearn.model_selection import StratifiedKFold, cross_val_score
+def cross_validate(classifier: object, x: np.ndarray, y: np.ndarray, seed: int, name: str) -> dict[str, float]:
+    """Accuracy and macro-F1 over five stratified folds, as ``{name}_accuracy`` and ``{name}_macro_f1``."""
+    from sklearn.metrics import f1_score, make_scorer
+    from sklearn.model_selection import StratifiedKFold
+    from sklearn.model_selection import cross_validate as run_folds
 
+    scoring = {"accuracy": "accuracy", "macro_f1": make_scorer(f1_score, average="macro", zero_division=0.0)}
     folds = StratifiedKFold(_N_FOLDS, shuffle=True, random_state=seed)
-    return float(cross_val_score(classifier, x, y, cv=folds, error_score="raise").mean())
+    results = run_folds(classifier, x, y, cv=folds, scoring=scoring, error_score="raise")
+    return {f"{name}_{metric}": float(results[f"test_{metric}"].mean()) for metric in scoring}
 
 
-def _knn_accuracy(x: np.ndarray, y: np.ndarray, n_neighbors: int, seed: int) -> float:
+def _knn(n_neighbors: int) -> object:
     from sklearn.neighbors import KNeighborsClassifier
 
-    return _cross_validated_accuracy(KNeighborsClassifier(n_neighbors), x, y, seed)
+    return KNeighborsClassifier(n_neighbors)
 
 
-def _logistic_accuracy(x: np.ndarray, y: np.ndarray, seed: int) -> float:
+def _logistic() -> object:
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    return _cross_validated_accuracy(classifier, x, y, seed)
+    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
 
 
 def _cluster_scores(latent: np.ndarray, labels: np.ndarray, seed: int) -> dict[str, float]:
@@ -298,7 +303,7 @@ def _cluster_scores(latent: np.ndarray, labels: np.ndarray, seed: int) -> dict[s
     return {"kmeans_ari": float(np.mean(ari)), "silhouette": float((width + 1) / 2)}
 
 
-def _pseudotime_scores(
+def pseudotime_scores(
     latent: np.ndarray, order: np.ndarray, roots: np.ndarray, n_neighbors: int, seed: int
 ) -> dict[str, float]:
     import scanpy as sc

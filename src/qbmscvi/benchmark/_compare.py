@@ -1,0 +1,390 @@
+"""Train models side by side on one data set, several seeds each, and keep one record per run.
+
+A record is a dictionary, one line of a JSON-lines file: ``data``, ``model``, ``seed`` and ``schedule`` name the run,
+``scores`` holds the numbers, ``settings``, ``versions`` and ``commit`` say exactly what was run, ``cpu_s`` what it
+cost. A run that the file has is not repeated, so a comparison goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import platform
+import re
+import subprocess
+import time
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import numpy as np
+import scvi
+
+from qbmscvi._counts import check_counts
+from qbmscvi.benchmark._metrics import as_codes, as_order
+from qbmscvi.benchmark._models import (
+    MODEL_NAMES,
+    MODELS,
+    SHUFFLED,
+    Fit,
+    Schedule,
+    Task,
+    available_models,
+    log_normalize,
+    principal_components,
+)
+from qbmscvi.benchmark._scores import N_NEIGHBORS, require_extra, score_all
+from qbmscvi.exceptions import require_integer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from anndata import AnnData
+
+    Model = Callable[[Task], Fit | np.ndarray]
+    Record = dict[str, Any]
+
+_PACKAGES = ("qbmscvi", "scvi-tools", "torch", "numpy", "scanpy", "scikit-learn", "scib-metrics")
+_MIN_CELLS = 100  # scIB looks at 90 neighbors
+_MIN_GROUP = 5
+
+
+def compare(
+    adata: AnnData,
+    *,
+    label_key: str,
+    batch_key: str | None = None,
+    order_key: str | None = None,
+    layer: str | None = None,
+    name: str = "data",
+    models: Sequence[str | Model] | None = None,
+    n_seeds: int = 5,
+    first_seed: int = 0,
+    max_epochs: int | None = None,
+    schedule: Schedule = "native",
+    records: str | Path | None = "comparison.jsonl",
+    save_latents: bool = False,
+    accelerator: str = "auto",
+    progress: bool = True,
+) -> list[Record]:
+    """Train models on the same cells, genes and split, score their representations, and record it all.
+
+    Sets ``scvi.settings.seed``. Needs the extra ``benchmark``.
+
+    Parameters
+    ----------
+    adata
+        Raw counts of the cells and genes to compare on (:func:`~qbmscvi.benchmark.prepare` chooses them). Not changed.
+    label_key
+        Column of ``adata.obs`` with the cell type.
+    batch_key
+        Column with the batch; None for data without one, on which nothing about batches is scored.
+    order_key
+        Numeric column with a known order, such as the day; NaN for cells off the trajectory.
+    layer
+        Layer with the counts; None for ``X``.
+    name
+        Name of the data set in the records.
+    models
+        Names from :data:`~qbmscvi.benchmark.MODEL_NAMES`, or functions of your own, which take a
+        :class:`~qbmscvi.benchmark.Task` and return a :class:`~qbmscvi.benchmark.Fit` or just the representation; their
+        ``__name__`` names them in the records. None for all names that suit the data.
+    n_seeds, first_seed
+        Number of seeds and the first of them; one run per model and seed.
+    max_epochs
+        Epochs of every neural model; None for scVI's choice.
+    schedule
+        KL warm-up. ``"native"``: each model's own default. ``"default"``: scVI's 400 epochs for all. ``"half"``: half of
+        ``max_epochs`` for all.
+    records
+        JSON-lines file to which each run is added when it is done, and whose runs are skipped; None keeps no file.
+    save_latents
+        Whether to save each representation, in a folder beside the records, for
+        :func:`~qbmscvi.benchmark.write_report` to draw.
+    accelerator
+        Lightning's accelerator.
+    progress
+        Whether to show a progress bar.
+
+    Returns
+    -------
+    The records of the runs asked for, those found in the file included, by seed and model.
+
+    Raises
+    ------
+    ImportError
+        If the extra ``benchmark`` is not installed.
+    TypeError, ValueError
+        If an argument does not fit; before any training.
+
+    Examples
+    --------
+    >>> import qbmscvi
+    >>> adata = qbmscvi.datasets.synthetic_counts(n_cells=300, n_genes=100)
+    >>> records = qbmscvi.benchmark.compare(
+    ...     adata, label_key="cell_type", batch_key="batch", models=["PCA"], n_seeds=1, records=None
+    ... )
+    >>> records[0]["scores"]["knn_accuracy"] > 0.5
+    True
+    """
+    require_extra()
+    chosen = _check_models(models, batch_key)
+    if schedule not in get_args(Schedule):
+        msg = f"Unknown schedule {schedule!r}. Use 'native', 'default' or 'half'."
+        raise ValueError(msg)
+    require_integer("n_seeds", n_seeds, 1)
+    require_integer("first_seed", first_seed, 0)
+    if save_latents and records is None:
+        msg = "save_latents=True needs a place beside the records, but records=None. Name a file for the records."
+        raise ValueError(msg)
+    adata = _check_data(adata, label_key, batch_key, order_key, layer)
+    if max_epochs is None:
+        from scvi.model._utils import get_max_epochs_heuristic
+
+        max_epochs = get_max_epochs_heuristic(adata.n_obs)
+    require_integer("max_epochs", max_epochs, 1)
+    facts = {"n_cells": adata.n_obs, "n_genes": adata.n_vars, "max_epochs": int(max_epochs)}
+    done = _read_done(records, name, schedule, facts)
+
+    labels = adata.obs[label_key].astype(str).to_numpy()
+    batches = None if batch_key is None else adata.obs[batch_key].astype(str).to_numpy()
+    order = None if order_key is None else adata.obs[order_key].to_numpy(dtype=np.float64)
+    seeds = range(first_seed, first_seed + n_seeds)
+    runs = [(seed, model) for seed in seeds for model in chosen]
+    open_runs = [(seed, model) for seed, model in runs if (model, seed) not in done]
+    if not open_runs:
+        return [done[model, seed] for seed, model in runs]
+    provenance = {"versions": _versions(), "commit": _commit()}
+    unintegrated = principal_components(log_normalize(adata))
+    for seed, model in _with_progress(open_runs, name, progress):
+        if (model, seed) in done:  # came with another run
+            continue
+        task = Task(adata, batch_key, seed, int(max_epochs), schedule, accelerator)
+        scvi.settings.seed = seed
+        with _quiet():
+            started = time.process_time()
+            fit = chosen[model](task)
+            seconds = time.process_time() - started
+            fit = _check_fit(fit, model, adata.n_obs)
+            started = time.process_time()
+            scores = score_all(fit.latent, labels, batches, order, unintegrated, seed) | fit.scores
+        key = {"data": name, "model": model, "seed": seed, "schedule": schedule}
+        record = {
+            **{**key, "model": "QBMSCVI" if model == SHUFFLED else model},
+            "n_latent": fit.latent.shape[1],
+            "cpu_s": round(seconds, 2),
+            "scoring_cpu_s": round(time.process_time() - started, 2),
+            "scores": scores,
+            **facts,
+            "settings": {**fit.settings, "accelerator": accelerator},
+            **provenance,
+        }
+        new = [record, *({**record, "model": other, "scores": own} for other, own in fit.controls.items())]
+        new = [_plain(r) for r in new if r["model"] in chosen and (r["model"], seed) not in done]
+        if save_latents:
+            _save_latent(Path(records), key, fit.latent, labels, batches)
+        _append(records, new)
+        done |= {(r["model"], seed): r for r in new}
+    return [done[model, seed] for seed, model in runs]
+
+
+def latent_path(records: Path, record: Record) -> Path:
+    """File of the representation that belongs to a record, in the folder beside the records."""
+    parts = (record["data"], record["model"], record["seed"], record["schedule"])
+    return records.with_suffix(".latents") / ("__".join(re.sub(r"[^\w.=-]+", "-", str(p)) for p in parts) + ".npz")
+
+
+def read_records(path: str | Path) -> list[Record]:
+    """Read the records of a JSON-lines file.
+
+    Raises
+    ------
+    ValueError
+        If a line is no record.
+    """
+    found = []
+    for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            msg = f"Line {number} of {path} is no record; it may have been cut off. Remove it: its run will be redone."
+            raise ValueError(msg) from error
+    return found
+
+
+def _check_models(models: Sequence[str | Model] | None, batch_key: str | None) -> dict[str, Model]:
+    """Functions by name."""
+    if isinstance(models, str):
+        msg = f"models={models!r} is a single name, but a list of names or functions is needed. Use [{models!r}]."
+        raise TypeError(msg)
+    available = available_models(batch_key)
+    chosen: dict[str, Model] = {}
+    for model in available if models is None else models:
+        if callable(model):
+            model_name, function = getattr(model, "__name__", type(model).__name__), model
+            if model_name in MODEL_NAMES:
+                msg = f"A function named {model_name!r} would pass for the built-in model. Give it another `__name__`."
+                raise ValueError(msg)
+        elif model in available:
+            model_name, function = model, MODELS["QBMSCVI" if model == SHUFFLED else model]
+        elif model in MODEL_NAMES:
+            msg = f"{model!r} integrates batches, but batch_key=None. Pass `batch_key`, or leave this model out."
+            raise ValueError(msg)
+        else:
+            msg = f"Unknown model {model!r}. Use a function of your own, or one of: {'; '.join(available)}."
+            raise ValueError(msg)
+        if model_name in chosen:
+            msg = f"`models` has {model_name!r} twice, but the records tell models apart by name. Name each once."
+            raise ValueError(msg)
+        chosen[model_name] = function
+    if not chosen:
+        msg = f"`models` is empty. Use None for all, or some of: {'; '.join(available)}."
+        raise ValueError(msg)
+    return chosen
+
+
+def _check_data(
+    adata: AnnData, label_key: str, batch_key: str | None, order_key: str | None, layer: str | None
+) -> AnnData:
+    """Check everything that would fail after training; return a copy with the counts in ``X``."""
+    for what, key in (("label_key", label_key), ("batch_key", batch_key), ("order_key", order_key)):
+        if key not in adata.obs and not (key is None and what != "label_key"):
+            msg = f"{what}={key!r} is no column of `adata.obs`. There are: {', '.join(map(repr, adata.obs))}."
+            raise ValueError(msg)
+    if layer is not None and layer not in adata.layers:
+        msg = f"layer={layer!r} is no layer of the data. There are: {', '.join(map(repr, adata.layers)) or 'none'}."
+        raise ValueError(msg)
+    if adata.n_obs < _MIN_CELLS:
+        msg = f"The data have {adata.n_obs} cells, but the scores need at least {_MIN_CELLS}. Compare on more cells."
+        raise ValueError(msg)
+    sizes = np.bincount(as_codes(label_key, adata.obs[label_key].to_numpy(), adata.n_obs))
+    if (sizes >= _MIN_GROUP).sum() < 2:
+        msg = (
+            f"`adata.obs[{label_key!r}]` has {len(sizes)} labels, {(sizes >= _MIN_GROUP).sum()} of them with "
+            f"{_MIN_GROUP} cells or more, but at least two are needed. Choose another `label_key`."
+        )
+        raise ValueError(msg)
+    if batch_key is not None:
+        n_batches = len(np.bincount(as_codes(batch_key, adata.obs[batch_key].to_numpy(), adata.n_obs)))
+        if n_batches < 2:
+            msg = (
+                f"`adata.obs[{batch_key!r}]` has a single batch, but two are needed to score mixing. Leave out "
+                "`batch_key`."
+            )
+            raise ValueError(msg)
+    if order_key is not None:
+        as_order(adata.obs[order_key].to_numpy(), adata.n_obs, N_NEIGHBORS)
+    counts = adata.X if layer is None else adata.layers[layer]
+    if counts is None:
+        msg = "The data have no `X`. Choose the layer with raw counts with `layer`."
+        raise ValueError(msg)
+    check_counts(counts, adata.n_obs)
+    columns = [key for key in (label_key, batch_key, order_key) if key is not None]
+    return type(adata)(counts.copy(), obs=adata.obs[columns].copy(), var=adata.var[[]].copy())
+
+
+def _check_fit(fit: Fit | np.ndarray, model: str, n_cells: int) -> Fit:
+    if not isinstance(fit, Fit):
+        fit = Fit(np.asarray(fit))
+    if fit.latent.ndim != 2 or len(fit.latent) != n_cells:
+        msg = (
+            f"The representation of {model!r} has shape {fit.latent.shape}, but it must have one row for each of "
+            f"{n_cells} cells. Return a table of cells by dimensions."
+        )
+        raise ValueError(msg)
+    return fit
+
+
+def _read_done(
+    path: str | Path | None, name: str, schedule: str, facts: dict[str, int]
+) -> dict[tuple[str, int], Record]:
+    """Finished runs of this data set and schedule, by model and seed."""
+    if path is None or not Path(path).exists():
+        return {}
+    done = {}
+    for record in read_records(path):
+        if (record["data"], record["schedule"]) != (name, schedule):
+            continue
+        found = {key: record[key] for key in facts}
+        if found != facts:
+            msg = (
+                f"{path} has runs of {name!r} with {found}, but now there are {facts}: they do not compare. Use "
+                "another file for `records`, or another `name`."
+            )
+            raise ValueError(msg)
+        done[record["model"], record["seed"]] = record
+    return done
+
+
+def _append(path: str | Path | None, new: list[Record]) -> None:
+    if path is None:
+        return
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with Path(path).open("a") as file:
+        file.write("".join(json.dumps(record) + "\n" for record in new))
+
+
+def _save_latent(
+    records: Path, key: Record, latent: np.ndarray, labels: np.ndarray, batches: np.ndarray | None
+) -> None:
+    path = latent_path(records, key)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = {"labels": labels} | ({} if batches is None else {"batches": batches})
+    np.savez_compressed(path, latent=latent.astype(np.float32), **columns)
+
+
+def _with_progress(runs: list[tuple[int, str]], name: str, progress: bool):  # noqa: ANN202
+    from tqdm.auto import tqdm
+
+    with tqdm(runs, desc=name, disable=not progress, unit="run") as bar:
+        for seed, model in runs:
+            bar.set_postfix_str(f"{model}, seed {seed}")
+            yield seed, model
+            bar.update()
+
+
+class _quiet(warnings.catch_warnings):
+    """Without the hosts' messages about every run."""
+
+    _LOGGERS = ("lightning.pytorch", "scib_metrics", "scvi")
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        warnings.simplefilter("ignore")
+        self._levels = [logging.getLogger(name).level for name in self._LOGGERS]
+        for name in self._LOGGERS:
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+    def __exit__(self, *error: object) -> None:
+        for name, level in zip(self._LOGGERS, self._levels, strict=True):
+            logging.getLogger(name).setLevel(level)
+        super().__exit__(*error)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON can hold it; what is no number is None."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, str | int | float | bool | None) else repr(value)
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+
+
+def _commit() -> str | None:
+    """Commit of the checkout that the package is run from; None for an installed one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

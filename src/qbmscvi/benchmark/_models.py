@@ -1,0 +1,265 @@
+"""Models that :func:`~qbmscvi.benchmark.compare` trains, by name, and what it hands to a model of the caller's own.
+
+All neural models of scvi-tools get the same cells, genes, split, epochs, batch size and layers; :data:`MODELS` lists
+what differs and nothing else. Each is read by ``get_latent_representation()`` without arguments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+from zlib import crc32
+
+import numpy as np
+import scvi
+import torch
+from scvi.external import SysVI
+from scvi.model import SCVI
+
+from qbmscvi._model import QBMSCVI
+from qbmscvi._training_plan import QBMTrainingPlan, auto_kl_warmup
+from qbmscvi.diagnostics import estimate_log_z
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from anndata import AnnData
+    from scvi.model.base import BaseModelClass
+
+Schedule = Literal["native", "default", "half"]
+
+SHUFFLED = "QBMSCVI, J shuffled"
+
+_TARGET_SUM = 1e4
+_N_COMPONENTS = 50
+_UNIT_SIZE_FACTOR = "_unit_size_factor"
+_SCVI_WARMUP = 400
+
+
+@dataclass(frozen=True)
+class Task:
+    """One training run: what a model is given.
+
+    Parameters
+    ----------
+    adata
+        Cells and genes of the comparison, counts in ``X``. Shared by all models: take a copy before changing it.
+    batch_key
+        Column of ``adata.obs``, or None.
+    seed
+        Seed of the run; ``scvi.settings.seed`` has it when the model is called.
+    max_epochs
+        Epochs to train.
+    schedule
+        KL schedule: ``"native"``, ``"default"`` or ``"half"``.
+    accelerator
+        Lightning's accelerator.
+    """
+
+    adata: AnnData
+    batch_key: str | None
+    seed: int
+    max_epochs: int
+    schedule: Schedule = "native"
+    accelerator: str = "auto"
+
+    @cached_property
+    def normalized(self) -> AnnData:
+        """Copy of the data, counts scaled to 10,000 a cell and ``log1p`` taken."""
+        return log_normalize(self.adata)
+
+
+@dataclass
+class Fit:
+    """What a model hands back.
+
+    Parameters
+    ----------
+    latent
+        Representation, shape ``(n_cells, n_dimensions)``.
+    settings
+        Whatever says exactly how it was made; becomes part of the record.
+    scores
+        Scores that need the model itself: ``elbo``, with ``elbo_low`` and ``elbo_high`` where log Z is estimated.
+    controls
+        Scores of the same trained model under another name, by that name.
+    """
+
+    latent: np.ndarray
+    settings: dict[str, Any] = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict)
+    controls: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+def log_normalize(adata: AnnData) -> AnnData:
+    """Copy with counts scaled to 10,000 a cell and ``log1p`` taken."""
+    import scanpy as sc
+
+    normalized = adata.copy()
+    sc.pp.normalize_total(normalized, target_sum=_TARGET_SUM)
+    sc.pp.log1p(normalized)
+    return normalized
+
+
+def principal_components(normalized: AnnData, seed: int = 0) -> np.ndarray:
+    """Principal components of log-normalized counts, at most 50; shape ``(n_cells, n_components)``."""
+    import scanpy as sc
+
+    n_components = min(_N_COMPONENTS, normalized.n_obs - 1, normalized.n_vars - 1)
+    return sc.pp.pca(normalized, n_comps=n_components, random_state=seed, copy=True).obsm["X_pca"]
+
+
+def _fit_pca(task: Task) -> Fit:
+    latent = principal_components(task.normalized, task.seed)
+    settings = {"model": "scanpy.pp.pca", "arguments": {"n_comps": latent.shape[1]}, "target_sum": _TARGET_SUM}
+    return Fit(latent, settings)
+
+
+@dataclass(frozen=True)
+class NeuralModel:
+    """A model of scvi-tools, with what differs from its defaults.
+
+    Parameters
+    ----------
+    model_class
+        Class of the model.
+    arguments
+        Arguments of its constructor.
+    plan
+        Arguments of its training plan.
+    is_normalized
+        Whether it takes log-normalized values in place of counts; then it has no ELBO that compares with the others.
+    takes_schedule
+        Whether its KL warm-up can be set.
+    """
+
+    model_class: type[BaseModelClass]
+    arguments: Callable[[Task], dict] = lambda task: {}
+    plan: Callable[[Task], dict] = lambda task: {}
+    is_normalized: bool = False
+    takes_schedule: bool = True
+
+    def __call__(self, task: Task) -> Fit:
+        """Train the model."""
+        arguments, plan = self.arguments(task), self.plan(task)
+        if self.takes_schedule and task.schedule != "native":
+            plan["n_epochs_kl_warmup"] = _SCVI_WARMUP if task.schedule == "default" else task.max_epochs // 2
+        scvi.settings.seed = task.seed
+        model = self.build(task, arguments)
+        model.train(
+            max_epochs=task.max_epochs,
+            accelerator=task.accelerator,
+            plan_kwargs=plan,
+            enable_progress_bar=False,
+        )
+        fit = Fit(model.get_latent_representation())
+        fit.settings = {
+            "model": f"{self.model_class.__module__}.{self.model_class.__qualname__}",
+            "given": arguments,
+            "arguments": model.init_params_,
+            "training": _training_settings(model),
+        }
+        if not self.is_normalized:
+            fit.scores = _held_out_fit(model, task.seed)
+        if self is MODELS["QBMSCVI"]:
+            fit.controls = {SHUFFLED: _shuffled_fit(model, task.seed)}
+        return fit
+
+    def build(self, task: Task, arguments: dict) -> BaseModelClass:
+        """Set the data up and make the model, untrained."""
+        keys: dict[str, Any] = {"batch_key": task.batch_key}
+        adata = task.adata
+        if self.is_normalized:
+            adata = task.normalized
+            if self.model_class is SCVI:  # a size factor of one in place of the library size
+                adata.obs[_UNIT_SIZE_FACTOR] = 1.0
+                keys["size_factor_key"] = _UNIT_SIZE_FACTOR
+        self.model_class.setup_anndata(adata, **keys)
+        return self.model_class(adata, **arguments)
+
+
+def _training_settings(model: BaseModelClass) -> dict[str, Any]:
+    """Settings as the training plan had them at the end, defaults and warm-ups that were resolved included."""
+    plan = model.trainer.lightning_module
+    names = ("lr", "eps", "weight_decay", "optimizer_name", "n_epochs_kl_warmup", "n_steps_kl_warmup")
+    settings = {name: getattr(plan, name) for name in names}
+    if isinstance(plan, QBMTrainingPlan):
+        settings["sampler"] = plan.sampling.sampler.name
+        settings["sampling_schedule"] = asdict(plan.sampling.schedule)
+    indices = np.sort(model.validation_indices)
+    return {
+        **settings,
+        "max_epochs": model.trainer.max_epochs,
+        "n_validation": len(indices),
+        "validation_crc32": crc32(indices.astype(np.int64).tobytes()),
+    }
+
+
+def _held_out_fit(model: SCVI, seed: int) -> dict[str, float]:
+    """ELBO of the validation cells at draws of the posterior that only the seed decides, in nats per cell."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        elbo = float(model.get_elbo(indices=model.validation_indices))
+    if not isinstance(model, QBMSCVI):
+        return {"elbo": elbo}
+    log_z = model.get_log_z()
+    low, high = log_z.interval
+    return {"elbo": elbo, "elbo_low": elbo + log_z.value - high, "elbo_high": elbo + log_z.value - low}
+
+
+def _shuffled_fit(model: QBMSCVI, seed: int) -> dict[str, float]:
+    """The same ELBO with the couplings of the prior in random order and log Z to match; restores the prior."""
+    prior = model.module.prior
+    before = {name: tensor.clone() for name, tensor in prior.state_dict().items()}
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        with torch.no_grad():
+            for couplings in (prior.J, prior.W):
+                order = torch.randperm(couplings.numel(), generator=generator).to(couplings.device)
+                couplings.copy_(couplings.flatten()[order].view_as(couplings))
+        # The persistent chains are samples of the prior as it was trained, so the reverse runs need others.
+        spins = torch.from_numpy(model.sample_prior(256, seed=seed)[:, prior.n_gaussian :]).to(prior.h)
+        log_z = estimate_log_z(prior.to_ising(), samples=spins, seed=seed)
+        prior.set_log_z(log_z.value, log_z.lower, log_z.upper, log_z.scale)
+        return _held_out_fit(model, seed)
+    finally:
+        prior.load_state_dict(before)
+
+
+def _same_width(task: Task) -> dict[str, int]:
+    """Width of what QBMSCVI's ``get_latent_representation()`` returns, as ``n_latent``."""
+    model = MODELS["QBMSCVI"].build(task, {})
+    prior = model.module.prior
+    widths = {"gaussian": prior.n_gaussian, "spins": prior.n_spins, "both": prior.n_units}
+    return {"n_latent": widths[model._resolve_layer(None)]}
+
+
+def _same_schedule(task: Task) -> dict[str, Any]:
+    from inspect import signature
+
+    eps = signature(QBMTrainingPlan.__init__).parameters["eps"].default
+    return {"n_epochs_kl_warmup": auto_kl_warmup(task.max_epochs), "eps": eps}
+
+
+MODELS: dict[str, Callable[[Task], Fit]] = {
+    "SCVI": NeuralModel(SCVI),
+    "SCVI, same schedule": NeuralModel(SCVI, plan=_same_schedule),
+    "SCVI, same width": NeuralModel(SCVI, _same_width),
+    "VAE, normal": NeuralModel(
+        SCVI, lambda task: {"gene_likelihood": "normal", "log_variational": False}, is_normalized=True
+    ),
+    "PCA": _fit_pca,
+    "QBMSCVI": NeuralModel(QBMSCVI),
+    "QBMSCVI, J = 0": NeuralModel(QBMSCVI, lambda task: {"prior_graph": "independent"}),
+    "QBMSCVI, spins": NeuralModel(QBMSCVI, lambda task: {"latent": "spins"}),
+    "SysVI, VampPrior": NeuralModel(SysVI, is_normalized=True, takes_schedule=False),
+}
+"""Built-in models; :data:`SHUFFLED` comes with ``"QBMSCVI"``."""
+
+MODEL_NAMES = (*MODELS, SHUFFLED)
+
+
+def available_models(batch_key: str | None) -> tuple[str, ...]:
+    """Names of the built-in models for data with or without a batch."""
+    return tuple(name for name in MODEL_NAMES if batch_key is not None or name != "SysVI, VampPrior")
