@@ -23,11 +23,11 @@ import numpy as np
 import pandas as pd
 import scvi
 import torch
-from representation import load
 from scipy import stats
 from sklearn.metrics import f1_score
 
 import qbmscvi
+from qbmscvi.benchmark import prepare
 
 HERE = Path(__file__).parent
 DATA_SETS = {"kang_ifnb": "batch", "pbmc_facs": None}
@@ -130,7 +130,8 @@ def main() -> None:
         done = {(record["data"], record["model"], record["seed"]) for record in records}
     versions = f"scvi-tools {scvi.__version__}, torch {torch.__version__}, numpy {np.__version__}"
     for data, batch_key in DATA_SETS.items():
-        adata = load(options.data / f"{data}.h5ad", 2000)
+        adata = anndata.read_h5ad(options.data / f"{data}.h5ad")
+        adata = prepare(adata, label_key="cell_type", batch_key=batch_key, unlabeled="unassigned")
         torch.set_num_threads(1)  # numba, under the choice of genes, has changed it
         for seed in options.seeds:
             for name in MODELS:

@@ -21,12 +21,11 @@ from pathlib import Path
 import anndata
 import numpy as np
 import pandas as pd
-import scanpy as sc
 import scvi
 import torch
 
 import qbmscvi
-from qbmscvi.benchmark import score_latent
+from qbmscvi.benchmark import prepare, score_latent
 
 HERE = Path(__file__).parent
 DATA_SETS = {
@@ -57,17 +56,6 @@ METRICS = {
     "pseudotime_tau": "pseudotime tau",
     "pseudotime_finite": "finite pseudotime",
 }
-
-
-def load(path: Path, n_genes: int) -> anndata.AnnData:
-    adata = anndata.read_h5ad(path)
-    adata = adata[adata.obs["cell_type"].notna() & (adata.obs["cell_type"] != "unassigned")].copy()
-    if adata.n_vars > n_genes:
-        batch_key = "batch" if "batch" in adata.obs else None
-        sc.pp.highly_variable_genes(adata, flavor="seurat_v3", n_top_genes=n_genes, batch_key=batch_key)
-        adata = adata[:, adata.var["highly_variable"]].copy()
-    sc.pp.filter_cells(adata, min_counts=1)
-    return adata
 
 
 def run(adata: anndata.AnnData, name: str, keys: dict, seed: int, epochs: int) -> list[dict]:
@@ -152,7 +140,14 @@ def main() -> None:
             done = {(r["data"], r["model"], r["seed"]) for r in records}
         for seed in range(options.seeds):
             for data, keys in DATA_SETS.items():
-                adata = load(options.data / f"{data}.h5ad", options.genes)
+                adata = prepare(
+                    anndata.read_h5ad(options.data / f"{data}.h5ad"),
+                    label_key="cell_type",
+                    batch_key=keys["batch_key"],
+                    n_genes=options.genes,
+                    unlabeled="unassigned",
+                )
+                torch.set_num_threads(1)  # numba, under the choice of genes, has changed it
                 for name in MODELS:
                     if (data, name, seed) in done:
                         continue

@@ -48,6 +48,8 @@ CALLS = {
     "embedding": lambda **kwargs: pl.embedding(np.eye(2), ["a", "b"], **kwargs),
     "training_curves": lambda **kwargs: pl.training_curves({"run": history([3.0, 2.0])}, **kwargs),
     "coupling_matrix": lambda **kwargs: pl.coupling_matrix(MATRIX, **kwargs),
+    "difference_forest": lambda **kwargs: pl.difference_forest({"set": {"model": (0.1, 0.0, 0.2)}}, **kwargs),
+    "score_table": lambda **kwargs: pl.score_table(pd.DataFrame({"score": [0.1, 0.2]}), **kwargs),
     "energy_histogram": lambda **kwargs: pl.energy_histogram({"data": [0.0, 1.0]}, **kwargs),
 }
 each_function = pytest.mark.parametrize("call", [pytest.param(call, id=name) for name, call in CALLS.items()])
@@ -97,7 +99,8 @@ def test_module_stands_alone_and_sets_no_backend():
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 spec = spec_from_file_location("pl_alone", sys.argv[1])
-spec.loader.exec_module(module_from_spec(spec))
+sys.modules["pl_alone"] = module_from_spec(spec)
+spec.loader.exec_module(sys.modules["pl_alone"])
 forbidden = {"qbmscvi", "scanpy", "anndata", "scvi", "torch", "matplotlib.pyplot"}
 print(sorted(forbidden & set(sys.modules)))
 """
@@ -257,3 +260,26 @@ def test_bad_arguments_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
     assert plt.get_fignums() == []
+
+
+def test_score_table_marks_the_best_of_each_column_and_leaves_gaps():
+    scores = pd.DataFrame({"accuracy": [0.7, 0.9], "error": [0.2, np.nan], "time": [3.0, 1.0]}, index=["a", "b"])
+    ax = pl.score_table(scores, lower_is_better=("time",))
+    drawn = {text.get_position(): (text.get_text(), text.get_fontweight()) for text in ax.texts}
+    assert drawn[0, 1] == ("0.900", "bold")
+    assert drawn[0, 0] == ("0.700", "normal")
+    assert drawn[1, 0] == ("0.200", "bold")
+    assert drawn[1, 1] == ("-", "normal")
+    assert drawn[2, 1] == ("1.000", "bold")
+    with pytest.raises(ValueError, match="table of numbers"):
+        pl.score_table(pd.DataFrame({"score": ["high"]}))
+
+
+def test_forest_draws_each_interval_and_an_infinite_one_as_a_point():
+    ax = pl.difference_forest({"x": {"m": (1.0, 0.5, 2.0)}, "y": {"m": (3.0, -np.inf, np.inf)}})
+    (bars,) = (container for container in ax.containers)
+    ends = [segment[:, 0].tolist() for segment in bars.lines[2][0].get_segments()]
+    assert ends == [[0.5, 2.0], [3.0, 3.0]]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["x", "y"]
+    with pytest.raises(ValueError, match="no value"):
+        pl.difference_forest({})

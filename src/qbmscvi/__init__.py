@@ -8,7 +8,7 @@ from importlib.metadata import version
 # line `view_anndata_setup` raises AttributeError. Mended upstream in 1.4.3.
 import rich.pretty  # noqa: F401
 
-from qbmscvi import datasets, diagnostics, distributions, exceptions, graphs, ising, pl, samplers
+from qbmscvi import benchmark, datasets, diagnostics, distributions, exceptions, graphs, ising, pl, samplers
 from qbmscvi._callbacks import SamplingCallback, SamplingSchedule
 from qbmscvi._model import QBMSCVI
 from qbmscvi._module import QBMVAE
@@ -26,6 +26,7 @@ __all__ = [
     "QBMTrainingPlan",
     "SamplingCallback",
     "SamplingSchedule",
+    "benchmark",
     "datasets",
     "diagnostics",
     "distributions",

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from ._compare import compare, read_records
+from ._data import prepare
 from ._metrics import score_latent
-from ._models import MODEL_NAMES, Fit, Task
+from ._models import MODEL_NAMES, Fit, Task, available_models
+from ._report import METRICS, write_report
 from ._statistics import PairedDifference, PooledDifference, paired_difference, pooled_difference
 
 __all__ = [
+    "METRICS",
     "MODEL_NAMES",
     "Fit",
     "PairedDifference",
     "PooledDifference",
     "Task",
+    "available_models",
     "compare",
     "paired_difference",
     "pooled_difference",
+    "prepare",
     "read_records",
     "score_latent",
+    "write_report",
 ]

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import scvi
+import torch
 
 from qbmscvi._counts import check_counts
 from qbmscvi.benchmark._metrics import as_codes, as_order
@@ -40,7 +41,7 @@ from qbmscvi.benchmark._scores import N_NEIGHBORS, require_extra, score_all
 from qbmscvi.exceptions import require_integer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from anndata import AnnData
 
@@ -97,8 +98,8 @@ def compare(
     max_epochs
         Epochs of every neural model; None for scVI's choice.
     schedule
-        KL warm-up. ``"native"``: each model's own default. ``"default"``: scVI's 400 epochs for all. ``"half"``: half of
-        ``max_epochs`` for all.
+        KL warm-up. ``"native"``: each model's own default. ``"default"``: scVI's 400 epochs for all. ``"half"``: half
+        of ``max_epochs`` for all.
     records
         JSON-lines file to which each run is added when it is done, and whose runs are skipped; None keeps no file.
     save_latents
@@ -149,22 +150,24 @@ def compare(
     facts = {"n_cells": adata.n_obs, "n_genes": adata.n_vars, "max_epochs": int(max_epochs)}
     done = _read_done(records, name, schedule, facts)
 
-    labels = adata.obs[label_key].astype(str).to_numpy()
-    batches = None if batch_key is None else adata.obs[batch_key].astype(str).to_numpy()
+    labels = np.asarray(adata.obs[label_key], dtype=str)
+    batches = None if batch_key is None else np.asarray(adata.obs[batch_key], dtype=str)
     order = None if order_key is None else adata.obs[order_key].to_numpy(dtype=np.float64)
     seeds = range(first_seed, first_seed + n_seeds)
     runs = [(seed, model) for seed in seeds for model in chosen]
     open_runs = [(seed, model) for seed, model in runs if (model, seed) not in done]
     if not open_runs:
         return [done[model, seed] for seed, model in runs]
+    n_threads = torch.get_num_threads()
     provenance = {"versions": _versions(), "commit": _commit()}
     unintegrated = principal_components(log_normalize(adata))
     for seed, model in _with_progress(open_runs, name, progress):
         if (model, seed) in done:  # came with another run
             continue
         task = Task(adata, batch_key, seed, int(max_epochs), schedule, accelerator)
-        scvi.settings.seed = seed
         with _quiet():
+            scvi.settings.seed = seed
+            torch.set_num_threads(n_threads)  # numba, under scanpy, sets the threads of torch's OpenMP anew
             started = time.process_time()
             fit = chosen[model](task)
             seconds = time.process_time() - started
@@ -336,7 +339,7 @@ def _save_latent(
     np.savez_compressed(path, latent=latent.astype(np.float32), **columns)
 
 
-def _with_progress(runs: list[tuple[int, str]], name: str, progress: bool):  # noqa: ANN202
+def _with_progress(runs: list[tuple[int, str]], name: str, progress: bool) -> Iterator[tuple[int, str]]:
     from tqdm.auto import tqdm
 
     with tqdm(runs, desc=name, disable=not progress, unit="run") as bar:
@@ -349,9 +352,11 @@ def _with_progress(runs: list[tuple[int, str]], name: str, progress: bool):  # n
 class _quiet(warnings.catch_warnings):
     """Without the hosts' messages about every run."""
 
-    _LOGGERS = ("lightning.pytorch", "scib_metrics", "scvi")
+    _LOGGERS = ("lightning.fabric", "lightning.fabric.utilities.seed", "lightning.pytorch", "scib_metrics", "scvi")
 
     def __enter__(self) -> None:
+        import scib_metrics  # noqa: F401 - sets its level when it is first imported
+
         super().__enter__()
         warnings.simplefilter("ignore")
         self._levels = [logging.getLogger(name).level for name in self._LOGGERS]

@@ -17,6 +17,7 @@ from qbmscvi.benchmark._metrics import choose_roots, classifiable, cross_validat
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from scib_metrics.nearest_neighbors import NeighborsResults
 
 N_NEIGHBORS = 15
 LEIDEN_RESOLUTIONS = tuple(round(0.2 * i, 1) for i in range(1, 11))  # 0.2 to 2.0
@@ -88,7 +89,8 @@ def _scib(
 
     obs = {"label": labels.astype(str), "batch": "all" if batches is None else batches.astype(str)}
     adata = AnnData(obs=pd.DataFrame(obs, index=[str(i) for i in range(len(latent))]).astype("category"))
-    adata.obsm.update(latent=np.ascontiguousarray(latent, dtype=np.float32), unintegrated=unintegrated)
+    adata.obsm["latent"] = np.ascontiguousarray(latent, dtype=np.float32)
+    adata.obsm["unintegrated"] = unintegrated
     benchmarker = Benchmarker(
         adata,
         "batch",
@@ -98,10 +100,20 @@ def _scib(
         pre_integrated_embedding_obsm_key="unintegrated",
         progress_bar=False,
     )
+    benchmarker.prepare(neighbor_computer=_exact_neighbors)
     benchmarker.benchmark()
     row = benchmarker.get_results(min_max_scale=False, clean_names=False).loc["latent"].astype(float)
     totals = {"Bio conservation": "bio", "Batch correction": "batch", "Total": "total"}
     return {f"scib_{totals.get(name, name)}": float(value) for name, value in row.items()}
+
+
+def _exact_neighbors(latent: np.ndarray, n_neighbors: int) -> NeighborsResults:
+    """In place of scIB's approximate ones: quicker for some ten thousand cells, and the same on every machine."""
+    from scib_metrics.nearest_neighbors import NeighborsResults
+    from sklearn.neighbors import NearestNeighbors
+
+    distances, indices = NearestNeighbors(n_neighbors=n_neighbors).fit(latent).kneighbors(latent)
+    return NeighborsResults(indices=indices, distances=distances)
 
 
 def _leiden(latent: np.ndarray, labels: np.ndarray, seed: int) -> dict[str, float]:

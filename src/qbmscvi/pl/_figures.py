@@ -1,10 +1,4 @@
-"""Figures from arrays and tables.
-
-Every function draws on one matplotlib Axes and returns it; none computes an embedding, trains or samples. Signatures
-follow scanpy (``ax``, ``show``, ``save``) with one difference: ``show=None`` does not open a window, it leaves that to
-the caller or the notebook. The backend is never set. Colors are those of Okabe and Ito, which color-blind readers can
-tell apart; where there are more categories than colors, the marker changes as well.
-"""
+"""Cells, training, couplings and energies, and what all figures share."""
 
 from __future__ import annotations
 
@@ -21,8 +15,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
     from numpy.typing import ArrayLike
-
-__all__ = ["coupling_matrix", "embedding", "energy_histogram", "training_curves"]
 
 # Okabe and Ito (2008), without yellow, which is too faint on white.
 _COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")

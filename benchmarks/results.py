@@ -1,0 +1,66 @@
+"""The comparison on four real data sets: records in ``results.jsonl``, tables and figures from them.
+
+    python benchmarks/results.py --data ../shared/data
+    python benchmarks/results.py --table-only
+    python benchmarks/results.py --cell pancreas_endo QBMSCVI 3
+
+Runs that the records have are not repeated. Several processes may share the work (``--sets``, ``--first-seed``).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import anndata
+
+from qbmscvi.benchmark import MODEL_NAMES, available_models, compare, prepare, write_report
+from qbmscvi.benchmark.__main__ import add_options, arguments, rerun_cell
+
+HERE = Path(__file__).parent
+DATA_SETS = {
+    "kang_ifnb": {"label_key": "cell_type", "batch_key": "batch"},
+    "pbmc_cite_2batch": {"label_key": "cell_type", "batch_key": "batch"},
+    "pbmc_facs": {"label_key": "cell_type"},
+    "pancreas_endo": {"label_key": "cell_type", "order_key": "stage"},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data", help="folder of the .h5ad")
+    parser.add_argument("--sets", nargs="+", choices=DATA_SETS, default=list(DATA_SETS))
+    add_options(parser)
+    parser.add_argument("--cell", nargs=3, metavar=("SET", "MODEL", "SEED"), help="run this one again and compare")
+    parser.add_argument("--records", type=Path, default=HERE / "results.jsonl")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder of RESULTS.md")
+    parser.add_argument("--figures", type=Path, default=Path("benchmark-output"), help="folder of figures and CSV")
+    parser.add_argument("--table-only", action="store_true", help="write tables and figures from existing records")
+    options = parser.parse_args()
+    sets = [options.cell[0]] if options.cell else options.sets
+    for name in [] if options.table_only else sets:
+        keys = DATA_SETS[name]
+        choice = {key: keys.get(key) for key in ("label_key", "batch_key")}
+        adata = prepare(
+            anndata.read_h5ad(options.data / f"{name}.h5ad"),
+            **choice,
+            n_genes=options.n_genes,
+            max_cells=options.max_cells,
+            unlabeled="unassigned",
+        )
+        given = {**keys, "name": name, **arguments(options)}
+        if options.cell:
+            rerun_cell(adata, options.cell[1:], given, options.records)
+            return
+        suitable = available_models(keys.get("batch_key"))
+        given["models"] = [model for model in options.models or MODEL_NAMES if model in suitable]
+        compare(adata, records=options.records, **given)
+    report = write_report(options.records, options.figures, title="QBMSCVI beside scVI")
+    if options.out != options.figures:
+        text = "\n".join(line for line in report.read_text().splitlines() if not line.startswith("!["))
+        (options.out / "RESULTS.md").write_text(text.rstrip() + "\n")
+    print(f"wrote {options.out / 'RESULTS.md'} and, in {options.figures}, CSV and figures")
+
+
+if __name__ == "__main__":
+    main()

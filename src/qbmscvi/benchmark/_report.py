@@ -1,0 +1,355 @@
+"""Tables and figures from the records of a comparison.
+
+Everything is computed from the records; figures of cells need the representations that ``save_latents=True`` left
+beside them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from qbmscvi.benchmark._compare import latent_path, read_records
+from qbmscvi.benchmark._models import SHUFFLED
+from qbmscvi.benchmark._statistics import PairedDifference, paired_difference, pooled_difference
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from matplotlib.axes import Axes
+
+    Record = dict
+
+_KEY = ["data", "schedule", "model", "seed"]
+_MODEL = "QBMSCVI"
+_UMAP_CELLS = 5_000
+
+
+class Metric(NamedTuple):
+    """What a score is called, what it is a score of, and which end is better."""
+
+    title: str
+    task: str
+    lower_is_better: bool = False
+
+
+METRICS = {
+    "knn_accuracy": Metric("kNN accuracy", "types"),
+    "knn_macro_f1": Metric("kNN macro-F1", "types"),
+    "logistic_accuracy": Metric("logistic accuracy", "types"),
+    "logistic_macro_f1": Metric("logistic macro-F1", "types"),
+    "boosting_accuracy": Metric("boosting accuracy", "types"),
+    "boosting_macro_f1": Metric("boosting macro-F1", "types"),
+    "leiden_nmi": Metric("Leiden NMI", "clusters"),
+    "leiden_ari": Metric("Leiden ARI", "clusters"),
+    "silhouette": Metric("silhouette", "clusters"),
+    "scib_bio": Metric("scIB bio", "integration"),
+    "scib_batch": Metric("scIB batch", "integration"),
+    "scib_total": Metric("scIB total", "integration"),
+    "transfer_accuracy": Metric("transfer accuracy", "transfer"),
+    "transfer_macro_f1": Metric("transfer macro-F1", "transfer"),
+    "pseudotime_tau": Metric("pseudotime tau", "order"),
+    "pseudotime_finite": Metric("finite pseudotime", "order"),
+    "fate_tau_mean": Metric("tau per fate", "order"),
+    "elbo": Metric("held-out ELBO", "fit"),
+}
+"""Scores that the report shows, by their name in the records; the CSV files have all."""
+
+
+def write_report(records: str | Path | Iterable[Record], folder: str | Path, *, title: str = "Comparison") -> Path:
+    """Write tables and figures of a comparison.
+
+    Parameters
+    ----------
+    records
+        File of the records, or the records; figures of cells are drawn from a file only, beside which their
+        representations lie.
+    folder
+        Where to write ``RESULTS.md``, ``results.csv`` (mean and standard deviation over seeds of every score),
+        ``differences.csv`` (paired differences of every score) and the figures.
+    title
+        First line of ``RESULTS.md``.
+
+    Returns
+    -------
+    Path of ``RESULTS.md``.
+
+    Raises
+    ------
+    ValueError
+        If there are no records.
+    """
+    folder = Path(folder)
+    path = Path(records) if isinstance(records, str | Path) else None
+    records = read_records(path) if path else list(records)
+    table = as_table(records)
+    differences = compute_differences(table)
+    folder.mkdir(parents=True, exist_ok=True)
+    summary = table.groupby(["data", "schedule", "model", "metric"], sort=False)["value"]
+    summary.agg(["mean", "std", "count"]).to_csv(folder / "results.csv")
+    differences.to_csv(folder / "differences.csv", index=False)
+    figures = _draw(table, differences, records, path, folder)
+    text = to_markdown(table, differences, records, title)
+    text += "".join(f"\n![{figure.stem}]({figure.name})\n" for figure in figures)
+    (folder / "RESULTS.md").write_text(text)
+    return folder / "RESULTS.md"
+
+
+def as_table(records: Iterable[Record]) -> pd.DataFrame:
+    """One row per score: ``data``, ``schedule``, ``model``, ``seed``, ``metric``, ``value``.
+
+    Raises
+    ------
+    ValueError
+        If there are no records.
+    """
+    rows = [
+        {**{key: record[key] for key in _KEY}, "metric": metric, "value": value}
+        for record in records
+        for metric, value in record["scores"].items()
+    ]
+    if not rows:
+        msg = "There are no records to report. Run `qbmscvi.benchmark.compare` first, or name its file."
+        raise ValueError(msg)
+    return pd.DataFrame(rows).astype({"value": float})
+
+
+def compute_differences(table: pd.DataFrame, model: str = _MODEL) -> pd.DataFrame:
+    """Paired differences over seeds, every QBMSCVI variant against every reference.
+
+    References are each SCVI variant, the best of them by the mean of that very score (``"best SCVI"``; chosen after
+    the fact, so that it flatters SCVI), and for ``model`` its controls.
+
+    Parameters
+    ----------
+    table
+        From :func:`as_table`.
+    model
+        The model that controls are controls of.
+
+    Returns
+    -------
+    One row per ``data``, ``schedule``, ``metric``, ``model`` and ``reference``: fields of
+    :class:`~qbmscvi.benchmark.PairedDifference`. Rows of the data set ``"all"`` pool those data sets that have both:
+    ``bootstrap_low`` and ``bootstrap_high`` are then those of the hierarchical bootstrap, ``t_low`` and ``t_high`` NaN
+    (see ``within_low`` and ``within_high`` for seeds alone).
+    """
+    rows = []
+    for (schedule, metric), part in table.groupby(["schedule", "metric"], sort=False):
+        pooled: dict[tuple[str, str], dict[str, np.ndarray]] = {}
+        for data, of_data in part.groupby("data", sort=False):
+            wide = of_data.pivot(index="seed", columns="model", values="value").dropna(axis=1, how="all")
+            for one, reference, scores in _pairs(wide, model, metric):
+                result = paired_difference(wide[one], scores)
+                key = {"data": data, "schedule": schedule, "metric": metric, "model": one, "reference": reference}
+                rows.append({**key, **result._asdict()})
+                pooled.setdefault((one, reference), {})[data] = (wide[one] - scores).to_numpy()
+        for (one, reference), values in pooled.items():
+            if len(values) > 1:
+                all_sets = pooled_difference(values)
+                result = PairedDifference(all_sets.mean, np.nan, np.nan, all_sets.low, all_sets.high, all_sets.n_sets)
+                key = {"data": "all", "schedule": schedule, "metric": metric, "model": one, "reference": reference}
+                within = {"within_low": all_sets.within_low, "within_high": all_sets.within_high}
+                rows.append({**key, **result._asdict(), **within})
+    return pd.DataFrame(rows)
+
+
+def _pairs(wide: pd.DataFrame, model: str, metric: str) -> Iterable[tuple[str, str, pd.Series]]:
+    variants = [name for name in wide if name.startswith("SCVI")]
+    sign = -1 if metric in METRICS and METRICS[metric].lower_is_better else 1
+    best = max(variants, key=lambda name: sign * wide[name].mean(), default=None)
+    for one in [name for name in wide if name.startswith(model) and name != SHUFFLED]:
+        references = {name: wide[name] for name in variants}
+        if best is not None:
+            references["best SCVI"] = wide[best]
+        if one == model:
+            references |= {name: wide[name] for name in (f"{model}, J = 0", SHUFFLED) if name in wide}
+        for reference, scores in references.items():
+            if (wide[one].notna() & scores.notna()).any():
+                yield one, reference, scores
+
+
+def to_markdown(table: pd.DataFrame, differences: pd.DataFrame, records: list[Record], title: str) -> str:
+    """Text of ``RESULTS.md`` but for the figures."""
+    versions = "; ".join(sorted({_versions(record) for record in records}))
+    commits = ", ".join(sorted({record["commit"] or "none" for record in records}))
+    lines = [
+        f"# {title}",
+        "",
+        "Written by `qbmscvi.benchmark.write_report` from the records of `qbmscvi.benchmark.compare`. Mean ± standard "
+        "deviation over seeds; higher is better. Intervals are of 95 %: of one data set, Student's t over paired "
+        "seeds; of all data sets, a bootstrap of data sets and seeds. *best SCVI* is the variant with the best mean "
+        "in that very score, chosen afterwards. Held-out ELBO in nats per cell, of models of counts only.",
+        "",
+        f"{versions}. Commit {commits}.",
+    ]
+    for (data, schedule), part in table.groupby(["data", "schedule"], sort=False):
+        own = [record for record in records if (record["data"], record["schedule"]) == (data, schedule)]
+        lines += ["", f"## {data}, {schedule} schedule", "", _facts(own), ""]
+        shown = [metric for metric in METRICS if metric in set(part["metric"])]
+        lines += _markdown_table(
+            ["model", *(METRICS[metric].title for metric in shown), "CPU, s"],
+            [
+                [model, *(_spread(of_model, metric) for metric in shown), _cost(own, model)]
+                for model, of_model in part.groupby("model", sort=False)
+            ],
+        )
+        lines += _difference_lines(differences, data, schedule)
+    for schedule in table["schedule"].unique():
+        pooled = _difference_lines(differences, "all", schedule)
+        lines += ["", f"## All data sets, {schedule} schedule", *pooled] if pooled else []
+    return "\n".join(lines) + "\n"
+
+
+def _difference_lines(differences: pd.DataFrame, data: str, schedule: str) -> list[str]:
+    if differences.empty:
+        return []
+    part = differences[(differences["data"] == data) & (differences["schedule"] == schedule)]
+    shown = [metric for metric in METRICS if metric in set(part["metric"])]
+    if not shown:
+        return []
+    rows = []
+    for (model, reference), of_pair in part.groupby(["model", "reference"], sort=False):
+        by_metric = of_pair.set_index("metric")
+        cells = [_interval(by_metric.loc[metric]) if metric in by_metric.index else "" for metric in shown]
+        rows.append([model, reference, *cells])
+    return [
+        "",
+        "Paired differences:",
+        "",
+        *_markdown_table(["model", "against", *(METRICS[m].title for m in shown)], rows),
+    ]
+
+
+def _markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
+
+
+def _spread(part: pd.DataFrame, metric: str) -> str:
+    values = part.loc[part["metric"] == metric, "value"].dropna()
+    if values.empty:
+        return ""
+    digits = 1 if metric == "elbo" else 3
+    spread = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{values.mean():.{digits}f}{spread}"
+
+
+def _interval(row: pd.Series) -> str:
+    low, high = ("bootstrap_low", "bootstrap_high") if row["data"] == "all" else ("t_low", "t_high")
+    digits = 1 if row.name == "elbo" else 3
+    if not np.isfinite(row[low]):
+        return f"{row['mean']:+.{digits}f}"
+    return f"{row['mean']:+.{digits}f} ({row[low]:+.{digits}f} to {row[high]:+.{digits}f})"
+
+
+def _facts(records: list[Record]) -> str:
+    first, seeds = records[0], {record["seed"] for record in records}
+    return (
+        f"{first['n_cells']} cells, {first['n_genes']} genes, {first['max_epochs']} epochs, "
+        f"{len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'}."
+    )
+
+
+def _cost(records: list[Record], model: str) -> str:
+    return f"{np.mean([record['cpu_s'] for record in records if record['model'] == model]):.0f}"
+
+
+def _versions(record: Record) -> str:
+    return ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+
+
+def _draw(
+    table: pd.DataFrame, differences: pd.DataFrame, records: list[Record], path: Path | None, folder: Path
+) -> list[Path]:
+    from qbmscvi import pl
+
+    figures = []
+    titles = {name: metric.title for name, metric in METRICS.items()}
+    for (data, schedule), part in table[table["metric"].isin(METRICS)].groupby(["data", "schedule"], sort=False):
+        means = part.groupby(["model", "metric"], sort=False)["value"].mean().unstack()
+        means = means.reindex(columns=[metric for metric in METRICS if metric in means]).dropna(how="all")
+        ax = pl.score_table(means.rename(columns=titles), title=f"{data}, {schedule} schedule")
+        figures.append(_save(ax, folder / f"scores_{data}_{schedule}.png"))
+        if path is not None:
+            figures += _draw_cells(data, schedule, records, path, folder)
+    if differences.empty:
+        return figures
+    against_best = differences[(differences["reference"] == "best SCVI") & differences["metric"].isin(METRICS)]
+    tasks = against_best["metric"].map(lambda metric: METRICS[metric].task)
+    for (schedule, task), part in against_best.groupby(["schedule", tasks], sort=False):
+        figures.append(_draw_forests(part, folder / f"differences_{task}_{schedule}.png"))
+    return figures
+
+
+def _draw_forests(differences: pd.DataFrame, file: Path) -> Path:
+    """One panel per score, with the differences to the best SCVI variant on each data set and on all."""
+    import matplotlib.pyplot as plt
+
+    from qbmscvi import pl
+
+    metrics = list(dict.fromkeys(differences["metric"]))
+    n_rows = len(differences.groupby(["data", "model"]))
+    size = (3.2 * len(metrics) + 2.0, 1.4 + 0.2 * n_rows)
+    figure, axes = plt.subplots(1, len(metrics), figsize=size, squeeze=False, layout="constrained")
+    for ax, metric in zip(axes[0], metrics, strict=True):
+        rows: dict[str, dict] = {}
+        for _, row in differences[differences["metric"] == metric].iterrows():
+            low, high = ("bootstrap_low", "bootstrap_high") if row["data"] == "all" else ("t_low", "t_high")
+            rows.setdefault(row["data"], {})[row["model"]] = (row["mean"], row[low], row[high])
+        label = f"{METRICS[metric].title}:\ndifference to the best SCVI variant"
+        pl.difference_forest(rows, xlabel=label, legend=ax is axes[0, -1], ax=ax)
+    return _save(axes[0, 0], file)
+
+
+def _draw_cells(data: str, schedule: str, records: list[Record], path: Path, folder: Path) -> list[Path]:
+    """UMAPs of the first seed of every model, colored by label and by batch."""
+    import matplotlib.pyplot as plt
+
+    from qbmscvi import pl
+
+    own = [record for record in records if (record["data"], record["schedule"]) == (data, schedule)]
+    first = min(record["seed"] for record in own)
+    files = {r["model"]: latent_path(path, r) for r in own if r["seed"] == first and r["model"] != SHUFFLED}
+    files = {model: file for model, file in files.items() if file.exists()}
+    if not files:
+        return []
+    panels = {model: _umap(file) for model, file in files.items()}
+    columns = [key for key in ("labels", "batches") if key in next(iter(panels.values()))]
+    figure, axes = plt.subplots(
+        len(columns),
+        len(panels),
+        figsize=(3.0 * len(panels) + 2.5, 3.0 * len(columns)),
+        squeeze=False,
+        layout="constrained",
+    )
+    for row, column in zip(axes, columns, strict=True):
+        for ax, (model, cells) in zip(row, panels.items(), strict=True):
+            is_last = ax is row[-1]
+            pl.embedding(cells["umap"], cells[column], title=model, axis_name="UMAP", legend=is_last, ax=ax)
+    return [_save(axes[0, 0], folder / f"umap_{data}_{schedule}.png")]
+
+
+def _umap(file: Path) -> dict[str, np.ndarray]:
+    import scanpy as sc
+    from anndata import AnnData
+
+    with np.load(file) as saved:
+        cells = dict(saved)
+    chosen = np.random.default_rng(0).permutation(len(cells["latent"]))[:_UMAP_CELLS]
+    cells = {key: values[chosen] for key, values in cells.items()}
+    adata = AnnData(obsm={"latent": cells["latent"]}, shape=(len(chosen), 0))
+    sc.pp.neighbors(adata, use_rep="latent", random_state=0)
+    sc.tl.umap(adata, random_state=0)
+    return {**cells, "umap": adata.obsm["X_umap"]}
+
+
+def _save(ax: Axes, path: Path) -> Path:
+    import matplotlib.pyplot as plt
+
+    figure = ax.figure
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    plt.close(figure)
+    return path
