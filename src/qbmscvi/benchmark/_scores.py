@@ -67,7 +67,10 @@ def score_all(
     -------
     Scores by name; :data:`qbmscvi.benchmark.METRICS` says what the main ones mean.
     """
-    with warnings.catch_warnings():
+    from threadpoolctl import threadpool_limits
+
+    # One thread: a second one gains little here, and where another program wants the core it costs a hundredfold.
+    with warnings.catch_warnings(), threadpool_limits(1):
         # Small groups and slow components are in the records; scIB and scanpy warn of their own future.
         warnings.simplefilter("ignore")
         return {
