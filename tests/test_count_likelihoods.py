@@ -247,7 +247,8 @@ def test_training_gives_the_losses_that_scvis_likelihood_gives(gene_likelihood, 
 
     def train():
         scvi.settings.seed = 0
-        model = QBMSCVI(adata, latent="gaussian-spins", n_latent=4, n_spins=6, gene_likelihood=gene_likelihood, dispersion=dispersion)
+        sizes = {"latent": "gaussian-spins", "n_latent": 4, "n_spins": 6}
+        model = QBMSCVI(adata, **sizes, gene_likelihood=gene_likelihood, dispersion=dispersion)
         settings = {"precision": precision, "accelerator": "cpu", "enable_progress_bar": False}
         model.train(max_epochs=3, check_val_every_n_epoch=1, **settings)
         return np.stack([model.history[key].to_numpy(float) for key in ("elbo_train", "elbo_validation")])

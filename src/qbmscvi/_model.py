@@ -590,7 +590,7 @@ def _refuse_gaussian_annotation(caller: FrameType) -> None:
     asks = caller.f_code is SCANVI.from_scvi_model.__func__.__code__
     if asks and not issubclass(caller.f_locals["cls"], QBMSCVI):
         msg = (
-            "SCANVI has a Gaussian latent space and cannot take over a QBMSCVI, whose latent space has a Boltzmann prior. "
+            "SCANVI has a Gaussian latent space and cannot take over a QBMSCVI, whose prior is a Boltzmann machine. "
             "Use `qbmscvi.QBMSCANVI.from_qbmscvi_model(model, unlabeled_category, labels_key)`."
         )
         raise TypeError(msg)

@@ -6,6 +6,7 @@ what differs and nothing else. Each is read by ``get_latent_representation()`` w
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,6 +36,7 @@ _TARGET_SUM = 1e4
 _N_COMPONENTS = 50
 _UNIT_SIZE_FACTOR = "_unit_size_factor"
 _SCVI_WARMUP = 400
+_TRAIN_SIZE, _BATCH_SIZE = 0.9, 128  # scVI's defaults, with which all are trained
 
 
 @dataclass(frozen=True)
@@ -239,7 +241,8 @@ def _same_schedule(task: Task) -> dict[str, Any]:
     from inspect import signature
 
     eps = signature(QBMTrainingPlan.__init__).parameters["eps"].default
-    return {"n_epochs_kl_warmup": auto_kl_warmup(task.max_epochs), "eps": eps}
+    n_batches = math.ceil(math.ceil(_TRAIN_SIZE * task.adata.n_obs) / _BATCH_SIZE)
+    return {"n_epochs_kl_warmup": None, "n_steps_kl_warmup": auto_kl_warmup(task.max_epochs * n_batches), "eps": eps}
 
 
 MODELS: dict[str, Callable[[Task], Fit]] = {
@@ -252,7 +255,7 @@ MODELS: dict[str, Callable[[Task], Fit]] = {
     "PCA": _fit_pca,
     "QBMSCVI": NeuralModel(QBMSCVI),
     "QBMSCVI, J = 0": NeuralModel(QBMSCVI, lambda task: {"prior_graph": "independent"}),
-    "QBMSCVI, spins": NeuralModel(QBMSCVI, lambda task: {"latent": "spins"}),
+    "QBMSCVI, gaussian-spins": NeuralModel(QBMSCVI, lambda task: {"latent": "gaussian-spins"}),
     "SysVI, VampPrior": NeuralModel(SysVI, is_normalized=True, takes_schedule=False),
 }
 """Built-in models; :data:`SHUFFLED` comes with ``"QBMSCVI"``."""
