@@ -282,9 +282,9 @@ CONSTRUCTOR = [
         id="graph-type",
     ),
     pytest.param(
-        {"latent": "bits"}, ValueError, "Unknown latent family 'bits'", "Use 'gaussian-spins' or 'spins'", id="latent"
+        {"latent": "bits"}, ValueError, "Unknown latent family 'bits'", "Use 'spins' or 'gaussian-spins'", id="latent"
     ),
-    pytest.param({"latent": 3}, ValueError, "Unknown latent family 3", "Use 'gaussian-spins'", id="latent-type"),
+    pytest.param({"latent": 3}, ValueError, "Unknown latent family 3", "Use 'spins'", id="latent-type"),
     pytest.param(
         {"smoothing": "sharp"},
         ValueError,

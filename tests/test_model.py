@@ -424,7 +424,7 @@ def test_representation_is_the_documented_reading_of_the_posterior(trained, late
 def test_return_dist_gives_mean_and_variance_of_both_layers(model):
     mean, variance = model.get_latent_representation(return_dist=True)
     n_gaussian = model.module.prior.n_gaussian
-    np.testing.assert_array_equal(mean, model.get_latent_representation(layer="both"))
+    np.testing.assert_array_equal(mean, model.get_latent_representation(layer="both", representation="mean"))
     assert variance.shape == mean.shape
     assert variance.min() > 0
     np.testing.assert_allclose(variance[:, n_gaussian:], 1.0 - mean[:, n_gaussian:] ** 2, atol=1e-6)
@@ -484,7 +484,7 @@ def test_rows_do_not_depend_on_how_cells_are_handed_over(model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        pytest.param({"representation": "codes"}, "Unknown representation 'codes'. Use 'mean', 'logits' or 'bits'"),
+        pytest.param({"representation": "codes"}, "Unknown representation 'codes'. Use 'angles', 'mean'"),
         pytest.param({"layer": "hidden"}, "Unknown layer 'hidden'. Use 'gaussian', 'spins' or 'both'"),
     ],
     ids=["representation", "layer"],
