@@ -57,6 +57,7 @@ def main() -> None:
         compare(adata, records=options.records, **given)
     report = write_report(options.records, options.figures, title="QBMSCVI beside scVI")
     if options.out != options.figures:
+        options.out.mkdir(parents=True, exist_ok=True)
         text = "\n".join(line for line in report.read_text().splitlines() if not line.startswith("!["))
         (options.out / "RESULTS.md").write_text(text.rstrip() + "\n")
     print(f"wrote {options.out / 'RESULTS.md'} and, in {options.figures}, CSV and figures")

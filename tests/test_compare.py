@@ -119,6 +119,7 @@ def test_a_schedule_is_the_same_for_all(adata, quick_scores, schedule, warmup):
         ({"schedule": "fast"}, "Unknown schedule"),
         ({"n_seeds": 0}, "n_seeds=0"),
         ({"max_epochs": 0}, "max_epochs=0"),
+        ({"n_threads": 0}, "n_threads=0"),
         ({"save_latents": True}, "records=None"),
     ],
 )

@@ -34,6 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-cells", type=int, help="keep a random subsample of this many cells")
     parser.add_argument("--save-latents", action="store_true", help="keep the representations, for figures of cells")
     parser.add_argument("--accelerator", default="auto", help="Lightning's accelerator (default auto)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default 1)")
 
 
 def arguments(options: argparse.Namespace) -> dict:
@@ -46,6 +47,7 @@ def arguments(options: argparse.Namespace) -> dict:
         "schedule": options.schedule,
         "save_latents": options.save_latents,
         "accelerator": options.accelerator,
+        "n_threads": options.threads,
     }
 
 

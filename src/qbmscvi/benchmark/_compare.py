@@ -69,11 +69,12 @@ def compare(
     records: str | Path | None = "comparison.jsonl",
     save_latents: bool = False,
     accelerator: str = "auto",
+    n_threads: int = 1,
     progress: bool = True,
 ) -> list[Record]:
     """Train models on the same cells, genes and split, score their representations, and record it all.
 
-    Sets ``scvi.settings.seed``. Needs the extra ``benchmark``.
+    Sets ``scvi.settings.seed`` and the number of torch's threads. Needs the extra ``benchmark``.
 
     Parameters
     ----------
@@ -107,6 +108,8 @@ def compare(
         :func:`~qbmscvi.benchmark.write_report` to draw.
     accelerator
         Lightning's accelerator.
+    n_threads
+        Threads of torch in training; the matrices are small. Scores take one in any case.
     progress
         Whether to show a progress bar.
 
@@ -138,6 +141,7 @@ def compare(
         raise ValueError(msg)
     require_integer("n_seeds", n_seeds, 1)
     require_integer("first_seed", first_seed, 0)
+    require_integer("n_threads", n_threads, 1)
     if save_latents and records is None:
         msg = "save_latents=True needs a place beside the records, but records=None. Name a file for the records."
         raise ValueError(msg)
@@ -158,7 +162,6 @@ def compare(
     open_runs = [(seed, model) for seed, model in runs if (model, seed) not in done]
     if not open_runs:
         return [done[model, seed] for seed, model in runs]
-    n_threads = torch.get_num_threads()
     provenance = {"versions": _versions(), "commit": _commit()}
     unintegrated = principal_components(log_normalize(adata))
     for seed, model in _with_progress(open_runs, name, progress):
@@ -182,7 +185,7 @@ def compare(
             "scoring_cpu_s": round(time.process_time() - started, 2),
             "scores": scores,
             **facts,
-            "settings": {**fit.settings, "accelerator": accelerator},
+            "settings": {**fit.settings, "accelerator": accelerator, "n_threads": n_threads},
             **provenance,
         }
         new = [record, *({**record, "model": other, "scores": own} for other, own in fit.controls.items())]
