@@ -415,6 +415,36 @@ def test_autotune_finds_what_it_inspects():
 VALIDATED = {"check_val_every_n_epoch": 1, "train_size": 0.7}
 
 
+@pytest.mark.slow
+def test_autotune_tunes_the_model(tmp_path):
+    """Needs ``scvi-tools[autotune]``; trials run in processes of their own, so the model travels there and back."""
+    for package in ("hyperopt", "ray.tune", "scib_metrics"):
+        pytest.importorskip(package)
+    from ray import tune
+    from scvi.autotune import run_autotune
+
+    experiment = run_autotune(
+        QBMSCVI,
+        data=fresh(),
+        metrics="elbo_validation",
+        mode="min",
+        search_space={
+            "model_params": {"n_latent": tune.grid_search([4, 6]), "n_chains": 32},
+            "train_params": {"max_epochs": 2, "plan_kwargs": {"prior_lr": 1e-3}},
+        },
+        num_samples=1,
+        seed=0,
+        scheduler="asha",
+        searcher="random",
+        logging_dir=str(tmp_path),
+        resources={"cpu": 1},
+        ignore_reinit_error=True,
+    )
+    trials = experiment.result_grid.get_dataframe()
+    assert sorted(trials["config/model_params/n_latent"]) == [4, 6]
+    assert np.isfinite(trials["elbo_validation"]).all()
+
+
 def test_hub_holds_and_loads_the_model(tmp_path):
     hub = pytest.importorskip("huggingface_hub")
     from scvi.hub import HubMetadata, HubModel
