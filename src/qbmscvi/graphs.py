@@ -235,11 +235,41 @@ def hardware(topology: Literal["chimera", "pegasus", "zephyr"], n_nodes: int) ->
     size = 2 if topology == "pegasus" else 1  # P1 has no qubits
     while len(lattice := build(size)) < n_nodes:
         size += 1
-    middle = nx.center(lattice)[0] if len(lattice) <= 200 else sorted(lattice)[len(lattice) // 2]
-    order = [middle, *(node for _, node in nx.bfs_edges(lattice, middle, sort_neighbors=sorted))][:n_nodes]
-    return from_networkx(
-        nx.convert_node_labels_to_integers(lattice.subgraph(sorted(order)), ordering="sorted"), topology
-    )
+    return patch(lattice, n_nodes, topology)
+
+
+def patch(lattice: nx.Graph, n_nodes: int, name: str | None = None) -> Graph:
+    """Connected patch of ``n_nodes`` qubits of a lattice, e.g. of the working graph of a device.
+
+    Taken breadth-first from the middle of the largest connected part, so it is dense and deterministic. As the prior
+    graph of a model, a patch of :attr:`~qbmscvi.samplers.DWaveSampler.working_graph` lacks the qubits and couplers that
+    the device lacks, and needs no chains there.
+
+    Parameters
+    ----------
+    lattice
+        Any graph whose nodes can be sorted.
+    n_nodes
+        Number of qubits.
+    name
+        Word for messages and plots; None for the family that ``dwave-networkx`` notes in the graph.
+
+    Raises
+    ------
+    ValueError
+        If no connected part is large enough.
+    """
+    part = lattice.subgraph(max(nx.connected_components(lattice), key=len, default=()))
+    if not 1 <= n_nodes <= len(part):
+        msg = (
+            f"A patch of {n_nodes} connected qubits was asked for, but the lattice has {len(lattice)} qubits, "
+            f"{len(part)} of them connected. Ask for 1 to {len(part)}."
+        )
+        raise ValueError(msg)
+    middle = nx.center(part)[0] if len(part) <= 200 else sorted(part)[len(part) // 2]
+    order = [middle, *(node for _, node in nx.bfs_edges(part, middle, sort_neighbors=sorted))][:n_nodes]
+    chosen = nx.convert_node_labels_to_integers(lattice.subgraph(sorted(order)), ordering="sorted")
+    return from_networkx(chosen, name or str(lattice.graph.get("family", "patch")))
 
 
 def build_graph(spec: GraphName | nx.Graph | Graph, n_nodes: int) -> Graph:

@@ -11,6 +11,7 @@ from qbmscvi.samplers._dimod import (
     SimulatedAnnealingSampler,
     TreeDecompositionSampler,
 )
+from qbmscvi.samplers._dwave import DWaveSampler, build_dwave_sampler
 from qbmscvi.samplers._exact import ExactSampler
 from qbmscvi.samplers._gibbs import BlockGibbsSampler
 from qbmscvi.samplers._resilience import Budgeted, Retrying, TimeLimited
@@ -26,6 +27,7 @@ __all__ = [
     "Budgeted",
     "Calibrated",
     "Composite",
+    "DWaveSampler",
     "DimodSampler",
     "Draw",
     "ExactSampler",
@@ -46,6 +48,7 @@ __all__ = [
     "TimeLimited",
     "TreeDecompositionSampler",
     "Vetted",
+    "build_dwave_sampler",
     "build_sampler",
     "effective_beta",
     "vet",
@@ -58,6 +61,7 @@ _BY_NAME = {
     "path_integral_annealing": PathIntegralAnnealingSampler,
     "tree_decomposition": TreeDecompositionSampler,
     "exact": ExactSampler,
+    "dwave": build_dwave_sampler,
 }
 
 
@@ -75,7 +79,7 @@ def build_sampler(spec: str | Sampler) -> Sampler:
     """Turn a sampler's name into an instance with default settings.
 
     Names: ``"gibbs"``, ``"parallel_tempering"``, ``"simulated_annealing"``, ``"path_integral_annealing"``,
-    ``"tree_decomposition"``, ``"exact"``.
+    ``"tree_decomposition"``, ``"exact"``, and ``"dwave"`` (with an account; see :func:`build_dwave_sampler`).
 
     Raises
     ------
@@ -83,6 +87,8 @@ def build_sampler(spec: str | Sampler) -> Sampler:
         If the name is unknown.
     TypeError
         If ``spec`` is neither a name nor a :class:`Sampler`.
+    SamplerUnavailable
+        If ``"dwave"`` is not installed, not configured, or cannot be reached.
     """
     if isinstance(spec, Sampler):
         return spec

@@ -213,6 +213,9 @@ class SpinReversed(Composite):
             facts = {"n_gauges": n_parts}
             if "device_seconds" in parts[0][0].info:
                 facts["device_seconds"] = sum(batch.info["device_seconds"] for batch, _ in parts)
+            if "chain_break_rate" in parts[0][0].info:
+                broken = [batch.info["chain_break_rate"] * batch.n_samples for batch, _ in parts]
+                facts["chain_break_rate"] = sum(broken) / request.n_samples
             draws.append(replace(pass_on(parts[0][0], **facts), spins=spins, weights=weights))
         return draws
 

@@ -1,0 +1,33 @@
+"""Clique and biclique embeddings by ``minorminer.busclique``, run as a script in a process of its own.
+
+Not imported by the package. On a working graph that lacks couplers busclique can take minutes, and can end its process
+(``std::bad_alloc``); neither may happen to a training run. Reads a question as JSON from standard input, writes the
+chains as a JSON list, null where there are none.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+
+warnings.simplefilter("ignore")  # dwave-networkx announces its successor
+
+
+def main() -> None:
+    """Answer the question on standard input."""
+    import dwave_networkx as dnx
+    from minorminer.busclique import busgraph_cache
+
+    question = json.load(sys.stdin)
+    build = {"chimera": dnx.chimera_graph, "pegasus": dnx.pegasus_graph, "zephyr": dnx.zephyr_graph}[question["family"]]
+    lattice = build(*question["shape"], node_list=question["nodes"], edge_list=question["edges"])
+    cache = busgraph_cache(lattice, seed=question["seed"])
+    sizes = question["sizes"]
+    find = cache.find_clique_embedding if len(sizes) == 1 else cache.find_biclique_embedding
+    chains = find(*sizes)
+    json.dump([list(chains[node]) for node in range(sum(sizes))] if chains else None, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""What an annealer is programmed to: an embedded problem, scaled into the ranges of the device.
+
+The scale sets the temperature: on a device at inverse temperature ``device_beta`` the energy is multiplied by
+``beta / device_beta``, or by less where the ranges are too narrow. Nothing is clipped. Every limit is symmetric in the
+signs of the problem, so that all gauges of a problem get the same scale, and with it the same temperature.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from qbmscvi.exceptions import GraphMismatchError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from qbmscvi.ising import IsingModel
+    from qbmscvi.samplers._embedding import Embedding
+
+# A coupler of this strength, over the device's temperature, is broken with odds of e**-4 in equilibrium.
+_LEAST_CHAIN = 2.0
+_MARGIN = 1.0 - 1e-9  # below the limits, which the service compares in its own arithmetic
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Limits of a device, in its own units.
+
+    Parameters
+    ----------
+    h, J
+        Largest field, and largest coupling of either sign.
+    chain
+        Largest ferromagnetic coupling.
+    qubit
+        Lowest and highest sum of the couplings of a qubit; infinite where the device has no such limit.
+    """
+
+    h: float
+    J: float
+    chain: float
+    qubit: tuple[float, float] = (-np.inf, np.inf)
+
+    @classmethod
+    def from_properties(cls, properties: Mapping[str, Any]) -> Ranges:
+        """Read the limits off the properties of a D-Wave solver."""
+        h, J = properties["h_range"], properties["j_range"]
+        extended = properties.get("extended_j_range", J)
+        qubit = properties.get("per_qubit_coupling_range", (-np.inf, np.inf))
+        return cls(min(-h[0], h[1]), min(-J[0], J[1]), -extended[0], (qubit[0], qubit[1]))
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A problem as the device gets it.
+
+    Parameters
+    ----------
+    embedding
+        Which qubits.
+    h, J
+        Values of places and couplers of a copy, in the units of the device; chains included.
+    scale
+        Factor between these and the problem.
+    chain_strength
+        Ferromagnetic coupling within chains.
+    is_range_limited
+        Whether the ranges of the device did not allow the scale that the temperature asked for needs.
+    """
+
+    embedding: Embedding
+    h: np.ndarray
+    J: np.ndarray
+    scale: float
+    chain_strength: float
+    is_range_limited: bool
+
+    def on_chip(self) -> tuple[dict[int, float], dict[tuple[int, int], float]]:
+        """Fields and couplings by the names of the qubits, all copies together."""
+        qubits = self.embedding.qubits
+        fields = dict(zip(qubits.ravel().tolist(), np.tile(self.h, len(qubits)).tolist(), strict=True))
+        a, b = qubits[:, self.embedding.couplers[:, 0]], qubits[:, self.embedding.couplers[:, 1]]
+        pairs = zip(a.ravel().tolist(), b.ravel().tolist(), strict=True)
+        return fields, dict(zip(pairs, np.tile(self.J, len(qubits)).tolist(), strict=True))
+
+
+def fit(
+    problem: IsingModel,
+    embedding: Embedding,
+    ranges: Ranges,
+    *,
+    beta: float,
+    device_beta: float,
+    chain_strength: float | None,
+) -> Program:
+    """Embed a problem and scale it.
+
+    Parameters
+    ----------
+    problem
+        The problem; a factor is written out as couplings.
+    embedding
+        For the graph of the dense problem.
+    ranges
+        Limits of the device.
+    beta
+        Inverse temperature asked for.
+    device_beta
+        Inverse temperature of the device in its own units.
+    chain_strength
+        Coupling within chains in the units of the device. None for uniform torque compensation, but no less than
+        ``2 / device_beta``: chains have to hold where couplings are small, too.
+
+    Raises
+    ------
+    GraphMismatchError
+        If chains of that strength leave no room for the problem.
+    """
+    dense = problem.to_dense().to("cpu", torch.float64)
+    h, J = embedding.spread(dense.h.numpy(), dense.J.numpy())
+    is_chain = embedding.is_chain
+    compensation, least = 0.0, 0.0
+    if is_chain.any():
+        if chain_strength is None:
+            compensation, least = _torque_compensation(dense), min(_LEAST_CHAIN / device_beta, ranges.chain)
+        else:
+            least = chain_strength
+    n_qubits = embedding.n_qubits
+    load, n_links = np.zeros(n_qubits), np.zeros(n_qubits)
+    for end in (0, 1):
+        np.add.at(load, embedding.couplers[~is_chain, end], np.abs(J[~is_chain]))
+        np.add.at(n_links, embedding.couplers[is_chain, end], 1.0)
+
+    low, high = ranges.qubit
+    # Pairs (amount at unit scale, room for it); all of them are linear in the scale.
+    bounds = [
+        (np.abs(h).max(initial=0.0), ranges.h),
+        (np.abs(J).max(initial=0.0), ranges.J),
+        (compensation, ranges.chain),
+        *zip(load + compensation * n_links, np.full(n_qubits, -low), strict=True),
+        *zip(load, -low - least * n_links, strict=True),
+        *zip(load, np.full(n_qubits, high), strict=True),
+    ]
+    if least > ranges.chain or min(room for _, room in bounds) <= 0.0:
+        msg = (
+            f"Chains of strength {least:g} do not fit the device: at most {ranges.chain:g} per coupler, couplings of a "
+            f"qubit between {low:g} and {high:g}, up to {int(n_links.max())} couplers of a qubit in its chain. Lower "
+            "`chain_strength`."
+        )
+        raise GraphMismatchError(msg)
+    wanted = beta / device_beta
+    scale = min([wanted, *(_MARGIN * room / amount for amount, room in bounds if amount > 0.0)])
+    strength = max(scale * compensation, least)
+    couplings = np.where(is_chain, -strength, scale * J)
+    return Program(embedding, scale * h, couplings, float(scale), float(strength), bool(scale < wanted))
+
+
+def _torque_compensation(problem: IsingModel) -> float:
+    from dwave.embedding.chain_strength import uniform_torque_compensation
+
+    return float(uniform_torque_compensation(problem.to_bqm())) if problem.graph.n_edges else 0.0
