@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 
+import pytest
 import torch
+from sapi_server import SapiServer, Solver, working_graph
 
 from qbmscvi.enumeration import draw_exact
 from qbmscvi.ising import IsingModel
@@ -89,3 +94,18 @@ class Faulty(Composite):
             asked = [replace(request, problem=change(request.problem)) for request in asked]
         shift = int(self.fault == "shifted-nodes")
         return [Draw(batch.spins.roll(shift, dims=1), batch.weights) for batch in self.child.sample_batch(asked)]
+
+
+@cache
+def annealer_service() -> SapiServer:
+    """A service with one solver, at inverse temperature 5, that lives as long as the tests."""
+    return SapiServer(Solver("Loop_zephyr", working_graph("zephyr", 3), beta=5.0)).__enter__()
+
+
+def connected(build, **settings) -> Sampler:
+    """Build a sampler while D-Wave's client is configured for :func:`annealer_service`."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as environment:
+        file = Path(folder) / "dwave.conf"
+        file.write_text(annealer_service().configuration())
+        environment.setenv("DWAVE_CONFIG_FILE", str(file))
+        return build(**settings)

@@ -22,6 +22,7 @@ import networkx as nx
 import numpy as np
 import pytest
 import torch
+from annealer import majority_law
 from dwave.embedding import embed_bqm, verify_embedding
 from dwave.system.testing import MockDWaveSampler
 from laws import PROBLEMS, Law, assert_follows, energy_table, judge, random_problem, state_table
@@ -81,26 +82,6 @@ def configured(service, tmp_path, monkeypatch):
 
 def sampler(**settings) -> DWaveSampler:
     return DWaveSampler(**{"topology": "zephyr", "device_beta": TRUE_BETA, "timeout": 20.0, **settings})
-
-
-def majority_law(program, problem: IsingModel, beta: float) -> Law:
-    """Law of the spins that are read off one copy, from all states of its qubits; a tie counts half for either side."""
-    embedding = program.embedding
-    edges = np.sort(embedding.couplers, axis=1)
-    graph = graphs.Graph(embedding.n_qubits, edges)
-    coupling = {tuple(edge): value for edge, value in zip(edges.tolist(), program.J, strict=True)}
-    J = torch.tensor([coupling[tuple(edge)] for edge in graph.edges.tolist()], dtype=torch.float64)
-    qubits = IsingModel(torch.tensor(program.h), J, graph)
-    weights = Law.boltzmann(qubits, beta).probabilities
-    states = state_table(embedding.n_qubits)
-    spins = state_table(problem.n_spins)
-    probabilities = np.ones((len(states), 1))
-    for spin in range(problem.n_spins):  # p(spin = +1 | state of the qubits) is 0, 1/2 or 1
-        up = 0.5 * (1.0 + np.sign(states[:, embedding.spin_of == spin].sum(1)))
-        probabilities = np.concatenate([probabilities * (1.0 - up)[:, None], probabilities * up[:, None]], axis=1)
-    # Columns: the last spin was appended last, so it is the highest bit; the table wants the first spin highest.
-    order = (((spins[:, ::-1] + 1) // 2) @ (1 << np.arange(problem.n_spins - 1, -1, -1))).astype(int)
-    return Law(spins, energy_table(problem), (weights @ probabilities)[order])
 
 
 # Embedding ---------------------------------------------------------------------------------------------------------

@@ -305,7 +305,7 @@ class DWaveSampler(Sampler):
         if solver is None or not self.device.properties.get("problem_timing_data"):
             return 0.0, None, most
         n_qubits = program.embedding.qubits.size
-        one, two = (solver.estimate_qpu_access_time(n_qubits, num_reads=n, **self.parameters) for n in (1, 2))
+        one, two = (float(solver.estimate_qpu_access_time(n_qubits, num_reads=n, **self.parameters)) for n in (1, 2))
         each, longest = two - one, self.device.properties.get("problem_run_duration_range", (0, math.inf))[1]
         room = (longest - (one - each)) / each
         return one - each, each, most if math.isinf(room) else max(1, min(most, math.floor(room)))
