@@ -321,6 +321,8 @@ def _encode(values: np.ndarray) -> str:
 class _Handler(BaseHTTPRequestHandler):
     service: SapiServer
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    wbufsize = -1  # headers and content in one packet
 
     def log_message(self, *args) -> None:
         pass

@@ -21,6 +21,7 @@ from qbmscvi.samplers._tempering import ParallelTemperingSampler
 from qbmscvi.samplers._vetting import Vetted
 
 __all__ = [
+    "SAMPLER_NAMES",
     "BetaEstimate",
     "BlockGibbsSampler",
     "Broker",
@@ -63,6 +64,7 @@ _BY_NAME = {
     "exact": ExactSampler,
     "dwave": build_dwave_sampler,
 }
+SAMPLER_NAMES = tuple(_BY_NAME)
 
 
 def vet(sampler: Sampler) -> Sampler:

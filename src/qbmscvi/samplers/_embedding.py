@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 Kind = Literal["native", "clique", "biclique", "minor"]
 
 _NATIVE_SECONDS = 20
+_COPY_SECONDS = 3  # on a chip of 5,000 qubits a copy is found within two
+_NATIVE_SECONDS_DENSE = 2  # small ones are found at once; that large ones are not there takes long to prove
 _DENSE = 0.5  # share of the (bipartite) pairs that are edges from which on busclique goes first
 _EDGE_OF_CHAIN = -1
 
@@ -158,20 +160,21 @@ def _find_chains(core: nx.Graph, lattice: nx.Graph, seed: int, seconds: float) -
     if len(core) > len(lattice):
         return "minor", {}
     names = list(core)
-    if max(dict(core.degree).values()) <= max(dict(lattice.degree).values()):
-        qubits = _find_subgraph(core, lattice)
-        if qubits:
-            return "native", {node: [qubits[node]] for node in names}
-
     sides = [names]
     density = 2.0 * core.number_of_edges() / (len(core) * (len(core) - 1))
     if nx.is_bipartite(core) and nx.is_connected(core):
         left, right = nx.bipartite.sets(core)
         sides = [sorted(left), sorted(right)]
         density = core.number_of_edges() / (len(left) * len(right))
+    is_dense = density >= _DENSE
+    if max(dict(core.degree).values()) <= max(dict(lattice.degree).values()):
+        qubits = _find_subgraph(core, lattice, _NATIVE_SECONDS_DENSE if is_dense else _NATIVE_SECONDS)
+        if qubits:
+            return "native", {node: [qubits[node]] for node in names}
+
     bus_kind: Kind = "clique" if len(sides) == 1 else "biclique"
     methods = [(bus_kind, lambda: _ask_busclique(sides, lattice, seed, seconds))]
-    methods.insert(density >= _DENSE, ("minor", lambda: _minor(core, lattice, seed, seconds)))
+    methods.insert(is_dense, ("minor", lambda: _minor(core, lattice, seed, seconds)))
     for kind, find in methods:
         chains = find()
         if chains:
@@ -179,10 +182,10 @@ def _find_chains(core: nx.Graph, lattice: nx.Graph, seed: int, seconds: float) -
     return "minor", {}
 
 
-def _find_subgraph(source: nx.Graph, target: nx.Graph) -> dict[int, int]:
+def _find_subgraph(source: nx.Graph, target: nx.Graph, seconds: int) -> dict[int, int]:
     from minorminer.subgraph import find_subgraph
 
-    return find_subgraph(source, target, timeout=_NATIVE_SECONDS)
+    return find_subgraph(source, target, timeout=seconds)
 
 
 def _minor(core: nx.Graph, lattice: nx.Graph, seed: int, seconds: float) -> dict[int, list[int]]:
@@ -249,7 +252,7 @@ def _repeat(first: Embedding, lattice: nx.Graph, max_copies: int) -> Embedding:
         rest.remove_nodes_from(copies[-1].tolist())
         if len(rest) < first.n_qubits:
             break
-        found = _find_subgraph(structure, rest) if len(structure) else {}
+        found = _find_subgraph(structure, rest, _COPY_SECONDS) if len(structure) else {}
         if len(structure) and not found:
             break
         free = sorted(set(rest).difference(found.values()))
