@@ -70,6 +70,11 @@ def _flip_couplings(problem: IsingModel) -> IsingModel:
     return replace(dense, J=-dense.J)
 
 
+def _negative(problem: IsingModel) -> IsingModel:
+    dense = problem.to_dense()
+    return replace(dense, h=-dense.h, J=-dense.J)
+
+
 def _drop_edge(problem: IsingModel) -> IsingModel:
     J = problem.J.clone()
     J[-1] = 0.0
@@ -92,6 +97,8 @@ class Faulty(Composite):
         if self.fault in ("sign-of-J", "dropped-edge"):
             change = _flip_couplings if self.fault == "sign-of-J" else _drop_edge
             asked = [replace(request, problem=change(request.problem)) for request in asked]
+        if self.fault == "sign-of-everything":
+            asked = [replace(request, problem=_negative(request.problem)) for request in asked]
         shift = int(self.fault == "shifted-nodes")
         return [Draw(batch.spins.roll(shift, dims=1), batch.weights) for batch in self.child.sample_batch(asked)]
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from devices import BELIEVED_BETA, TRUE_BETA, Device, OffTemperature, Weighing, rescaled
+from devices import BELIEVED_BETA, TRUE_BETA, Device, Faulty, OffTemperature, Weighing, rescaled
 from dwave.samplers import RandomSampler, SteepestDescentSampler
 from laws import Law, assert_follows, block_gibbs_law, random_problem, state_table
 
@@ -417,6 +417,20 @@ def test_a_device_at_the_end_of_its_range_does_not_spoil_the_calibration():
     for seed in range(10):
         ask(sampler, problem, 500, beta=2.0, seed=seed)  # 1.1 is the most that the range allows
     assert ask(sampler, problem, 500, beta=0.5, seed=11).info["gain"] > 0.5
+
+
+def test_calibrated_passes_flat_problems_on_and_refuses_noise_and_the_opposite_sign():
+    """A problem of size 1e-3 has no temperature that 200 samples could show; in one of size 1 a wrong sign shows."""
+    problem = random_problem(graphs.bipartite(3, 5), seed=5)
+    flat = Calibrated(ExactSampler())
+    for scale in (0.0, 1e-3):
+        batch = flat.sample(SamplingRequest(problem.scaled(scale), 200, seed=3))
+        assert batch.n_samples == 200
+    noise = DimodSampler(RandomSampler())
+    for child in (Faulty(ExactSampler(), "sign-of-everything"), noise):
+        with pytest.raises(InvalidSamples, match="has no temperature: No inverse temperature"):
+            for seed in range(8):  # noise looks a little cold or a little wrong, by chance
+                Calibrated(child).sample(SamplingRequest(problem, 200, seed=seed))
 
 
 def test_calibration_by_energy_uses_random_numbers_of_its_own():

@@ -8,6 +8,7 @@ import pytest
 import scvi
 import torch
 from devices import connected
+from sapi_server import TOKEN
 
 from qbmscvi import QBMSCVI, SamplingSchedule, graphs
 from qbmscvi.datasets import synthetic_counts
@@ -88,10 +89,15 @@ def test_priors_are_those_of_block_gibbs_after_calibration_and_polish_only(adata
     assert uncorrected > 5.0 * yardstick
 
 
-def test_training_goes_on_beside_the_device_and_keeps_its_accounts(adata):
+def test_training_goes_on_beside_the_device_without_failures_or_secrets(adata, tmp_path):
     ready = connected(build_dwave_sampler, n_gauges=2)
     graph = graphs.patch(connected(DWaveSampler).working_graph, 16)
     model = trained(adata, graph, ready, 6, SamplingSchedule(latency=2, max_staleness=20))
     history = model.history
     assert float(history["sampling_staleness"].iloc[-1].iloc[0]) >= 2.0
     assert float(history["sampling_effective_beta"].iloc[-1].iloc[0]) > 0.0
+    assert float(history["sampling_fallbacks"].iloc[-1].iloc[0]) == 0.0  # though the prior is flat at first
+    model.save(tmp_path / "model", save_anndata=True)
+    files = [path for path in (tmp_path / "model").rglob("*") if path.is_file()]
+    assert files
+    assert not [path for path in files if TOKEN.encode() in path.read_bytes()]

@@ -17,7 +17,7 @@ import torch
 from qbmscvi.exceptions import InvalidSamples
 from qbmscvi.samplers._base import Draw, Sampler, derive_seed
 from qbmscvi.samplers._gibbs import gibbs_sweeps
-from qbmscvi.samplers._temperature import effective_beta
+from qbmscvi.samplers._temperature import effective_beta, fits_beta
 
 if TYPE_CHECKING:
     from qbmscvi.ising import IsingModel, SampleBatch
@@ -225,7 +225,8 @@ class Calibrated(Composite):
 
     The child is taken to answer at ``gain * beta`` when asked for ``beta``. Each answer gives an estimate of the gain;
     a running mean of its logarithm corrects what the child is asked. ``info`` has ``effective_beta``,
-    ``effective_beta_scale`` (its standard error) and ``gain``.
+    ``effective_beta_scale`` (its standard error) and ``gain``. Answers to a problem that is too flat to have a
+    temperature, as at the beginning of training, are passed on without an estimate.
 
     Parameters
     ----------
@@ -263,6 +264,9 @@ class Calibrated(Composite):
                 seed = self._own_seed(question.seed)
                 estimate = effective_beta(request.problem, batch, method=self.method, seed=seed)
             except ValueError as error:
+                if fits_beta(request.problem, batch, request.beta):
+                    draws.append(pass_on(batch, gain=gain))
+                    continue
                 msg = f"The answer of {self.child.name} has no temperature: {error}"
                 raise InvalidSamples(msg) from error
             # A device at the end of its range answers as hot as it can, which says nothing of its gain.

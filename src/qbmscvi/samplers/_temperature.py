@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from qbmscvi.ising import IsingModel, SampleBatch
 
 _TWO_SIDED_95 = 1.96
+_MAX_Z = 4.0
 _N_BISECTIONS = 60
 
 
@@ -106,6 +107,15 @@ def pseudo_likelihood_score(problem: IsingModel, batch: SampleBatch, beta: float
     Its mean is positive where the samples are colder than ``beta``.
     """
     return _score(_alignment(problem, batch), beta)
+
+
+def fits_beta(problem: IsingModel, batch: SampleBatch, beta: float) -> bool:
+    """Whether samples are within four standard errors of ``beta``, by the score of the pseudo-likelihood.
+
+    Where the problem is too flat for their number to have a temperature, they fit whatever is asked for.
+    """
+    score, weights = pseudo_likelihood_score(problem, batch, beta), _weights(batch)
+    return abs(float(weights @ score)) <= _MAX_Z * float((weights * score).square().sum().sqrt())
 
 
 def _alignment(problem: IsingModel, batch: SampleBatch) -> Tensor:
