@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 # Set here, or of no use to a sampler.
 _OWN_PARAMETERS = ("answer_mode", "auto_scale", "label", "max_answers", "num_reads", "warnings")
+_GRACE = 60.0  # seconds
 _TICK = 0.05  # seconds between two looks at the clock
 _MAX_TRIPS = 3  # for what was discarded
 _MAX_REFILL = 4  # reads of such a trip, over those of the first
@@ -193,7 +194,8 @@ class DWaveSampler(Sampler):
         options = {
             "profile": self.profile,
             "request_timeout": min(60.0, self.timeout),
-            "polling_timeout": self.timeout,
+            # Later than our own: the client does not cancel a job that it gave up polling.
+            "polling_timeout": self.timeout + _GRACE,
             "http_retry_total": 2,
         }
         # In a thread of its own: three attempts of every request may take longer than the time there is.
