@@ -14,7 +14,7 @@ import scvi
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from qbmscvi import QBMSCVI, SamplingSchedule, _callbacks
+from qbmscvi import QBMSCVI, SamplingSchedule, _callbacks, _guards
 from qbmscvi.datasets import synthetic_counts
 from qbmscvi.exceptions import TrainingDivergedError
 from qbmscvi.samplers import BlockGibbsSampler
@@ -104,7 +104,7 @@ def main(out: Path) -> None:
     run("refused-on-one-rank", out, spoil=float("nan"), likelihood="normal")
     run("nan-on-one-rank", out, spoil=float("nan"))
     run("infinite-on-one-rank", out, spoil=1e38)
-    _callbacks.share_buffers = lambda trainer, module: None
+    _callbacks.share_buffers = _guards.share_buffers = lambda trainer, module: None
     run("unshared", out)
 
 

@@ -1,4 +1,4 @@
-"""What happens between training steps: sampling the prior, and keeping the last finite state.
+"""What happens between training steps: sampling the prior.
 
 Among several processes (Lightning's ranks) rank 0 samples, and its buffers are those of all. Parameters are equal on
 all ranks, so that what is decided from them alone is decided alike everywhere; what is not goes through a collective
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from qbmscvi._guards import share_buffers
 from qbmscvi.diagnostics import estimate_log_z
 from qbmscvi.exceptions import SamplerError, TrainingDivergedError, require_integer
 from qbmscvi.ising import SampleBatch
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 
 _RESAMPLE_BELOW = 0.5  # effective share of the tracking chains
-_NEVER = 2**31 - 1  # a step that no run comes to
 _REPORTED_FACTS = ("staleness", "effective_beta", "effective_share", "exchange_rate")
 
 
@@ -360,143 +360,3 @@ class SamplingCallback(Callback):
             tracked = {name: value.to(self.prior.chains.device) for name, value in state["tracked"].items()}
             self._tracked = SampleBatch(**tracked)
         self.broker.load_state_dict(state["broker"])
-
-
-class StreamKeeper(Callback):
-    """Put torch's random streams into checkpoints: shuffling, dropout and the posterior's draws go on from there.
-
-    Lightning does not do this. Data order goes on as well where a checkpoint was made between two epochs; Lightning
-    starts an epoch that was cut short with a new order.
-    """
-
-    def __init__(self) -> None:
-        self._resumed: dict[str, Tensor] | None = None
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """States of torch's generators in use."""
-        streams = {"cpu": torch.get_rng_state()}
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            streams["cuda"] = torch.cuda.get_rng_state()
-        return streams
-
-    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
-        """Keep the states until training starts."""
-        self._resumed = state_dict
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Set the generators, before the first cells are drawn and after everything else that draws."""
-        self._restore(pl_module)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Set them again if the checkpoint was made after the last step of an epoch: Lightning ends that first."""
-        self._restore(pl_module)
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Forget the states: training goes on."""
-        self._resumed = None
-
-    def _restore(self, pl_module: pl.LightningModule) -> None:
-        if self._resumed is None:
-            return
-        torch.set_rng_state(self._resumed["cpu"].cpu())
-        if "cuda" in self._resumed and pl_module.device.type == "cuda":
-            torch.cuda.set_rng_state(self._resumed["cuda"].cpu(), pl_module.device)
-
-
-class FiniteStateGuard(Callback):
-    """Stop a training run that has diverged, and give the module back in its last finite state.
-
-    The loss of each step is inspected on its own device; it is read, and the state copied, every ``every_n_steps``
-    steps and at the end of an epoch.
-
-    Parameters
-    ----------
-    every_n_steps
-        Steps between two copies.
-    """
-
-    def __init__(self, every_n_steps: int = 100) -> None:
-        self.every_n_steps = every_n_steps
-        self.diverged_at_step: int | None = None
-        self._first_bad_step: Tensor | None = None
-        self._good_state: dict[str, Tensor] = {}
-        self._good_step = 0
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep the state that training starts from, after a checkpoint has been read in full."""
-        self._first_bad_step = torch.full((), -1, device=pl_module.device)
-        self._keep(trainer, pl_module)
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Inspect the loss of the step."""
-        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
-        is_bad = ~torch.isfinite(loss.detach()) & (self._first_bad_step < 0)
-        self._first_bad_step = torch.where(is_bad, trainer.global_step, self._first_bad_step)
-        if trainer.global_step % self.every_n_steps == 0:
-            self._check(trainer, pl_module)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check at the end of the epoch."""
-        self._check(trainer, pl_module)
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Restore the last finite state if the exception came from non-finite numbers."""
-        if self.diverged_at_step is not None or not self._good_state:
-            return
-        if is_refusal(exception) or not _is_finite(pl_module):
-            first_bad = int(self._first_bad_step)
-            self._restore(first_bad if first_bad >= 0 else trainer.global_step, pl_module)
-
-    def _check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        bad_step = self._first_bad_step
-        if bad_step < 0:
-            bad_step = torch.full_like(bad_step, _NEVER if _is_finite(pl_module) else trainer.global_step)
-        # The loss of each rank is its own, and one that stopped alone would leave the others waiting.
-        first_bad = int(trainer.strategy.reduce(bad_step, reduce_op="min"))
-        if first_bad < _NEVER:
-            self._restore(first_bad, pl_module)
-            raise TrainingDivergedError(self.message)
-        self._keep(trainer, pl_module)
-
-    def _keep(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        share_buffers(trainer, pl_module.module)  # batch statistics are of each rank's own cells
-        self._good_state = {name: value.detach().clone() for name, value in pl_module.module.state_dict().items()}
-        self._good_step = trainer.global_step
-
-    def _restore(self, step: int, pl_module: pl.LightningModule) -> None:
-        pl_module.module.load_state_dict(self._good_state)
-        self.diverged_at_step = step
-
-    @property
-    def message(self) -> str:
-        """What happened, for the error."""
-        return (
-            f"The loss or a parameter became non-finite at step {self.diverged_at_step}. Training has stopped and the "
-            f"model holds its state of step {self._good_step}. Lower the learning rate (`plan_kwargs={{'lr': 1e-4}}`), "
-            "clip gradients (`gradient_clip_val=10`), or check the data for extreme counts."
-        )
-
-
-def is_refusal(exception: BaseException) -> bool:
-    """Whether one of torch's distributions refused parameters that are not finite; a finite network can make them."""
-    return isinstance(exception, ValueError) and "found invalid values" in str(exception)
-
-
-def share_buffers(trainer: pl.Trainer, module: torch.nn.Module) -> None:
-    """Give every rank the buffers of rank 0; all ranks must call this.
-
-    DDP does the same before each forward pass, if it is not told otherwise, but not after the last one.
-    """
-    if trainer.world_size > 1:
-        for buffer in module.buffers():
-            if buffer.numel():
-                torch.distributed.broadcast(buffer, src=0)
-
-
-def _is_finite(pl_module: pl.LightningModule) -> bool:
-    total = sum(parameter.detach().sum() for parameter in pl_module.module.parameters())
-    return bool(torch.isfinite(total))

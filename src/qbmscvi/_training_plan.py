@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from scvi.train import TrainingPlan, TrainRunner
 
-from qbmscvi._callbacks import FiniteStateGuard, SamplingCallback, SamplingSchedule, StreamKeeper, is_refusal
+from qbmscvi._callbacks import SamplingCallback, SamplingSchedule
+from qbmscvi._guards import FiniteStateGuard, StreamKeeper, is_refusal
 from qbmscvi._logging import LoggedOncePerEpoch
 from qbmscvi.exceptions import TrainingDivergedError
 from qbmscvi.samplers import build_sampler
@@ -115,7 +116,7 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
         """Compute the loss; on several ranks, one that cannot be computed is NaN instead of an error.
 
         A rank that raised alone would leave the others waiting for its gradient. As NaN it reaches them all, and
-        :class:`~qbmscvi._callbacks.FiniteStateGuard` stops them together.
+        :class:`~qbmscvi._guards.FiniteStateGuard` stops them together.
         """
         try:
             return super().training_step(batch, batch_idx)
