@@ -18,7 +18,7 @@ from scvi.module._constants import MODULE_KEYS
 from qbmscvi._counts import check_counts, totals_per_cell
 from qbmscvi._deferred import DeferredInitialization
 from qbmscvi._likelihood import Layer, LikelihoodMixin
-from qbmscvi._module import QBMVAE, LatentName
+from qbmscvi._module import QBMVAE, LatentName, resolve_latent_sizes
 from qbmscvi._training_plan import QBMTrainingPlan, QBMTrainRunner
 from qbmscvi.distributions import FactorialPosterior, Smoothing, SmoothingName
 from qbmscvi.exceptions import require_integer
@@ -131,6 +131,7 @@ class QBMSCVI(LikelihoodMixin, SCVI, DeferredInitialization):
             n_chains=n_chains,
             **kwargs,
         )
+        self._n_gaussian = resolve_latent_sizes(latent, n_latent, n_spins)[0]
         self._model_summary_string = (
             "QBMSCVI model with the following parameters: \n"
             f"latent: {latent}, n_latent: {n_latent}, n_spins: {n_spins}, prior_graph: {prior_graph}, "
@@ -299,14 +300,14 @@ class QBMSCVI(LikelihoodMixin, SCVI, DeferredInitialization):
         if MODULE_KEYS.QZ_KEY in outputs:
             return outputs[MODULE_KEYS.QZ_KEY]
         mean, variance = outputs[MODULE_KEYS.QZM_KEY], outputs[MODULE_KEYS.QZV_KEY]
-        return FactorialPosterior.from_moments(mean, variance, self.module.prior.n_gaussian)
+        return FactorialPosterior.from_moments(mean, variance, self._n_gaussian)
 
     def _check_if_trained(self, *args: Any, **kwargs: Any) -> None:
         _refuse_gaussian_annotation(inspect.currentframe().f_back)
         super()._check_if_trained(*args, **kwargs)
 
     def _resolve_layer(self, layer: Layer | None) -> Layer:
-        has_gaussian = self.module.prior.n_gaussian > 0
+        has_gaussian = self._n_gaussian > 0
         if layer is None:
             return "gaussian" if has_gaussian else "spins"
         if layer not in ("gaussian", "spins", "both"):
