@@ -82,6 +82,7 @@ def oracle_kl(prior, loc, scale, logits):
 
 def gradients(value, inputs):
     """Gradients, zero where an input has no part in the value: spins alone do not know ``a`` and ``W``."""
+    inputs = [x if x.requires_grad or x.numel() else x.detach().requires_grad_() for x in inputs]
     return torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
 
 

@@ -138,15 +138,16 @@ def test_gradients_of_the_joint_law_are_those_of_enumeration(prior):
     prior.set_moments(SampleBatch(states.to(torch.int8), problem.energy(states), weights))
     q = posterior_of(prior)
     kl_divergence(q, prior.distribution(torch.tensor([1]))).sum().backward()
-    found = {name: parameter.grad.clone() for name, parameter in prior.named_parameters()}
+    learned = {name: parameter for name, parameter in prior.named_parameters() if parameter.numel()}
+    found = {name: parameter.grad.clone() for name, parameter in learned.items()}
     prior.zero_grad()
     drive = prior.a + states @ prior.W.T
     i, j = torch.from_numpy(prior.graph.edges.T.copy())
     log_z = torch.logsumexp(0.5 * drive.square().sum(1) - states @ prior.h - (states[:, i] * states[:, j]) @ prior.J, 0)
     prior.expected_energy(q, torch.tensor([1])).sum().add(log_z).backward()
-    for name, parameter in prior.named_parameters():
+    for name, parameter in learned.items():
         torch.testing.assert_close(found[name], parameter.grad, msg=name)
-    assert all(bool(gradient.abs().sum() > 0) for name, gradient in found.items() if gradient.numel())
+    assert all(bool(gradient.abs().sum() > 0) for gradient in found.values())
 
 
 @pytest.mark.parametrize("n_gaussian", [0, 2])

@@ -68,9 +68,10 @@ class BoltzmannPrior(nn.Module):
         n_spins, n_edges = graph.n_nodes, graph.n_edges
         self.h = nn.Parameter(torch.zeros(n_spins))
         self.J = nn.Parameter(_INITIAL_J_SCALE * torch.randn(n_edges))
-        self.a = nn.Parameter(torch.zeros(n_gaussian))
+        # What is empty has no gradient: processes that train together would wait for it.
+        self.a = nn.Parameter(torch.zeros(n_gaussian), requires_grad=n_gaussian > 0)
         W = _INITIAL_W_SCALE * torch.randn(n_gaussian, n_spins)
-        self.W = nn.Parameter(W if is_coupled else torch.zeros_like(W), requires_grad=is_coupled)
+        self.W = nn.Parameter(W if is_coupled else torch.zeros_like(W), requires_grad=is_coupled and n_gaussian > 0)
 
         # Moments of the prior, as last delivered by a sampler. At the start the spins are independent and unbiased.
         self.register_buffer("spin_mean", torch.zeros(n_spins))
@@ -98,7 +99,8 @@ class BoltzmannPrior(nn.Module):
     def unfreeze(self) -> None:
         """Let all parameters be learned again, but not couplings that the prior does not have."""
         self.requires_grad_(True)
-        self.W.requires_grad_(self.is_coupled)
+        self.a.requires_grad_(self.n_gaussian > 0)
+        self.W.requires_grad_(self.is_coupled and self.n_gaussian > 0)
 
     def _independent_log_z(self) -> float:
         return self.n_spins * math.log(2.0) + 0.5 * self.n_gaussian * math.log(2.0 * math.pi)
@@ -121,11 +123,15 @@ class BoltzmannPrior(nn.Module):
         return self._energy_per_unit(v, v.square() + v_var, posterior.spin_mean)
 
     def _energy_per_unit(self, v: Tensor, v_square: Tensor, s: Tensor) -> Tensor:
-        drive = s @ self.W.T  # (..., n_gaussian)
-        gaussian = 0.5 * v_square - self.a * v - 0.5 * v * drive
-        field = self.h - 0.5 * (v @ self.W)
+        field = self.h
+        if self.n_gaussian:
+            field = field - 0.5 * (v @ self.W)
         if self.graph.n_edges:
             field = field + 0.5 * edge_fields(s, self.J, self.graph)
+        if not self.n_gaussian:
+            return s * field
+        drive = s @ self.W.T  # (..., n_gaussian)
+        gaussian = 0.5 * v_square - self.a * v - 0.5 * v * drive
         return torch.cat([gaussian, s * field], dim=-1)
 
     def to_ising(self) -> IsingModel:

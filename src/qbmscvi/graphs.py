@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 GraphName = Literal["bipartite", "complete", "independent", "chimera", "pegasus", "zephyr"]
 _HARDWARE_TOPOLOGIES = ("chimera", "pegasus", "zephyr")
@@ -91,23 +91,37 @@ class Graph:
 
     def edge_index(self, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
         """Endpoints of the edges as two index tensors of shape ``(n_edges,)``, kept per device."""
-        cache = self.__dict__.setdefault("_edge_index", {})
-        if str(device) not in cache:
-            with torch.inference_mode(False):  # or a later training step could not save them for backward
-                ends = torch.tensor(self.edges.T, device=device)
-            cache[str(device)] = (ends[0], ends[1])
-        return cache[str(device)]
+        return self._kept("edge_index", device, lambda: tuple(self.edges.T.copy()))
 
     def edge_numbers(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """Number of the edge between two nodes, ``n_edges`` where there is none; symmetric, kept per device."""
-        cache = self.__dict__.setdefault("_edge_numbers", {})
-        if str(device) not in cache:
+
+        def build() -> tuple[np.ndarray]:
             i, j = self.edges.T
             numbers = np.full((self.n_nodes, self.n_nodes), self.n_edges, dtype=np.int32)
             numbers[i, j] = numbers[j, i] = np.arange(self.n_edges)
-            with torch.inference_mode(False):  # as in `edge_index`
-                cache[str(device)] = torch.tensor(numbers, device=device)
-        return cache[str(device)]
+            return (numbers,)
+
+        return self._kept("edge_numbers", device, build)[0]
+
+    def color_permutation(self, device: torch.device | str = "cpu") -> tuple[torch.Tensor, ...]:
+        """:attr:`color_order` and its inverse as index tensors, kept per device; empty if nothing changes places."""
+
+        def build() -> tuple[np.ndarray, ...]:
+            is_identity = (self.color_order == np.arange(self.n_nodes)).all()
+            return () if is_identity else (self.color_order, np.argsort(self.color_order))
+
+        return self._kept("color_permutation", device, build)
+
+    def _kept(
+        self, name: str, device: torch.device | str, build: Callable[[], tuple[np.ndarray, ...]]
+    ) -> tuple[torch.Tensor, ...]:
+        cache = self.__dict__.setdefault("_tensors", {})
+        key = (name, str(device))
+        if key not in cache:
+            with torch.inference_mode(False):  # or a later training step could not save them for backward
+                cache[key] = tuple(torch.tensor(values, device=device) for values in build())
+        return cache[key]
 
     @cached_property
     def color_order(self) -> np.ndarray:

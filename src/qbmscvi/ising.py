@@ -92,6 +92,23 @@ class IsingModel:
             total = total + self.factor.sum()
         return math.isfinite(total)
 
+    @property
+    def edge_couplings(self) -> Tensor | None:
+        """Couplings of the edges alone as a symmetric matrix with zero diagonal; None without edges.
+
+        Kept as long as ``J`` is the same and has no gradient.
+        """
+        if not self.graph.n_edges:
+            return None
+        if self.J.requires_grad or self.J.is_inference():
+            return coupling_matrix(self.J, self.graph)
+        version, matrix = self.__dict__.get("_edge_couplings", (None, None))
+        if version != self.J._version:
+            with torch.inference_mode(False):
+                matrix = coupling_matrix(self.J, self.graph)
+            object.__setattr__(self, "_edge_couplings", (self.J._version, matrix))
+        return matrix
+
     def energy(self, spins: Tensor) -> Tensor:
         """Energy of spin configurations.
 
@@ -107,7 +124,8 @@ class IsingModel:
         spins = spins.to(self.h)
         field = self.h
         if self.graph.n_edges:
-            field = field + edge_fields(spins, 0.5 * self.J, self.graph)
+            is_dense = self.graph.is_dense
+            field = field + 0.5 * (spins @ self.edge_couplings if is_dense else edge_fields(spins, self.J, self.graph))
         energy = self.offset + (spins * field).sum(-1)
         if self.factor is not None:
             energy = energy - 0.5 * (spins @ self.factor.T).square().sum(-1)
