@@ -10,17 +10,20 @@ finite chains.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from qbmscvi.ising import coupling_matrix
 from qbmscvi.samplers._base import Draw, Sampler, SamplerTraits
 
 if TYPE_CHECKING:
     from qbmscvi.ising import IsingModel
     from qbmscvi.samplers._base import SamplingRequest
+
+_WITHOUT_SIGNS = 0x7FFFFFFF_7FFFFFFF  # of two 32-bit integers
 
 
 class BlockGibbsSampler(Sampler):
@@ -84,17 +87,21 @@ def gibbs_sweeps(
     """
     device, dtype = problem.h.device, problem.h.dtype
     # Nodes are permuted so that each color class is one slice and its neighbors are at most two.
-    order = torch.from_numpy(problem.graph.color_order).to(device)
+    permutation = problem.graph.color_permutation(device)
     bounds = problem.graph.color_bounds
-    state = spins.index_select(1, order)  # a copy; six times as fast as indexing
+    field, coupling, factor = problem.h, problem.edge_couplings, problem.factor
+    if permutation:
+        order, inverse = permutation
+        state = spins.index_select(1, order)  # a copy; six times as fast as indexing
+        field, factor = field[order], None if factor is None else factor.index_select(1, order)
+        coupling = None if coupling is None else coupling.index_select(0, order).index_select(1, order)
+    else:
+        state = spins.clone()
     n_chains, n_spins = state.shape
     # Fields, couplings and factor are scaled once, so that a sum of them is the logit of s_i = +1.
-    field = -2.0 * beta * problem.h[order]
-    coupling = None
-    if problem.graph.n_edges:
-        coupling = -2.0 * beta * coupling_matrix(problem.J, problem.graph).index_select(0, order).index_select(1, order)
-    factor = None if problem.factor is None else problem.factor.index_select(1, order)
-    one = torch.ones((), device=device, dtype=dtype)
+    field = -2.0 * beta * field
+    coupling = None if coupling is None else -2.0 * beta * coupling
+    one, uniform = torch.ones((), device=device, dtype=dtype), _Uniform(generator, state)
     classes = list(zip(bounds[:-1], bounds[1:], strict=True))
     if is_reversible:
         classes += classes[-2::-1]
@@ -110,6 +117,32 @@ def gibbs_sweeps(
                 logits = torch.addmm(logits, state[:, :start], coupling[:start, start:stop])
             if coupling is not None and stop < n_spins:
                 logits = torch.addmm(logits, state[:, stop:], coupling[stop:, start:stop])
-            uniform = torch.rand(n_chains, stop - start, generator=generator, device=device, dtype=dtype)
-            torch.copysign(one, torch.sigmoid(logits) - uniform, out=state[:, start:stop])
-    return state.index_select(1, order.argsort())
+            multiples = uniform.multiples(n_chains, stop - start)
+            torch.copysign(one, torch.sigmoid(logits).sub_(multiples, alpha=uniform.scale), out=state[:, start:stop])
+    return state.index_select(1, inverse) if permutation else state
+
+
+class _Uniform:
+    """Uniform numbers from the seed that a generator gives, as whole multiples of ``2**-31``.
+
+    In main memory they come from numpy's SFC64, two from each of its numbers: :func:`torch.rand` alone takes a good part
+    of a sweep of a few hundred spins (``benchmarks/speed.py``).
+    """
+
+    scale = 2.0**-31
+
+    def __init__(self, generator: torch.Generator, like: Tensor) -> None:
+        self._generator, self._device, self._dtype = generator, like.device, like.dtype
+        self._source = None
+        if like.device.type == "cpu":
+            self._source = np.random.SFC64(int(torch.randint(2**63 - 1, (), generator=generator)))
+
+    def multiples(self, *shape: int) -> Tensor:
+        """Numbers of ``[0, 1]``, divided by :attr:`scale`, of the given shape."""
+        n = math.prod(shape)
+        if self._source is None:
+            bits = torch.empty((n + 1) // 2, dtype=torch.int64, device=self._device)
+            bits.random_(-(2**63), None, generator=self._generator)
+        else:
+            bits = torch.from_numpy(self._source.random_raw((n + 1) // 2).view(np.int64))
+        return bits.bitwise_and_(_WITHOUT_SIGNS).view(torch.int32)[:n].view(shape).to(self._dtype)
