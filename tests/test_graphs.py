@@ -245,3 +245,13 @@ def test_edges_stay_read_only_after_pickling():
     graph = pickle.loads(pickle.dumps(graphs.bipartite(2, 3)))
     with pytest.raises(ValueError, match="read-only"):
         graph.edges[0, 0] = 1
+
+
+def test_color_permutation_sorts_nodes_by_class_and_back():
+    for graph in (scrambled_bipartite(), ring(7), ring(8)):
+        order, inverse = graph.color_permutation()
+        nodes = np.arange(graph.n_nodes)
+        np.testing.assert_array_equal(order, graph.color_order)
+        np.testing.assert_array_equal(nodes[order][inverse], nodes)
+        assert graph.color_permutation()[0] is order
+    assert graphs.bipartite(3, 4).color_permutation() == ()

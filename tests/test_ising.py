@@ -314,3 +314,21 @@ def test_spins_are_minus_one_and_one_and_nothing_else(dtype):
     for other in others:
         spins[1, 1] = other
         assert not are_spins(spins), other
+
+
+def test_kept_couplings_follow_the_problem():
+    problem = IsingModel(torch.zeros(4), torch.arange(1.0, 5.0), graphs.bipartite(2, 2))
+    spins = torch.tensor([[1.0, 1.0, 1.0, -1.0]])
+    with torch.inference_mode():
+        first = problem.energy(spins)
+    assert problem.edge_couplings is problem.edge_couplings
+    problem.J.mul_(3.0)
+    assert torch.equal(problem.energy(spins), 3.0 * first)
+    J = problem.J.clone().requires_grad_()
+    learned = IsingModel(problem.h, J, problem.graph)
+    for _ in range(2):  # a graph that was kept could not be used twice
+        (gradient,) = torch.autograd.grad(learned.energy(spins).sum(), J)
+        assert torch.equal(gradient, torch.tensor([1.0, -1.0, 1.0, -1.0]))
+    with torch.inference_mode():
+        assert torch.equal(IsingModel(problem.h, 2.0 * J, problem.graph).energy(spins), 6.0 * first)
+    assert IsingModel(torch.zeros(4), torch.zeros(0), graphs.independent(4)).edge_couplings is None

@@ -125,8 +125,8 @@ def gibbs_sweeps(
 class _Uniform:
     """Uniform numbers from the seed that a generator gives, as whole multiples of ``2**-31``.
 
-    In main memory they come from numpy's SFC64, two from each of its numbers: :func:`torch.rand` alone takes a good part
-    of a sweep of a few hundred spins (``benchmarks/speed.py``).
+    In main memory they come from numpy's SFC64, two from each of its numbers: :func:`torch.rand` alone takes a good
+    part of a sweep of a few hundred spins.
     """
 
     scale = 2.0**-31
