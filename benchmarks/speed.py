@@ -47,7 +47,6 @@ ARMS: dict[str, dict | None] = {
     "gaussian-spins, 10 + 32 (default)": {},
     "spins, 64": SPINS,
     "spins, 64, Gumbel": {**SPINS, "smoothing": "gumbel"},
-    "spins, 64, ReinMax": {**SPINS, "smoothing": "reinmax"},
     "spins, 64, spike-and-exponential": {**SPINS, "smoothing": "spike-exponential"},
     "spins, 64, DisARM (two decoder passes)": {**SPINS, "smoothing": "disarm"},
 }
@@ -370,7 +369,7 @@ def main() -> None:
     if options.memory_of:
         print(json.dumps(peak_memory(options.memory_of)))
         return
-    n_turns = 2 if options.quick else 7
+    n_turns = 2 if options.quick else 5
     lines = ["# Speed", "", f"Written by `{Path(__file__).name}`. {describe_machine()} Seed 0.", ""]
     steps, medians = step_table(n_turns)
     lines += steps + share_table()
