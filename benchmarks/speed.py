@@ -42,15 +42,16 @@ HERE = Path(__file__).parent
 N_CELLS, N_GENES, MEAN_DEPTH, BATCH_SIZE = 2560, 2000, 300.0, 128  # 8 % of the counts are not zero
 N_WARM = 3  # steps of each turn that are left out
 SPINS = {"latent": "spins", "n_latent": 64}
+GAUSSIAN_SPINS = {"latent": "gaussian-spins", "n_latent": 10, "n_spins": 32}
 ARMS: dict[str, dict | None] = {
     "SCVI, 10 Gaussians": None,
-    "gaussian-spins, 10 + 32 (default)": {},
+    "gaussian-spins, 10 + 32": GAUSSIAN_SPINS,
     "spins, 64": SPINS,
     "spins, 64, Gumbel": {**SPINS, "smoothing": "gumbel"},
     "spins, 64, spike-and-exponential": {**SPINS, "smoothing": "spike-exponential"},
     "spins, 64, DisARM (two decoder passes)": {**SPINS, "smoothing": "disarm"},
 }
-FAMILIES = ("gaussian-spins, 10 + 32 (default)", "spins, 64")
+FAMILIES = ("gaussian-spins, 10 + 32", "spins, 64")
 BASE = "SCVI, 10 Gaussians"
 SIDES = (64, 128, 256, 512, 1024)
 N_CHAINS, N_SWEEPS = 512, 10
