@@ -77,7 +77,7 @@ def seeded(read, seed=3):
 def readings(model, kind):
     """What a model says about its cells, for one seed of the draws."""
     rows = {
-        "both layers": lambda: model.get_latent_representation(layer="both", representation="mean"),
+        "both layers": lambda: model.get_latent_representation(layer="both"),
         "logits": lambda: model.get_latent_representation(layer="spins", representation="logits"),
         "draw": lambda: model.get_latent_representation(layer="both", give_mean=False),
         "expression": lambda: model.get_normalized_expression(library_size=1e3),

@@ -599,7 +599,7 @@ def _refuse_gaussian_annotation(caller: FrameType) -> None:
 
 def _represent(qz: FactorialPosterior, representation: Representation, layer: Layer) -> torch.Tensor:
     read: dict[str, Callable[[], torch.Tensor]] = {
-        "angles": lambda: 2.0 * torch.atan(torch.tanh(qz.logits / 4.0)),  # arcsin(tanh(l / 2)), also where it saturates
+        "angles": lambda: qz.spin_mean.asin(),
         "mean": lambda: qz.spin_mean,
         "logits": lambda: qz.logits,
         "bits": lambda: (qz.logits > 0).to(qz.logits),
