@@ -15,14 +15,15 @@ pytest.register_assert_rewrite("laws")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _quiet_and_single_threaded():
-    """One torch thread: the problems are tiny, and sums do not depend on the machine."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _quiet():
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    yield
-    torch.set_num_threads(n_threads)
+
+
+@pytest.fixture(autouse=True)
+def _single_threaded():
+    """One torch thread: the problems are tiny, and sums do not depend on the machine. Numba may have changed it."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -238,11 +238,13 @@ def test_everything_but_log_prob_is_scvis():
     + [("poisson", "gene")],
 )
 def test_training_gives_the_losses_that_scvis_likelihood_gives(gene_likelihood, dispersion):
-    """In double precision where scVI can train in it: in single precision, Adam makes full steps of rounding errors."""
+    """In double precision where scVI can train in it, elsewhere with an epsilon that keeps Adam from making full steps
+    of rounding errors."""
     adata = synthetic_counts(300, 60, seed=0)
     adata.obs["label"] = np.arange(adata.n_obs) % 3
     QBMSCVI.setup_anndata(adata, batch_key="batch", labels_key="label")
-    precision, tolerance = ("32-true", 2e-4) if dispersion in ("gene-batch", "gene-label") else ("64-true", 1e-7)
+    is_single = dispersion in ("gene-batch", "gene-label")
+    precision, tolerance, eps = ("32-true", 1e-6, 0.01) if is_single else ("64-true", 1e-7, 1e-8)
     losses, shapes = [], set()
 
     def train():
@@ -250,6 +252,7 @@ def test_training_gives_the_losses_that_scvis_likelihood_gives(gene_likelihood, 
         sizes = {"latent": "gaussian-spins", "n_latent": 4, "n_spins": 6}
         model = QBMSCVI(adata, **sizes, gene_likelihood=gene_likelihood, dispersion=dispersion)
         settings = {"precision": precision, "accelerator": "cpu", "enable_progress_bar": False}
+        settings["plan_kwargs"] = {"eps": eps}
         model.train(max_epochs=3, check_val_every_n_epoch=1, **settings)
         return np.stack([model.history[key].to_numpy(float) for key in ("elbo_train", "elbo_validation")])
 

@@ -118,7 +118,8 @@ def gibbs_sweeps(
             if coupling is not None and stop < n_spins:
                 logits = torch.addmm(logits, state[:, stop:], coupling[stop:, start:stop])
             multiples = uniform.multiples(n_chains, stop - start)
-            torch.copysign(one, torch.sigmoid(logits).sub_(multiples, alpha=uniform.scale), out=state[:, start:stop])
+            difference = torch.sub(torch.sigmoid(logits), multiples, alpha=uniform.scale)
+            torch.copysign(one, difference, out=state[:, start:stop])
     return state.index_select(1, inverse) if permutation else state
 
 
