@@ -25,6 +25,7 @@ from qbmscvi.samplers import (
     BlockGibbsSampler,
     Budgeted,
     Calibrated,
+    CoherentIsingSampler,
     Composite,
     DimodSampler,
     Draw,
@@ -45,6 +46,7 @@ from qbmscvi.samplers import (
     TimeLimited,
     TreeDecompositionSampler,
     Vetted,
+    build_coherent_ising_sampler,
     build_dwave_sampler,
 )
 from qbmscvi.testing import ALPHA, Report, SamplerCheckError, check_sampler, tiny_problems
@@ -110,6 +112,10 @@ SAMPLERS = {
         dimod_sampler("SimulatedAnnealingSampler", dimod, **GROUND, sample_kwargs={"num_sweeps": 2}),
         "ground_state",
         exempt={**NO_SEED, "random state": "dimod's reference sampler draws from Python's global stream"},
+    ),
+    "coherent-ising": Case(lambda path: CoherentIsingSampler(), "approximate"),
+    "coherent-ising-with-its-layers": Case(
+        lambda path: warmed_up(build_coherent_ising_sampler()), exempt=NOT_BOLTZMANN_BELOW, n_samples=1_000
     ),
     # Believed to be colder than it is, by a quarter.
     "dwave": Case(lambda path: connected(DWaveSampler), "approximate", n_samples=1_000),

@@ -29,6 +29,7 @@ SAMPLER_NAMES = (
     "path_integral_annealing",
     "tree_decomposition",
     "exact",
+    "coherent_ising",
 )
 DEVICE_NAMES = ("dwave",)  # which need an account; they have test files of their own
 N_STEPS = 4  # steps of an epoch: 216 of 240 cells in batches of 64

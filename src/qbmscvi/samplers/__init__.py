@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qbmscvi.samplers._base import Draw, Sampler, SamplerTraits, SamplingRequest
 from qbmscvi.samplers._broker import Broker, Ledger
+from qbmscvi.samplers._cim import CoherentIsingSampler, build_coherent_ising_sampler
 from qbmscvi.samplers._composites import Calibrated, Composite, Polished, Rescaled, Reweighted, SpinReversed
 from qbmscvi.samplers._dimod import (
     DimodSampler,
@@ -27,6 +28,7 @@ __all__ = [
     "Broker",
     "Budgeted",
     "Calibrated",
+    "CoherentIsingSampler",
     "Composite",
     "DWaveSampler",
     "DimodSampler",
@@ -49,6 +51,7 @@ __all__ = [
     "TimeLimited",
     "TreeDecompositionSampler",
     "Vetted",
+    "build_coherent_ising_sampler",
     "build_dwave_sampler",
     "build_sampler",
     "effective_beta",
@@ -62,6 +65,7 @@ _BY_NAME = {
     "path_integral_annealing": PathIntegralAnnealingSampler,
     "tree_decomposition": TreeDecompositionSampler,
     "exact": ExactSampler,
+    "coherent_ising": build_coherent_ising_sampler,
     "dwave": build_dwave_sampler,
 }
 SAMPLER_NAMES = tuple(_BY_NAME)
@@ -81,7 +85,8 @@ def build_sampler(spec: str | Sampler) -> Sampler:
     """Turn a sampler's name into an instance with default settings.
 
     Names: ``"gibbs"``, ``"parallel_tempering"``, ``"simulated_annealing"``, ``"path_integral_annealing"``,
-    ``"tree_decomposition"``, ``"exact"``, and ``"dwave"`` (with an account; see :func:`build_dwave_sampler`).
+    ``"tree_decomposition"``, ``"exact"``, ``"coherent_ising"`` (a simulation; see
+    :func:`build_coherent_ising_sampler`), and ``"dwave"`` (with an account; see :func:`build_dwave_sampler`).
 
     Raises
     ------
