@@ -31,7 +31,7 @@ SAMPLER_NAMES = (
     "exact",
     "coherent_ising",
 )
-DEVICE_NAMES = ("dwave",)  # which need an account; they have test files of their own
+DEVICE_NAMES = ("dwave", "kaiwu")  # which need an account: test_dwave_training.py, test_kaiwu.py
 N_STEPS = 4  # steps of an epoch: 216 of 240 cells in batches of 64
 
 

@@ -15,6 +15,7 @@ from qbmscvi.samplers._dimod import (
 from qbmscvi.samplers._dwave import DWaveSampler, build_dwave_sampler
 from qbmscvi.samplers._exact import ExactSampler
 from qbmscvi.samplers._gibbs import BlockGibbsSampler
+from qbmscvi.samplers._kaiwu import KaiwuSampler, build_kaiwu_sampler
 from qbmscvi.samplers._resilience import Budgeted, Retrying, TimeLimited
 from qbmscvi.samplers._tape import Recorded, Replayed
 from qbmscvi.samplers._temperature import BetaEstimate, effective_beta
@@ -34,6 +35,7 @@ __all__ = [
     "DimodSampler",
     "Draw",
     "ExactSampler",
+    "KaiwuSampler",
     "Ledger",
     "ParallelTemperingSampler",
     "PathIntegralAnnealingSampler",
@@ -53,6 +55,7 @@ __all__ = [
     "Vetted",
     "build_coherent_ising_sampler",
     "build_dwave_sampler",
+    "build_kaiwu_sampler",
     "build_sampler",
     "effective_beta",
     "vet",
@@ -67,6 +70,7 @@ _BY_NAME = {
     "exact": ExactSampler,
     "coherent_ising": build_coherent_ising_sampler,
     "dwave": build_dwave_sampler,
+    "kaiwu": build_kaiwu_sampler,
 }
 SAMPLER_NAMES = tuple(_BY_NAME)
 
@@ -86,7 +90,8 @@ def build_sampler(spec: str | Sampler) -> Sampler:
 
     Names: ``"gibbs"``, ``"parallel_tempering"``, ``"simulated_annealing"``, ``"path_integral_annealing"``,
     ``"tree_decomposition"``, ``"exact"``, ``"coherent_ising"`` (a simulation; see
-    :func:`build_coherent_ising_sampler`), and ``"dwave"`` (with an account; see :func:`build_dwave_sampler`).
+    :func:`build_coherent_ising_sampler`), and with an account ``"dwave"`` (see :func:`build_dwave_sampler`) and
+    ``"kaiwu"`` (see :func:`build_kaiwu_sampler`).
 
     Raises
     ------
@@ -95,7 +100,7 @@ def build_sampler(spec: str | Sampler) -> Sampler:
     TypeError
         If ``spec`` is neither a name nor a :class:`Sampler`.
     SamplerUnavailable
-        If ``"dwave"`` is not installed, not configured, or cannot be reached.
+        If ``"dwave"`` or ``"kaiwu"`` is not installed, not configured, or cannot be reached.
     """
     if isinstance(spec, Sampler):
         return spec

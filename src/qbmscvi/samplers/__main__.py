@@ -11,8 +11,9 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from qbmscvi.exceptions import QBMSCVIError
+from qbmscvi.exceptions import QBMSCVIError, SamplerUnavailable
 from qbmscvi.samplers import SAMPLER_NAMES, build_sampler
+from qbmscvi.samplers._kaiwu import find_python
 
 _PASSED, _BROKEN, _UNAVAILABLE = 0, 1, 2
 
@@ -29,9 +30,22 @@ def _dwave_state() -> str:
     return "installed, but no account: run `dwave config create`, or set DWAVE_API_TOKEN"
 
 
+def _kaiwu_state() -> str:
+    try:
+        find_python()
+    except SamplerUnavailable as error:
+        return f"not configured: {error}"
+    if os.environ.get("KAIWU_USER_ID") and os.environ.get("KAIWU_SDK_CODE"):
+        return "configured"
+    return "interpreter configured; without KAIWU_USER_ID and KAIWU_SDK_CODE it needs a licence of its own"
+
+
+_STATES = {"dwave": _dwave_state, "kaiwu": _kaiwu_state}
+
+
 def describe() -> list[tuple[str, str]]:
     """Name and state of every sampler that has a name; nothing is contacted."""
-    return [(name, _dwave_state() if name == "dwave" else "ready") for name in SAMPLER_NAMES]
+    return [(name, _STATES.get(name, lambda: "ready")()) for name in SAMPLER_NAMES]
 
 
 def check(name: str, n_samples: int) -> int:

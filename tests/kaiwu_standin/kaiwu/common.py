@@ -1,0 +1,5 @@
+from __future__ import annotations
+
+
+class CheckpointManager:
+    save_dir = None
