@@ -25,6 +25,7 @@ from qbmscvi.samplers import BlockGibbsSampler, SamplingRequest
 pytestmark = pytest.mark.slow
 
 N_VISIBLE, N_HIDDEN, N_EPOCHS, BATCH = 64, 12, 60, 100
+N_SWEEPS = 30  # the learning rate is five times that of a model of cells, and the chains have to follow
 KNOWN = 60.0  # logit of a pixel that is known: its mean is exactly one in float32, its entropy below 1e-24
 
 
@@ -47,7 +48,7 @@ def negative_log_likelihood(prior: BoltzmannPrior, bits: torch.Tensor) -> torch.
 
 def train(bits: np.ndarray, is_exact: bool, is_coupled: bool = True) -> BoltzmannPrior:
     torch.manual_seed(0)
-    prior = BoltzmannPrior(graphs.bipartite(N_VISIBLE, N_HIDDEN), n_chains=BATCH)
+    prior = BoltzmannPrior(graphs.bipartite(N_VISIBLE, N_HIDDEN))
     if not is_coupled:
         prior.J.requires_grad_(False).zero_()
     bits = torch.from_numpy(bits)
@@ -61,7 +62,7 @@ def train(bits: np.ndarray, is_exact: bool, is_coupled: bool = True) -> Boltzman
             if is_exact:
                 set_exact_moments(prior)
             else:
-                batch = sampler.sample(SamplingRequest(problem, BATCH, initial_spins=chains, n_sweeps=2))
+                batch = sampler.sample(SamplingRequest(problem, len(chains), initial_spins=chains, n_sweeps=N_SWEEPS))
                 chains = batch.spins
                 prior.set_moments(batch)
             optimizer.zero_grad()
@@ -107,7 +108,7 @@ def likelihood_of_sklearn(rbm: BernoulliRBM, bits: np.ndarray) -> np.ndarray:
 
 
 def test_machine_of_digits_is_as_good_as_others(images, capsys):
-    """On held-out images: no worse than scikit-learn's best of eight runs, and near exact gradients.
+    """On held-out images: no worse than scikit-learn's best of eight runs, nor than exact gradients.
 
     Paired over 297 images; the gates are three standard errors of the mean difference.
     """
@@ -126,9 +127,10 @@ def test_machine_of_digits_is_as_good_as_others(images, capsys):
         difference = ours - other
         return float(difference.mean()), float(difference.std(ddof=1) / np.sqrt(len(difference)))
 
-    mean, error = surplus(others[best])
-    assert mean > -3.0 * error
-    mean, error = surplus(exact)
-    assert mean > -3.0 * error - 0.5  # half a nat of 64 pixels for the noise of the chains
+    for name, other in (("scikit-learn", others[best]), ("exact gradients", exact)):
+        mean, error = surplus(other)
+        with capsys.disabled():
+            print(f"ours - {name}: {mean:+.3f} +- {error:.3f}")
+        assert mean > -3.0 * error
     mean, error = surplus(uncoupled)
     assert mean > 3.0 * error  # the gate can tell models apart
