@@ -149,6 +149,7 @@ class Replayed(Sampler):
             raise InvalidSamples(msg)
         self._calls: list[list[dict[str, Any]]] = []
         self._ages: list[float] = []
+        self._is_past_end = False
         for number, line in enumerate(lines[1:], start=2):
             self._file(_verify(line, self.path, number))
         self._position = 0
@@ -168,11 +169,17 @@ class Replayed(Sampler):
 
     @property
     def recorded_age(self) -> float | None:
-        """Age at which the last answer was used when it was recorded; infinite for never."""
+        """Age at which the last answer was used when it was recorded; infinite for never.
+
+        So it is for a call after the last one on the tape: that one was under way when the recording ended.
+        """
+        if self._is_past_end:
+            return math.inf
         return self._ages[self._position - 1] if self._position else None
 
     def _sample_batch(self, requests: list[SamplingRequest], seeds: list[int]) -> list[Draw]:
         if self._position == len(self._calls):
+            self._is_past_end = True
             msg = (
                 f"The tape {self.path} ends after {len(self._calls)} calls, but another was made. Replay a run with "
                 "the settings it was recorded with."
