@@ -59,8 +59,9 @@ class QBMSCVI(LikelihoodMixin, SCVI, DeferredInitialization):
     latent
         ``"spins"``: spins alone, the family of the QBM-VAE. ``"gaussian-spins"``: a Gaussian layer coupled to spins, a
         Gaussian-Bernoulli restricted Boltzmann machine; the prior of the Gaussian layer is a mixture of exponentially
-        many Gaussians. It does not mix the two batches of ``kang_ifnb`` as scVI and the default do (accuracy of a kNN
-        classifier of the batch 0.83 against 0.74, three seeds of ``benchmarks/REPRESENTATION.md``).
+        many Gaussians. With a KL warm-up of half of the training it did not mix the two batches of ``kang_ifnb`` as
+        scVI and ``"spins"`` did (accuracy of a kNN classifier of the batch 0.83 against 0.74, three seeds of
+        ``benchmarks/REPRESENTATION.md``).
     n_spins
         Number of spins beside the Gaussian layer, default 32.
     prior_graph
@@ -259,9 +260,10 @@ class QBMSCVI(LikelihoodMixin, SCVI, DeferredInitialization):
             graphs. The Gaussian layer is represented by its mean in any case.
         layer
             ``"spins"`` (default of ``latent="spins"``), ``"gaussian"`` (default of ``latent="gaussian-spins"``), or
-            ``"both"``, Gaussian units first. The defaults are the readings that keep cell types and order in
-            ``benchmarks/REPRESENTATION.md``: beside a Gaussian layer the spins alone lose the order (Kendall tau of
-            pseudotime 0.04 to 0.36, against 0.83 of the Gaussian layer and of scVI, three seeds).
+            ``"both"``, Gaussian units first. The defaults are the layers that keep cell types and order in
+            ``benchmarks/REPRESENTATION.md`` (there as mean spins, not angles): beside a Gaussian layer the spins alone
+            lose the order (Kendall tau of pseudotime 0.04 to 0.36, against 0.83 of the Gaussian layer and of scVI,
+            three seeds).
 
         Returns
         -------

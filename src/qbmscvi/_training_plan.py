@@ -52,8 +52,8 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
         Weight decay of the prior's parameters; None for ``weight_decay``.
     n_epochs_kl_warmup
         Epochs until the KL weight is reached. ``"auto"`` takes ``n_steps_kl_warmup`` if that is given, and otherwise
-        the first tenth of all steps. While the weight is low, the spins learn what they have to unlearn later, the
-        batch among it; scVI's 400 epochs would leave it below one in any shorter run.
+        the first tenth of all steps. No comparison of schedules has set that share yet; scVI's 400 epochs would leave
+        the weight below one in any shorter run.
     eps
         Adam's epsilon. scVI's 0.01 exceeds the gradients of the prior and would freeze them.
     """
