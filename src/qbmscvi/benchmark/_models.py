@@ -248,7 +248,7 @@ def _same_schedule(task: Task) -> dict[str, Any]:
 MODELS: dict[str, Callable[[Task], Fit]] = {
     "SCVI": NeuralModel(SCVI),
     "SCVI, same schedule": NeuralModel(SCVI, plan=_same_schedule),
-    "SCVI, same width": NeuralModel(SCVI, _same_width),
+    "SCVI, same schedule and width": NeuralModel(SCVI, _same_width, _same_schedule),
     "VAE, normal": NeuralModel(
         SCVI, lambda task: {"gene_likelihood": "normal", "log_variational": False}, is_normalized=True
     ),
