@@ -213,6 +213,9 @@ def test_report_compares_with_every_scvi_and_with_the_best(tmp_path):
         0.05, abs=0.005
     )
     assert "| QBMSCVI | best SCVI | +0.0" in text
+    in_short = text.split("## In short")[1].split("## first")[0]
+    assert "| held-out ELBO | QBMSCVI, J = 0 |" in in_short
+    assert "| score | against | first | second | all |" in in_short
     summary = pd.read_csv(tmp_path / "results.csv").set_index(["data", "model", "metric"])
     assert summary.loc["first", "SCVI", "elbo"]["mean"] == -9.0
     assert summary.loc["first", "PCA", "knn_accuracy"]["count"] == 3

@@ -58,6 +58,9 @@ METRICS = {
 }
 """Scores that the report shows, by their name in the records; the CSV files have all."""
 
+_HEADLINES = ("scib_total", "knn_macro_f1", "boosting_macro_f1", "pseudotime_tau", "elbo")
+_HEADLINE_REFERENCES = ("SCVI", "best SCVI", f"{_MODEL}, J = 0")
+
 
 def write_report(records: str | Path | Iterable[Record], folder: str | Path, *, title: str = "Comparison") -> Path:
     """Write tables and figures of a comparison.
@@ -185,6 +188,7 @@ def to_markdown(table: pd.DataFrame, differences: pd.DataFrame, records: list[Re
         "in that very score, chosen afterwards. Held-out ELBO in nats per cell, of models of counts only.",
         "",
         f"{versions}. Commit {commits}.",
+        *_summary_lines(differences),
     ]
     for (data, schedule), part in table.groupby(["data", "schedule"], sort=False):
         own = [record for record in records if (record["data"], record["schedule"]) == (data, schedule)]
@@ -202,6 +206,40 @@ def to_markdown(table: pd.DataFrame, differences: pd.DataFrame, records: list[Re
         pooled = _difference_lines(differences, "all", schedule)
         lines += ["", f"## All data sets, {schedule} schedule", *pooled] if pooled else []
     return "\n".join(lines) + "\n"
+
+
+def _summary_lines(differences: pd.DataFrame) -> list[str]:
+    """QBMSCVI against scVI and its own control in one score per task, each model with its own KL schedule."""
+    if differences.empty:
+        return []
+    part = differences[
+        (differences["model"] == _MODEL)
+        & (differences["schedule"] == "native")
+        & differences["metric"].isin(_HEADLINES)
+        & differences["reference"].isin(_HEADLINE_REFERENCES)
+    ]
+    if part.empty:
+        return []
+    sets = list(dict.fromkeys(part["data"]))
+    cells = {
+        key: _interval(row.set_index("metric").iloc[0])
+        for key, row in part.groupby(["metric", "reference", "data"], sort=False)
+    }
+    rows = [
+        [METRICS[metric].title, reference, *(cells.get((metric, reference, data), "") for data in sets)]
+        for metric in _HEADLINES
+        for reference in _HEADLINE_REFERENCES
+        if any((metric, reference, data) in cells for data in sets)
+    ]
+    return [
+        "",
+        "## In short",
+        "",
+        f"{_MODEL} minus the model named, with default arguments. Above zero is in favor of {_MODEL}; an interval that "
+        "holds zero says that these runs cannot tell the two apart.",
+        "",
+        *_markdown_table(["score", "against", *sets], rows),
+    ]
 
 
 def _difference_lines(differences: pd.DataFrame, data: str, schedule: str) -> list[str]:
