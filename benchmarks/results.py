@@ -26,6 +26,19 @@ DATA_SETS = {
 }
 
 
+def load(name: str, folder: Path, n_genes: int, max_cells: int | None) -> anndata.AnnData:
+    """Cells and genes of the comparison."""
+    keys = DATA_SETS[name]
+    return prepare(
+        anndata.read_h5ad(folder / f"{name}.h5ad"),
+        label_key=keys["label_key"],
+        batch_key=keys.get("batch_key"),
+        n_genes=n_genes,
+        max_cells=max_cells,
+        unlabeled="unassigned",
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data", help="folder of the .h5ad")
@@ -40,14 +53,7 @@ def main() -> None:
     sets = [options.cell[0]] if options.cell else options.sets
     for name in [] if options.table_only else sets:
         keys = DATA_SETS[name]
-        choice = {key: keys.get(key) for key in ("label_key", "batch_key")}
-        adata = prepare(
-            anndata.read_h5ad(options.data / f"{name}.h5ad"),
-            **choice,
-            n_genes=options.n_genes,
-            max_cells=options.max_cells,
-            unlabeled="unassigned",
-        )
+        adata = load(name, options.data, options.n_genes, options.max_cells)
         given = {**keys, "name": name, **arguments(options)}
         if options.cell:
             rerun_cell(adata, options.cell[1:], given, options.records)

@@ -237,7 +237,8 @@ def _same_width(task: Task) -> dict[str, int]:
     return {"n_latent": widths[model._resolve_layer(None)]}
 
 
-def _same_schedule(task: Task) -> dict[str, Any]:
+def same_schedule(task: Task) -> dict[str, Any]:
+    """Arguments of scVI's training plan that give it QBMSCVI's KL warm-up and Adam's epsilon."""
     from inspect import signature
 
     eps = signature(QBMTrainingPlan.__init__).parameters["eps"].default
@@ -247,8 +248,8 @@ def _same_schedule(task: Task) -> dict[str, Any]:
 
 MODELS: dict[str, Callable[[Task], Fit]] = {
     "SCVI": NeuralModel(SCVI),
-    "SCVI, same schedule": NeuralModel(SCVI, plan=_same_schedule),
-    "SCVI, same schedule and width": NeuralModel(SCVI, _same_width, _same_schedule),
+    "SCVI, same schedule": NeuralModel(SCVI, plan=same_schedule),
+    "SCVI, same schedule and width": NeuralModel(SCVI, _same_width, same_schedule),
     "VAE, normal": NeuralModel(
         SCVI, lambda task: {"gene_likelihood": "normal", "log_variational": False}, is_normalized=True
     ),
