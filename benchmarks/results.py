@@ -10,6 +10,7 @@ Runs that the records have are not repeated. Several processes may share the wor
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 import anndata
@@ -46,8 +47,7 @@ def main() -> None:
     add_options(parser)
     parser.add_argument("--cell", nargs=3, metavar=("SET", "MODEL", "SEED"), help="run this one again and compare")
     parser.add_argument("--records", type=Path, default=HERE / "results.jsonl")
-    parser.add_argument("--out", type=Path, default=HERE, help="folder of RESULTS.md")
-    parser.add_argument("--figures", type=Path, default=Path("benchmark-output"), help="folder of figures and CSV")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder of RESULTS.md, and of results/ beside it")
     parser.add_argument("--table-only", action="store_true", help="write tables and figures from existing records")
     options = parser.parse_args()
     sets = [options.cell[0]] if options.cell else options.sets
@@ -61,12 +61,11 @@ def main() -> None:
         suitable = available_models(keys.get("batch_key"))
         given["models"] = [model for model in options.models or MODEL_NAMES if model in suitable]
         compare(adata, records=options.records, **given)
-    report = write_report(options.records, options.figures, title="QBMSCVI beside scVI")
-    if options.out != options.figures:
-        options.out.mkdir(parents=True, exist_ok=True)
-        text = "\n".join(line for line in report.read_text().splitlines() if not line.startswith("!["))
-        (options.out / "RESULTS.md").write_text(text.rstrip() + "\n")
-    print(f"wrote {options.out / 'RESULTS.md'} and, in {options.figures}, CSV and figures")
+    report = write_report(options.records, options.out / "results", title="QBMSCVI beside scVI")
+    text = re.sub(r"^(!\[.*\]\()", r"\1results/", report.read_text(), flags=re.MULTILINE)
+    report.unlink()
+    (options.out / "RESULTS.md").write_text(text)
+    print(f"wrote {options.out / 'RESULTS.md'} and, in {options.out / 'results'}, CSV and figures")
 
 
 if __name__ == "__main__":
