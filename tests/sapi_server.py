@@ -25,6 +25,7 @@ import dwave_networkx as dnx
 import networkx as nx
 import numpy as np
 import torch
+from dwave.system.coupling_groups import coupling_groups
 
 from qbmscvi import graphs
 from qbmscvi.enumeration import draw_exact, n_enumerated
@@ -57,7 +58,7 @@ class Solver:
     bias: float = 0.0
     status: str = "ONLINE"
     n_sweeps: int = 200
-    properties: dict = field(default_factory=dict)
+    properties: dict = field(default_factory=dict)  # in place of the usual ones; None for a property that is not there
 
     @property
     def identity(self) -> dict:
@@ -110,6 +111,7 @@ class Solver:
                 "decorrelation_time_range": [500.0, 10000.0],
             },
         } | self.properties
+        properties = {name: value for name, value in properties.items() if value is not None}
         return {
             "identity": self.identity,
             "status": self.status,
@@ -135,13 +137,16 @@ class Solver:
             return "h is out of range"
         if any(not properties["extended_j_range"][0] <= v <= properties["extended_j_range"][1] for v in J.values()):
             return "J is out of range"
-        total = defaultdict(float)
-        for (a, b), value in J.items():
-            total[a] += value
-            total[b] += value
-        low, high = properties["per_qubit_coupling_range"]
-        if any(not low <= value <= high for value in total.values()):
-            return "the couplings of a qubit add up to more than per_qubit_coupling_range"
+        adjacent = nx.Graph(list(J))
+        totals = {
+            "per_qubit_coupling_range": [[(a, b) for b in adjacent[a]] for a in adjacent],
+            "per_group_coupling_range": coupling_groups(self.lattice),
+        }
+        for limit, groups in totals.items():
+            low, high = properties.get(limit, (-np.inf, np.inf))
+            sums = [sum(J.get((a, b), 0.0) + J.get((b, a), 0.0) for a, b in group) for group in groups]
+            if not low <= min(sums, default=0.0) <= max(sums, default=0.0) <= high:
+                return f"couplings add up to more than {limit}"
         if self.timing(params["num_reads"])["qpu_access_time"] > properties["problem_run_duration_range"][1]:
             return "problem_run_duration_range"
         return None

@@ -55,6 +55,8 @@ from qbmscvi.samplers._embedding import Embedding, find_embedding
 from qbmscvi.samplers._program import Ranges, fit
 
 TRUE_BETA = 5.0
+# Of an Advantage2 system, as its documentation has them: per group of couplers and not per qubit.
+ADVANTAGE2 = {"per_qubit_coupling_range": None, "per_group_coupling_range": [-13.0, 10.0]}
 LIMITS = Ranges(h=4.0, J=1.0, chain=2.0, qubit=(-18.0, 15.0))
 
 
@@ -63,6 +65,7 @@ def service():
     solvers = [
         Solver("Loop_zephyr", working_graph("zephyr", 3), beta=TRUE_BETA),
         Solver("Loop_pegasus", working_graph("pegasus", 4), beta=TRUE_BETA),
+        Solver("Loop_advantage2", working_graph("zephyr", 2), beta=TRUE_BETA, properties=ADVANTAGE2),
     ]
     with SapiServer(*solvers) as server:
         yield server
@@ -209,6 +212,61 @@ def test_the_total_coupling_of_a_qubit_limits_the_scale():
     assert fit(problem, found, ranges, beta=1.0, device_beta=1.0, chain_strength=None).scale == pytest.approx(0.5)
     free = replace(ranges, qubit=(-np.inf, np.inf))
     assert fit(problem, found, free, beta=1.0, device_beta=1.0, chain_strength=None).scale == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "limits", "is_binding"),
+    [
+        ("bipartite-12x10", (-13.0, 10.0), False),
+        ("bipartite-12x10", (-4.2, 3.0), True),
+        ("bipartite-3x5", (-9.0, 0.9), True),
+    ],
+)
+def test_the_total_coupling_of_a_group_limits_the_scale(service, name, limits, is_binding, monkeypatch):
+    """As the service adds up: what is programmed passes, in every gauge; a permille more is refused."""
+    solver = service.solvers["Loop_zephyr"]
+    monkeypatch.setattr(solver, "properties", {**ADVANTAGE2, "per_group_coupling_range": list(limits)})
+    ranges = Ranges.from_properties(solver.describe()["properties"], solver.lattice)
+    assert ranges.qubit == (-np.inf, np.inf)
+    assert ranges.group == limits
+    assert len(ranges.group_of) == 2 * solver.lattice.number_of_edges()
+    problem = random_problem(GRAPHS[name](), seed=2, scale=30.0)
+    problem = replace(problem, h=torch.zeros_like(problem.h), J=problem.J.abs())
+    found = on_zephyr(name)
+    assert found.n_copies > 1  # whose couplers are grouped in other ways
+    strength = 2.0 if found.chain_lengths.max() > 1 else None
+    settings = {"beta": 1.0, "device_beta": 5.0, "chain_strength": strength}
+    program = fit(problem, found, ranges, **settings)
+    parameters = {"num_reads": 1, "auto_scale": False}
+    assert program.is_range_limited
+    couplings = found.spread(problem.h.numpy(), problem.J.numpy())[1]
+    assert np.allclose(program.J[~found.is_chain], program.scale * couplings[~found.is_chain])
+    gauge = torch.ones(problem.n_spins)
+    gauge[::2] = -1
+    for question in (problem, problem.gauged(gauge)):
+        flipped = fit(question, found, ranges, **settings)
+        assert flipped.scale == pytest.approx(program.scale, rel=1e-12)
+        assert solver.complaint(*flipped.on_chip(), parameters) is None
+    refusals = []
+    for factor in (1.001, -1.001):
+        couplings = np.where(found.is_chain, program.J, factor * program.J)
+        refusals.append(solver.complaint(*replace(program, J=couplings).on_chip(), parameters) or "")
+    assert any(refusals)
+    assert any("per_group_coupling_range" in words for words in refusals) == is_binding
+
+
+def test_a_solver_with_coupling_groups_answers_within_them(service, monkeypatch):
+    problem = random_problem(graphs.bipartite(4, 4), seed=8, scale=8.0)
+    device = sampler(solver="Loop_advantage2")
+    free = device.program(problem).scale
+    monkeypatch.setitem(ADVANTAGE2, "per_group_coupling_range", [-1.0, 1.0])
+    device = sampler(solver="Loop_advantage2")
+    batch = device.sample(SamplingRequest(problem, 4_000, seed=1))
+    assert batch.info["scale"] < 0.8 * free
+    assert_follows(batch.spins, Law.boltzmann(problem, batch.info["effective_beta"]))
+    device._ranges = replace(device.ranges, group_of={})  # a sampler that does not know of groups
+    with pytest.raises(SamplerUnavailable, match="per_group_coupling_range"):
+        device.sample(SamplingRequest(problem, 4_000, seed=1))
 
 
 def test_chains_that_leave_no_room_are_refused():

@@ -8,15 +8,11 @@ configuration file or environment, and are kept by D-Wave's client alone: not he
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
 import threading
 import time
-from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-import networkx as nx
 import numpy as np
 import torch
 
@@ -24,35 +20,21 @@ from qbmscvi.exceptions import InvalidSamples, SamplerTimeout, SamplerUnavailabl
 from qbmscvi.samplers._background import call_in_background
 from qbmscvi.samplers._base import Draw, Sampler, SamplerTraits, derive_seed
 from qbmscvi.samplers._composites import Calibrated, Polished, SpinReversed
-from qbmscvi.samplers._dwave_errors import guarded, install_hint
+from qbmscvi.samplers._dwave_device import check_parameters, connect, lattice_of, name_of, read_times
+from qbmscvi.samplers._dwave_errors import guarded
+from qbmscvi.samplers._dwave_jobs import Order, Trip, read_answer
 from qbmscvi.samplers._embedding import Embedding, find_embedding
 from qbmscvi.samplers._program import Program, Ranges, fit
 from qbmscvi.samplers._resilience import Retrying
 
 if TYPE_CHECKING:
+    import networkx as nx
+
     from qbmscvi.ising import IsingModel
     from qbmscvi.samplers._base import SamplingRequest
 
-# Set here, or of no use to a sampler.
-_OWN_PARAMETERS = ("answer_mode", "auto_scale", "label", "max_answers", "num_reads", "warnings")
-_GRACE = 60.0  # seconds
 _TICK = 0.05  # seconds between two looks at the clock
 _MAX_TRIPS = 3  # for what was discarded
-_MAX_REFILL = 4  # reads of such a trip, over those of the first
-
-
-@dataclass
-class _Trip:
-    """Jobs of one call."""
-
-    jobs: list[Any] = field(default_factory=list)
-    is_canceled: threading.Event = field(default_factory=threading.Event)
-
-    def cancel(self) -> None:
-        self.is_canceled.set()
-        for job in self.jobs:
-            if hasattr(job, "cancel"):
-                job.cancel()
 
 
 class DWaveSampler(Sampler):
@@ -142,19 +124,20 @@ class DWaveSampler(Sampler):
         self.embedding_seconds, self.embedding_seed = embedding_seconds, embedding_seed
         self._given_device = device
         self._reset()
-        self._check_parameters()
+        check_parameters(self.device, self.parameters)
 
     def _reset(self) -> None:
         self._device: Any = None
         self._lock = threading.RLock()
-        self._trips: list[_Trip] = []
+        self._trips: list[Trip] = []
         self._embeddings: dict[str, Embedding] = {}
         self._lattice: nx.Graph | None = None
         self._lattice_key = ""
+        self._ranges: Ranges | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Settings only: the connection, which knows the credentials, is opened anew."""
-        dropped = ("_device", "_lock", "_trips", "_lattice")
+        dropped = ("_device", "_lock", "_trips", "_lattice", "_ranges")
         return {key: value for key, value in self.__dict__.items() if key not in dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -174,56 +157,22 @@ class DWaveSampler(Sampler):
         """The structured dimod sampler behind this one, ``dwave.system.DWaveSampler`` unless another was given."""
         with self._lock:
             if self._device is None:
-                self._device = self._given_device if self._given_device is not None else self._connect()
+                choice = {"solver": self.solver, "topology": self.topology, "profile": self.profile}
+                given = self._given_device
+                self._device = connect(**choice, timeout=self.timeout) if given is None else given
             return self._device
-
-    def _connect(self) -> Any:
-        try:
-            import dwave.system
-        except ModuleNotFoundError:
-            dwave = None
-        if dwave is None:
-            raise SamplerUnavailable(install_hint())
-        # At DEBUG, D-Wave's client writes its configuration, token included, to the log.
-        log = logging.getLogger("dwave.cloud")
-        if log.level == logging.NOTSET:
-            log.setLevel(logging.INFO)
-        wanted = {"name__eq": self.solver, "topology__type__eq": self.topology}
-        wanted = {key: value for key, value in wanted.items() if value is not None}
-        choice = {"solver": {"order_by": "-num_active_qubits", **wanted}} if wanted else {}
-        options = {
-            "profile": self.profile,
-            "request_timeout": min(60.0, self.timeout),
-            # Later than our own: the client does not cancel a job that it gave up polling.
-            "polling_timeout": self.timeout + _GRACE,
-            "http_retry_total": 2,
-        }
-        # In a thread of its own: three attempts of every request may take longer than the time there is.
-        open_device = partial(dwave.system.DWaveSampler, **options, **choice)
-        opening = call_in_background(partial(guarded, open_device, profile=self.profile))
-        try:
-            device, error = opening.result(timeout=self.timeout)
-        except TimeoutError:
-            device, error = (
-                None,
-                SamplerTimeout(f"D-Wave's service did not list its solvers within {self.timeout:g} s."),
-            )
-        if error is not None:
-            raise error
-        return device
 
     @property
     def solver_name(self) -> str:
         """Name of the solver in use."""
-        solver = getattr(self.device, "solver", None)
-        return str(self.device.properties["chip_id"] if solver is None else solver.name)
+        return name_of(self.device)
 
     @property
     def working_graph(self) -> nx.Graph:
         """Working qubits and couplers, as a lattice of ``dwave-networkx``."""
         with self._lock:
             if self._lattice is None:
-                self._lattice = _lattice(self.device)
+                self._lattice = lattice_of(self.device)
                 names = f"{sorted(self._lattice)} {sorted(map(sorted, self._lattice.edges))}"
                 self._lattice_key = hashlib.sha256(names.encode()).hexdigest()
             return self._lattice
@@ -231,35 +180,19 @@ class DWaveSampler(Sampler):
     @property
     def ranges(self) -> Ranges:
         """Limits of the device."""
-        return Ranges.from_properties(self.device.properties)
+        with self._lock:
+            if self._ranges is None:
+                self._ranges = Ranges.from_properties(self.device.properties, self.working_graph)
+            return self._ranges
 
     def close(self) -> None:
         """Cancel what is under way and close the connection, without waiting for either."""
         self.cancel()
         with self._lock:
-            device, self._device, self._lattice = self._device, None, None
+            device, self._device, self._lattice, self._ranges = self._device, None, None, None
         client = getattr(device, "client", None)
         if client is not None:
             call_in_background(lambda: client.close(wait=False))
-
-    def _check_parameters(self) -> None:
-        allowed = sorted(set(self.device.parameters) - set(_OWN_PARAMETERS))
-        unknown = sorted(set(self.parameters) - set(allowed))
-        if unknown:
-            reserved = [name for name in unknown if name in _OWN_PARAMETERS]
-            why = f" ({', '.join(reserved)}: set by the sampler)" if reserved else ""
-            msg = f"Solver parameters {unknown} are not allowed{why}. {self.solver_name} takes {', '.join(allowed)}."
-            raise ValueError(msg)
-        time_range = self.device.properties.get("annealing_time_range")
-        annealing_time = self.parameters.get("annealing_time")
-        if annealing_time is not None and time_range and not time_range[0] <= annealing_time <= time_range[1]:
-            msg = (
-                f"annealing_time={annealing_time:g} is outside the range of {self.solver_name}: {time_range[0]:g} to "
-                f"{time_range[1]:g} microseconds."
-            )
-            raise ValueError(msg)
-        if "anneal_schedule" in self.parameters and hasattr(self.device, "validate_anneal_schedule"):
-            self.device.validate_anneal_schedule(self.parameters["anneal_schedule"])
 
     # Problems ------------------------------------------------------------------------------------------------------
 
@@ -301,16 +234,7 @@ class DWaveSampler(Sampler):
         return None if each is None else 1e-6 * (math.ceil(reads / most) * fixed + reads * each)
 
     def _read_times(self, program: Program) -> tuple[float, float | None, int]:
-        """Access time of a job in microseconds, constant part and per read, and the most reads of a job."""
-        most = int(self.device.properties.get("num_reads_range", (1, 10_000))[1])
-        solver = getattr(self.device, "solver", None)
-        if solver is None or not self.device.properties.get("problem_timing_data"):
-            return 0.0, None, most
-        n_qubits = program.embedding.qubits.size
-        one, two = (float(solver.estimate_qpu_access_time(n_qubits, num_reads=n, **self.parameters)) for n in (1, 2))
-        each, longest = two - one, self.device.properties.get("problem_run_duration_range", (0, math.inf))[1]
-        room = (longest - (one - each)) / each
-        return one - each, each, most if math.isinf(room) else max(1, min(most, math.floor(room)))
+        return read_times(self.device, program.embedding.qubits.size, self.parameters)
 
     # Sampling ------------------------------------------------------------------------------------------------------
 
@@ -324,9 +248,7 @@ class DWaveSampler(Sampler):
     def _sample_batch(self, requests: list[SamplingRequest], seeds: list[int]) -> list[Draw]:
         deadline = time.monotonic() + self.timeout
         orders = [
-            _Order(
-                request, self.program(request.problem, request.beta), np.random.default_rng(derive_seed(seed, "coins"))
-            )
+            Order(request, self.program(request.problem, request.beta), derive_seed(seed, "coins"))
             for request, seed in zip(requests, seeds, strict=True)
         ]
         for _ in range(_MAX_TRIPS):
@@ -344,9 +266,9 @@ class DWaveSampler(Sampler):
                 raise InvalidSamples(msg)
         return [self._draw(order) for order in orders]
 
-    def _serve(self, orders: list[_Order], deadline: float) -> None:
+    def _serve(self, orders: list[Order], deadline: float) -> None:
         """One trip: submit everything, then collect it."""
-        trip = _Trip()
+        trip = Trip()
         with self._lock:
             self._trips.append(trip)
         error = None
@@ -365,7 +287,7 @@ class DWaveSampler(Sampler):
             for order, n_reads, job in submitted:
                 error = error or self._wait(trip, job, deadline)
                 if error is None:
-                    answer, error = guarded(_read, job, order, n_reads, profile=self.profile)
+                    answer, error = guarded(read_answer, job, order, n_reads, profile=self.profile)
                 if error is None:
                     order.take(*answer, self.chain_break)
         finally:
@@ -376,14 +298,14 @@ class DWaveSampler(Sampler):
         if error is not None:
             raise error
 
-    def _submit(self, order: _Order, n_reads: int) -> Any:
+    def _submit(self, order: Order, n_reads: int) -> Any:
         fields, couplings = order.program.on_chip()
         arguments = {"num_reads": n_reads, "answer_mode": "raw", "auto_scale": False, **self.parameters}
         label = order.request.request_id or f"qbmscvi {order.request.purpose}"
         target = getattr(self.device, "solver", None) or self.device
         return target.sample_ising(fields, couplings, label=label, **arguments)
 
-    def _wait(self, trip: _Trip, job: Any, deadline: float) -> Exception | None:
+    def _wait(self, trip: Trip, job: Any, deadline: float) -> Exception | None:
         while hasattr(job, "wait") and not job.wait(_TICK):
             if trip.is_canceled.is_set():
                 return SamplerUnavailable(f"The jobs of {self.name} were canceled.")
@@ -391,7 +313,7 @@ class DWaveSampler(Sampler):
                 return SamplerTimeout(f"{self.name} did not answer within {self.timeout:g} s; its jobs were canceled.")
         return None
 
-    def _draw(self, order: _Order) -> Draw:
+    def _draw(self, order: Order) -> Draw:
         program, n_samples = order.program, order.request.n_samples
         facts = {
             "solver": self.solver_name,
@@ -411,79 +333,6 @@ class DWaveSampler(Sampler):
         if "qpu_access_time" in order.timing:
             facts["device_seconds"] = 1e-6 * order.timing["qpu_access_time"]
         return Draw(torch.from_numpy(np.concatenate(order.kept)[:n_samples]), info=facts)
-
-
-class _Order:
-    """A request on its way: what it is programmed to, and what came back so far."""
-
-    def __init__(self, request: SamplingRequest, program: Program, seed: int) -> None:
-        self.request, self.program, self.rng = request, program, np.random.default_rng(seed)
-        self.kept: list[np.ndarray] = []
-        self.job_ids: list[str] = []
-        self.timing: dict[str, float] = {}
-        self.n_reads = self.n_rows = 0
-        self._n_broken = 0
-
-    @property
-    def n_kept(self) -> int:
-        return sum(map(len, self.kept))
-
-    @property
-    def n_missing(self) -> int:
-        return self.request.n_samples - self.n_kept
-
-    @property
-    def break_rate(self) -> float:
-        n_chains = self.n_rows * self.request.problem.n_spins
-        return self._n_broken / n_chains if n_chains else 0.0
-
-    def reads(self, most: int) -> list[int]:
-        """Reads of the jobs that should fill the gap, judged by the share that was kept so far."""
-        n_copies = self.program.embedding.n_copies
-        share = max(self.n_kept, 1) / self.n_rows if self.n_rows else 1.0
-        wanted = math.ceil(self.n_missing / share / n_copies * (1.1 if self.n_rows else 1.0))
-        wanted = min(wanted, _MAX_REFILL * math.ceil(self.request.n_samples / n_copies))
-        return [most] * (wanted // most) + ([wanted % most] if wanted % most else [])
-
-    def take(self, values: np.ndarray, timing: dict[str, float], job_id: str | None, chain_break: str) -> None:
-        """Add the answer of a job, shape ``(n_reads, n_copies, n_qubits)``."""
-        rows = values.reshape(-1, values.shape[-1])
-        spins, is_broken = self.program.embedding.gather(rows, self.rng)
-        self.n_reads += len(values)
-        self.n_rows += len(rows)
-        self._n_broken += int(is_broken.sum())
-        self.kept.append(spins[~is_broken.any(1)] if chain_break == "discard" else spins)
-        self.job_ids += [] if job_id is None else [job_id]
-        for key, microseconds in timing.items():
-            self.timing[key] = self.timing.get(key, 0.0) + microseconds
-
-
-def _read(job: Any, order: _Order, n_reads: int) -> tuple[np.ndarray, dict[str, float], str | None]:
-    """Values of the qubits, shape ``(n_reads, n_copies, n_qubits)``, timing and id of a job that is done."""
-    sample_set = getattr(job, "sampleset", job)
-    record = sample_set.record
-    rows = np.repeat(record.sample, record.num_occurrences, axis=0)
-    columns = {variable: k for k, variable in enumerate(sample_set.variables)}
-    qubits = order.program.embedding.qubits
-    missing = [qubit for qubit in qubits.ravel().tolist() if qubit not in columns]
-    if missing or len(rows) != n_reads:
-        msg = f"The answer has {len(rows)} of {n_reads} reads, and lacks {len(missing)} of {qubits.size} qubits."
-        raise InvalidSamples(msg)
-    values = rows[:, [columns[qubit] for qubit in qubits.ravel().tolist()]].reshape(n_reads, *qubits.shape)
-    if not (np.abs(values) == 1).all():
-        msg = "The answer has values other than -1 and +1."
-        raise InvalidSamples(msg)
-    reported = sample_set.info.get("timing", {})
-    timing = {key: float(value) for key, value in reported.items() if isinstance(value, int | float)}
-    return values, timing, sample_set.info.get("problem_id")
-
-
-def _lattice(device: Any) -> nx.Graph:
-    import dwave_networkx as dnx
-
-    family, shape = device.properties["topology"]["type"], device.properties["topology"]["shape"]
-    build = {"chimera": dnx.chimera_graph, "pegasus": dnx.pegasus_graph, "zephyr": dnx.zephyr_graph}[family]
-    return build(*shape, node_list=device.nodelist, edge_list=device.edgelist)
 
 
 def build_dwave_sampler(

@@ -7,7 +7,7 @@ signs of the problem, so that all gauges of a problem get the same scale, and wi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,11 +18,14 @@ from qbmscvi.exceptions import GraphMismatchError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    import networkx as nx
+
     from qbmscvi.ising import IsingModel
     from qbmscvi.samplers._embedding import Embedding
 
 # A coupler of this strength, over the device's temperature, is broken with odds of e**-4 in equilibrium.
 _LEAST_CHAIN = 2.0
+_NO_LIMIT = (-np.inf, np.inf)
 _MARGIN = 1.0 - 1e-9  # below the limits, which the service compares in its own arithmetic
 
 
@@ -38,20 +41,32 @@ class Ranges:
         Largest ferromagnetic coupling.
     qubit
         Lowest and highest sum of the couplings of a qubit; infinite where the device has no such limit.
+    group
+        The same for each of the two groups that the couplers of every qubit are divided into (Advantage2).
+    group_of
+        Number of the group that holds the coupler of a qubit to another, by ``(qubit, other)``.
     """
 
     h: float
     J: float
     chain: float
-    qubit: tuple[float, float] = (-np.inf, np.inf)
+    qubit: tuple[float, float] = _NO_LIMIT
+    group: tuple[float, float] = _NO_LIMIT
+    group_of: Mapping[tuple[int, int], int] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def from_properties(cls, properties: Mapping[str, Any]) -> Ranges:
-        """Read the limits off the properties of a D-Wave solver."""
+    def from_properties(cls, properties: Mapping[str, Any], lattice: nx.Graph) -> Ranges:
+        """Read the limits off the properties of a D-Wave solver with this working graph."""
         h, J = properties["h_range"], properties["j_range"]
         extended = properties.get("extended_j_range", J)
-        qubit = properties.get("per_qubit_coupling_range", (-np.inf, np.inf))
-        return cls(min(-h[0], h[1]), min(-J[0], J[1]), -extended[0], (qubit[0], qubit[1]))
+        qubit, group = (tuple(properties.get(f"per_{part}_coupling_range", _NO_LIMIT)) for part in ("qubit", "group"))
+        group_of = {}
+        if group != _NO_LIMIT:
+            from dwave.system.coupling_groups import coupling_groups
+
+            groups = enumerate(coupling_groups(lattice))
+            group_of = {(qubit, other): number for number, pairs in groups for other, qubit in pairs}
+        return cls(min(-h[0], h[1]), min(-J[0], J[1]), -extended[0], qubit, group, group_of)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,27 +144,25 @@ def fit(
             compensation, least = _torque_compensation(dense), min(_LEAST_CHAIN / device_beta, ranges.chain)
         else:
             least = chain_strength
-    n_qubits = embedding.n_qubits
-    load, n_links = np.zeros(n_qubits), np.zeros(n_qubits)
-    for end in (0, 1):
-        np.add.at(load, embedding.couplers[~is_chain, end], np.abs(J[~is_chain]))
-        np.add.at(n_links, embedding.couplers[is_chain, end], 1.0)
-
-    low, high = ranges.qubit
     # Pairs (amount at unit scale, room for it); all of them are linear in the scale.
     bounds = [
         (np.abs(h).max(initial=0.0), ranges.h),
         (np.abs(J).max(initial=0.0), ranges.J),
         (compensation, ranges.chain),
-        *zip(load + compensation * n_links, np.full(n_qubits, -low), strict=True),
-        *zip(load, -low - least * n_links, strict=True),
-        *zip(load, np.full(n_qubits, high), strict=True),
     ]
+    totals = [(embedding.couplers.T, ranges.qubit)]
+    if ranges.group_of:
+        totals.append((_groups(embedding, ranges), ranges.group))
+    for ends, (low, high) in totals:
+        load, n_links = _loads(ends, np.abs(J), is_chain)
+        bounds += zip(load + compensation * n_links, np.full_like(load, -low), strict=True)
+        bounds += zip(load, -low - least * n_links, strict=True)
+        bounds += zip(load, high + least * n_links, strict=True)
     if least > ranges.chain or min(room for _, room in bounds) <= 0.0:
         msg = (
             f"Chains of strength {least:g} do not fit the device: at most {ranges.chain:g} per coupler, couplings of a "
-            f"qubit between {low:g} and {high:g}, up to {int(n_links.max())} couplers of a qubit in its chain. Lower "
-            "`chain_strength`."
+            f"qubit between {ranges.qubit[0]:g} and {ranges.qubit[1]:g}, of a group of them between "
+            f"{ranges.group[0]:g} and {ranges.group[1]:g}. Lower `chain_strength`."
         )
         raise GraphMismatchError(msg)
     wanted = beta / device_beta
@@ -157,6 +170,25 @@ def fit(
     strength = max(scale * compensation, least)
     couplings = np.where(is_chain, -strength, scale * J)
     return Program(embedding, scale * h, couplings, float(scale), float(strength), bool(scale < wanted))
+
+
+def _groups(embedding: Embedding, ranges: Ranges) -> np.ndarray:
+    """Group of each end of each coupler, shape ``(n_copies, 2, n_couplers)``.
+
+    Copies are alike as graphs, but not in how the chip groups their couplers.
+    """
+    ends = embedding.qubits[:, embedding.couplers.T]
+    pairs = np.stack([ends, ends[:, ::-1]], axis=-1).reshape(-1, 2)
+    return np.array([ranges.group_of[qubit, other] for qubit, other in pairs.tolist()]).reshape(ends.shape)
+
+
+def _loads(ends: np.ndarray, amounts: np.ndarray, is_chain: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Add up, over what the ends of couplers belong to, the amounts of couplings, and the number of those in chains."""
+    numbers = np.unique(ends, return_inverse=True)[1].reshape(ends.shape)
+    n = numbers.max(initial=-1) + 1
+    values = [np.broadcast_to(each, numbers.shape).ravel() for each in (np.where(is_chain, 0.0, amounts), is_chain)]
+    load, n_links = (np.bincount(numbers.ravel(), each, minlength=n) for each in values)
+    return load, n_links
 
 
 def _torque_compensation(problem: IsingModel) -> float:
