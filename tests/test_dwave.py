@@ -25,10 +25,12 @@ import torch
 from annealer import majority_law
 from dwave.embedding import embed_bqm, verify_embedding
 from dwave.system.testing import MockDWaveSampler
+from faulty import Pace
 from laws import PROBLEMS, Law, assert_follows, energy_table, judge, random_problem, state_table
 from sapi_server import TOKEN, SapiServer, Solver, working_graph
 
-from qbmscvi import graphs
+from qbmscvi import QBMSCVI, SamplingSchedule, graphs
+from qbmscvi.datasets import synthetic_counts
 from qbmscvi.exceptions import (
     BudgetExceeded,
     GraphMismatchError,
@@ -41,6 +43,7 @@ from qbmscvi.ising import IsingModel
 from qbmscvi.samplers import (
     Broker,
     Calibrated,
+    Composite,
     DWaveSampler,
     Polished,
     Recorded,
@@ -51,6 +54,7 @@ from qbmscvi.samplers import (
     build_sampler,
 )
 from qbmscvi.samplers._background import call_in_background
+from qbmscvi.samplers._composites import pass_on
 from qbmscvi.samplers._embedding import Embedding, find_embedding
 from qbmscvi.samplers._program import Ranges, fit
 
@@ -447,6 +451,11 @@ def test_parameters_travel_and_others_are_refused_before_anything_is_submitted(s
     job = list(service.jobs.values())[n_jobs]
     assert job.params == {"annealing_time": 50.0, "answer_mode": "raw", "auto_scale": False, "num_reads": 2}
     assert job.label == "step-40"
+    schedule = [[0.0, 0.0], [5.0, 0.5], [15.0, 0.5], [20.0, 1.0]]
+    device = sampler(parameters={"anneal_schedule": schedule})
+    assert device.access_seconds(device.program(problem), 10) > 0
+    job = device.sample(SamplingRequest(problem, 10, seed=1)).info["job_ids"][0]
+    assert service.jobs[job].params["anneal_schedule"] == schedule
     n_jobs = len(service.jobs)
     for parameters, words in (
         ({"anneal_tme": 5}, r"\['anneal_tme'\] are not allowed. Loop_zephyr takes anneal_schedule, annealing_time,"),
@@ -473,6 +482,19 @@ def test_large_requests_are_split_into_jobs_that_the_solver_takes(service, probl
     device = sampler(max_copies=1)
     batch = device.sample(SamplingRequest(problem, 100, seed=1))
     assert len(batch.info["job_ids"]) == 2  # 57 reads of 275.5 microseconds after 14,073 of programming
+
+
+def test_the_requests_of_a_batch_are_under_way_together(service, problem):
+    device = patient(1.0)
+    service.plan("run", "never", n_times=3)
+    n_jobs = len(service.jobs)
+    with pytest.raises(SamplerTimeout):
+        device.sample_batch([SamplingRequest(problem, 10, seed=seed) for seed in range(3)])
+    assert len(service.jobs) == n_jobs + 3
+    deadline = time.monotonic() + 20.0
+    while any(job.status == "PENDING" for job in service.jobs.values()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert [job.status for job in service.jobs.values()][n_jobs:] == ["CANCELLED"] * 3
 
 
 def test_access_time_is_in_the_ledger_and_was_known_before(problem):
@@ -539,6 +561,32 @@ def test_every_fault_ends_in_an_error_of_its_kind_in_time(service, problem, plac
     assert device._trips == []
     service.calm()
     assert device.sample(request).n_samples == 200  # the client has survived
+
+
+def test_training_outlives_every_fault(service):
+    """A question every two steps, and a fault for each of the first; those that come after are answered."""
+    adata = synthetic_counts(n_cells=240, n_genes=30, seed=0)
+    QBMSCVI.setup_anndata(adata)
+    device = patient(2.0)
+    model = QBMSCVI(adata, latent="spins", n_latent=8, prior_graph=graphs.patch(device.working_graph, 8), n_chains=64)
+    faults = [(place, fault) for place, fault, *_ in FAULTS]
+
+    class Unlucky(Composite):
+        def _sample_batch(self, requests, seeds):
+            service.calm()
+            if faults:
+                place, fault = faults.pop(0)
+                service.plan(place, fault, n_times=5 if fault == "reset" else 1)
+            asked = [replace(request, seed=seed) for request, seed in zip(requests, seeds, strict=True)]
+            return [pass_on(batch) for batch in self.child.sample_batch(asked)]
+
+    schedule = SamplingSchedule(latency=2)
+    with pytest.warns(RuntimeWarning, match="Block Gibbs answers in its place"):
+        model.train(max_epochs=16, batch_size=64, sampler=Unlucky(device), schedule=schedule, callbacks=[Pace()])
+    sampling = model.trainer.lightning_module.sampling
+    assert sampling.n_fallbacks == len(FAULTS)
+    assert sampling.broker.ledger.n_samples > 0
+    assert np.isfinite(model.get_latent_representation()).all()
 
 
 def test_server_errors_while_polling_are_waited_out(service, problem):

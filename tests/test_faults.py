@@ -168,7 +168,8 @@ def test_a_job_that_cannot_be_cancelled_costs_a_warning(adata):
 
     device = Stubborn(None, lambda call: False, [None])
     model = train(adata, device, pace=SteppedClock(device), latency=2)
-    (warning,) = model.warned
+    unanswered, warning = model.warned
+    assert "has not answered during these 12 steps" in unanswered
     assert re.search("could not cancel its question .ConnectionError: no route", warning)
     assert model.worst < MAX_Z
 
@@ -190,6 +191,27 @@ def test_late_answers(adata, latencies, n_failures, n_trips):
     device = SteppedDevice(None, lambda call: False, latencies)
     model = train(adata, device, pace=SteppedClock(device), latency=2, max_staleness=4)
     assert_survived(model, n_failures, "has not answered within max_staleness=4 steps", n_trips)
+
+
+@pytest.mark.parametrize("is_slow", [False, True])
+def test_answers_of_slow_devices_are_used_whenever_they_come(adata, is_slow, monkeypatch):
+    """With no limit in the schedule, and 4 steps in place of 500: asked at 0, answered at 7, used at 8."""
+    monkeypatch.setattr("qbmscvi._callbacks._MAX_STALENESS", 4)
+    device = SteppedDevice(None, lambda call: False, [7, None, None], is_slow=is_slow)
+    model = train(adata, device, pace=SteppedClock(device), latency=2)
+    if is_slow:
+        assert_survived(model, 0, "", 2)
+        assert float(model.history["sampling_staleness"].iloc[-1].iloc[0]) == 8.0
+    else:
+        assert_survived(model, 2, "has not answered within max_staleness=4 steps. Raise `max_staleness`", 2)
+
+
+def test_a_run_that_ends_before_its_first_answer_says_so(adata):
+    device = SteppedDevice(None, lambda call: False, [None], is_slow=True)
+    model = train(adata, device, pace=SteppedClock(device))
+    (warning,) = model.warned
+    assert "has not answered during these 12 steps: the prior was trained on local block Gibbs alone" in warning
+    assert "schedule=SamplingSchedule(latency=0, every_n_steps=1)" in warning
 
 
 def test_answers_to_the_question_before_are_carried_to_the_parameters_of_now(adata):

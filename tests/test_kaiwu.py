@@ -15,13 +15,13 @@ import subprocess
 import sys
 import time
 import traceback
-import venv
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from faulty import Pace
+from kaiwu_platform import SECRETS, TRUE_BETA, Platform, make_interpreter
 from laws import Law, assert_follows, energy_table, random_problem, state_table
 
 from qbmscvi import QBMSCVI, SamplingSchedule, graphs
@@ -35,6 +35,7 @@ from qbmscvi.exceptions import (
     SamplerUnavailable,
 )
 from qbmscvi.samplers import (
+    Broker,
     Calibrated,
     KaiwuSampler,
     Polished,
@@ -51,62 +52,21 @@ from qbmscvi.samplers._background import call_in_background
 from qbmscvi.samplers._ising_matrix import IsingMatrix
 from qbmscvi.testing import check_sampler
 
-HERE = Path(__file__).parent
-TRUE_BETA = 2.0
-SECRETS = {
-    "KAIWU_USER_ID": "user-77",
-    "KAIWU_SDK_CODE": "sdk-code-of-the-stand-in",
-    "KAIWU_PROJECT_NO": "project-9",
-}
 TOKEN = "token-of-the-licence"  # which the stand-in quotes
 
 
 @pytest.fixture(scope="session")
 def interpreter(tmp_path_factory) -> Path:
-    """An environment that has the stand-in and numpy, and not this package."""
-    folder = tmp_path_factory.mktemp("interpreter")
-    venv.EnvBuilder(symlinks=True, with_pip=False).create(folder)
-    packages = next(folder.glob("lib/python*/site-packages"))
-    (packages / "standin.pth").write_text(f"{HERE / 'kaiwu_standin'}\n{Path(np.__file__).parent.parent}\n")
-    return folder / "bin" / "python"
-
-
-class Platform:
-    """The folder behind the stand-in."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def plan(self, *faults) -> None:
-        (self.folder / "plan.json").write_text(json.dumps(faults))
-
-    def compute_for(self, n_polls: int) -> None:
-        (self.folder / "polls.json").write_text(json.dumps(n_polls))
-
-    def calls(self, what="solve") -> list[dict]:
-        path = self.folder / "calls.jsonl"
-        calls = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        return [call for call in calls if call["what"] == what]
-
-    @property
-    def jobs(self) -> dict:
-        path = self.folder / "jobs.json"
-        return json.loads(path.read_text()) if path.exists() else {}
-
-    @property
-    def has_heard_telemetry(self) -> bool:
-        return (self.folder / "telemetry.log").exists()
+    return make_interpreter(tmp_path_factory.mktemp("interpreter"))
 
 
 @pytest.fixture
 def platform(interpreter, tmp_path, monkeypatch) -> Platform:
-    (tmp_path / "platform").mkdir()
-    monkeypatch.setenv("KAIWU_STANDIN", str(tmp_path / "platform"))
-    monkeypatch.setenv("KAIWU_PYTHON", str(interpreter))
-    for name, value in SECRETS.items():
+    made = Platform(tmp_path / "platform")
+    for name, value in made.environment(interpreter).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(_kaiwu, "_LEAST_INTERVAL", 0.05)
-    return Platform(tmp_path / "platform")
+    return made
 
 
 @pytest.fixture
@@ -114,6 +74,13 @@ def device(platform):
     made = KaiwuSampler(device_beta=TRUE_BETA, interval=0.2, timeout=60.0)
     yield made
     made.close()
+
+
+def wait_until(holds, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -198,6 +165,35 @@ def test_the_same_question_finds_its_job_after_a_restart(device, platform, probl
         again.sample(SamplingRequest(problem, 50, seed=1))
     assert len(platform.jobs) == 4
     again.close()
+
+
+def test_a_restarted_run_finds_the_job_of_its_question(platform, problem):
+    """Through the whole chain, whose calibration has changed what is asked; the process is another one."""
+    broker = Broker(build_kaiwu_sampler(device_beta=3.0, interval=0.2), latency=1)
+    for step, n_polls in ((0, 0), (1, 9_999)):
+        platform.compute_for(n_polls)
+        broker.submit(SamplingRequest(problem, 500, seed=step, request_id=f"refresh-{step}"))
+        broker.dispatch(step)
+        if step == 0:
+            broker._trip.future.exception(timeout=60.0)
+            broker.collect(1)
+    gain = broker.sampler.state_dict()["log_gain"]
+    assert gain == pytest.approx(np.log(2 / 3), abs=0.1)
+    wait_until(lambda: len(platform.jobs) == 2)
+    state = pickle.loads(pickle.dumps(broker.state_dict()))
+    broker.close()
+    platform.finish_jobs()
+    workers = {call["pid"] for call in platform.calls()}
+
+    broker = Broker(build_kaiwu_sampler(device_beta=3.0, interval=0.2), latency=1)
+    broker.load_state_dict(state)
+    assert broker.sampler.state_dict()["log_gain"] == gain
+    broker._trip.future.exception(timeout=60.0)
+    (batch,) = broker.collect(2)
+    assert_follows(batch.spins, Law.boltzmann(problem))
+    assert len(platform.jobs) == 2
+    assert len({call["pid"] for call in platform.calls()} - workers) == 1
+    broker.sampler.cancel()
 
 
 def test_limits_and_arguments(device, monkeypatch):
@@ -286,6 +282,22 @@ def test_every_fault_ends_in_an_error_of_its_kind_in_time(device, platform, prob
     assert len(names) == 1 + is_kept
 
 
+def test_training_outlives_every_fault(device, platform):
+    """A question every two steps, and a fault for each of the first; those that come after are answered."""
+    adata = synthetic_counts(n_cells=240, n_genes=30, seed=0)
+    QBMSCVI.setup_anndata(adata)
+    model = QBMSCVI(adata, latent="spins", n_latent=8, n_chains=64)
+    device.timeout = 5.0
+    platform.plan(*[fault for fault, *_ in FAULTS])
+    schedule = SamplingSchedule(latency=2)
+    with pytest.warns(RuntimeWarning, match="Block Gibbs answers in its place"):
+        model.train(max_epochs=16, batch_size=64, sampler=device, schedule=schedule, callbacks=[Pace()])
+    sampling = model.trainer.lightning_module.sampling
+    assert sampling.n_fallbacks == len(FAULTS)
+    assert sampling.broker.ledger.n_samples > 0
+    assert np.isfinite(model.get_latent_representation()).all()
+
+
 def test_transient_faults_are_asked_again(device, platform, problem):
     platform.plan("transient", "network")
     batch = Retrying(device, 3, pause=0.01).sample(SamplingRequest(problem, 20, seed=1))
@@ -304,18 +316,14 @@ def test_a_hanging_worker_does_not_outlive_its_call(device, platform, problem):
 def test_cancel_ends_the_call(device, platform, problem):
     platform.plan("hang")
     answer = call_in_background(device.sample, SamplingRequest(problem, 20, seed=1))
-    deadline = time.monotonic() + 20.0
-    while not platform.calls():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(platform.calls)
     Polished(device).cancel()
     with pytest.raises(SamplerUnavailable, match="was canceled"):
         answer.result(timeout=20.0)
     device.interval = 30.0
     platform.compute_for(1)
     answer = call_in_background(device.sample, SamplingRequest(problem, 20, seed=1))
-    while len(platform.calls()) < 2:
-        time.sleep(0.01)
+    wait_until(lambda: len(platform.calls()) == 2)
     time.sleep(0.3)
     device.cancel()
     with pytest.raises(SamplerUnavailable, match="was canceled"):

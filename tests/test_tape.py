@@ -247,7 +247,7 @@ def test_seeds_are_drawn_once_and_written_down(tmp_path):
 
 
 class RemoteChains(BlockGibbsSampler):
-    traits = SamplerTraits(is_remote=True, is_persistent=True)
+    traits = SamplerTraits(is_remote=True, is_persistent=True, is_slow=True)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,8 @@ def test_a_tape_has_the_traits_that_a_run_depends_on(build, is_remote, is_persis
     first = recorder.sample(request)
     second = recorder.sample(replace(request, initial_spins=first.spins))
     player = Replayed(tmp_path / "tape")
-    assert player.traits == SamplerTraits(is_remote=is_remote, is_persistent=is_persistent, is_replay=True)
+    expected = SamplerTraits(is_remote=is_remote, is_persistent=is_persistent, is_slow=is_remote, is_replay=True)
+    assert player.traits == expected
     player.sample(request)
     assert torch.equal(player.sample(replace(request, initial_spins=first.spins)).spins, second.spins)
 
@@ -278,7 +279,8 @@ def test_a_tape_inside_other_composites(tmp_path):
 
 def test_header_names_format_and_version(tape):
     header = json.loads(tape.read_text().splitlines()[0])
-    assert header == {"format": "qbmscvi-tape", "version": 1, "is_remote": False, "is_persistent": False}
+    traits = dict.fromkeys(("is_remote", "is_persistent", "is_slow"), False)
+    assert header == {"format": "qbmscvi-tape", "version": 1, **traits}
 
 
 def test_the_file_is_plain_json_lines(tape):

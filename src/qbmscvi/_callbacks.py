@@ -7,6 +7,7 @@ call that every rank makes.
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from qbmscvi.samplers import Sampler
 
 
+_MAX_STALENESS = 500  # steps
+_N_WAITS = 20  # of the advice to a run that no answer reached
 _RESAMPLE_BELOW = 0.5  # effective share of the tracking chains
 _REPORTED_FACTS = ("staleness", "effective_beta", "effective_share", "exchange_rate")
 
@@ -51,7 +54,9 @@ class SamplingSchedule:
         Steps between a question to a remote sampler and the use of its answer; a late answer is used at the next
         multiple. Training never waits, and local samplers answer at once. Zero makes training wait for each answer.
     max_staleness
-        Age in steps beyond which an answer of a remote sampler is not used.
+        Age in steps beyond which an answer of a remote sampler is not used. None for 500 (or ``latency``, if that is
+        more), and for no limit with a sampler whose answers take minutes (``traits.is_slow``): such answers are older
+        than that whenever they come.
     n_polish_sweeps
         Local Gibbs sweeps that carry the states of a remote answer to the parameters of now.
 
@@ -65,13 +70,20 @@ class SamplingSchedule:
     n_sweeps: int = 2
     burn_in: int = 100
     latency: int = 20
-    max_staleness: int = 500
+    max_staleness: int | None = None
     n_polish_sweeps: int = 10
 
     def __post_init__(self) -> None:
         least_values = dict.fromkeys(["every_n_steps", "n_sweeps", "burn_in", "n_polish_sweeps"], 1)
-        for name, least in {**least_values, "latency": 0, "max_staleness": self.latency}.items():
+        least_values |= {"latency": 0} | ({} if self.max_staleness is None else {"max_staleness": self.latency})
+        for name, least in least_values.items():
             require_integer(f"SamplingSchedule.{name}", getattr(self, name), least)
+
+    def oldest_answer(self, sampler: Sampler) -> float:
+        """Age in steps beyond which an answer of this sampler is not used; may be infinite."""
+        if self.max_staleness is not None:
+            return self.max_staleness
+        return math.inf if sampler.traits.is_slow else max(_MAX_STALENESS, self.latency)
 
 
 class SamplingCallback(Callback):
@@ -106,7 +118,7 @@ class SamplingCallback(Callback):
         self.prior = prior
         self.sampler = sampler
         self.schedule = schedule
-        self.broker = Broker(vet(sampler), schedule.latency, schedule.max_staleness)
+        self.broker = Broker(vet(sampler), schedule.latency, schedule.oldest_answer(sampler))
         self.n_fallbacks = 0
         self._local = BlockGibbsSampler()
         self._seeds = torch.Generator()
@@ -322,7 +334,20 @@ class SamplingCallback(Callback):
                 self.prior.to_ising(), samples=self.prior.chains, n_chains=128, n_steps=300, seed=self._draw_seed()
             )
             self.prior.set_log_z(estimate.value, estimate.lower, estimate.upper, estimate.scale)
+            self._warn_if_unanswered(trainer.global_step)
         share_buffers(trainer, self.prior)
+
+    def _warn_if_unanswered(self, n_steps: int) -> None:
+        """Say so if a device was asked and training ended before it answered: nothing else would show it."""
+        if self.sampler.traits.is_remote and not self.broker.ledger.n_samples and not self.n_fallbacks:
+            warnings.warn(
+                f"{self.sampler.name} has not answered during these {n_steps} steps: the prior was trained on local "
+                "block Gibbs alone. Train for longer, or let training wait for answers, e.g. for "
+                f"{min(n_steps, _N_WAITS)} of them: schedule=SamplingSchedule(latency=0, "
+                f"every_n_steps={math.ceil(n_steps / _N_WAITS)}).",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Drop a question that is still under way: Lightning does not call ``teardown`` then."""

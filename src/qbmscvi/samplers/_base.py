@@ -39,6 +39,8 @@ class SamplerTraits:
         Uses ``initial_spins`` of a request as the states of running chains.
     is_remote
         Answers come from another machine, and may be slow or fail.
+    is_slow
+        Answers take minutes, thousands of training steps.
     packs_problems
         Several small problems may be sent as one problem without couplings between them, to save trips.
     is_replay
@@ -51,6 +53,7 @@ class SamplerTraits:
     is_exact: bool = False
     is_persistent: bool = False
     is_remote: bool = False
+    is_slow: bool = False
     is_replay: bool = False
     packs_problems: bool = False
     max_spins: int | None = None
@@ -170,6 +173,13 @@ class Sampler:
 
     def cancel(self) -> None:
         """Give up the question under way, if that is possible: nobody waits for its answer any more."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What questions to a device depend on beside request and settings: plain values, for checkpoints."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state, so that a question that was under way is asked again as it was."""
 
     def check(self, problem: IsingModel) -> None:
         """Raise if this sampler cannot take a problem of this size and graph.

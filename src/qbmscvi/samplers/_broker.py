@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_ADVICE = "Raise `max_staleness` of the schedule, or let training wait for answers with `latency=0`."
+
+
 @dataclass
 class Ledger:
     """What the broker did so far.
@@ -71,6 +74,7 @@ class _Trip:
     due: int
     future: Future
     recorded_age: float | None
+    sampler_state: dict[str, Any]
     is_late: bool = False
     is_given_up: bool = False
 
@@ -91,7 +95,7 @@ class Broker:
         Steps between dispatch and collection with a remote sampler; zero waits for the answer on the spot. A local
         sampler always answers on the spot.
     max_staleness
-        Age in steps beyond which an answer is not used any more.
+        Age in steps beyond which an answer is not used any more; may be infinite.
 
     Raises
     ------
@@ -99,7 +103,7 @@ class Broker:
         If ``latency`` is negative or above ``max_staleness``.
     """
 
-    def __init__(self, sampler: Sampler, latency: int = 0, max_staleness: int = 500) -> None:
+    def __init__(self, sampler: Sampler, latency: int = 0, max_staleness: float = 500) -> None:
         if not 0 <= latency <= max_staleness:
             msg = f"latency={latency} must be at least 0 and at most max_staleness={max_staleness} (steps)."
             raise ValueError(msg)
@@ -136,6 +140,7 @@ class Broker:
 
     def _send(self, requests: tuple[SamplingRequest, ...], step: int) -> None:
         self.ledger.n_trips += 1
+        sampler_state = self.sampler.state_dict()
         if self.latency and not self.sampler.traits.is_replay:
             future = call_in_background(self._call, requests)
         else:
@@ -146,7 +151,7 @@ class Broker:
                 future.set_exception(error)
             self.ledger.wait_seconds += time.perf_counter() - started
         recorded_age = self.sampler.recorded_age if self.latency else None
-        self._trip = _Trip(requests, step, step + self.latency, future, recorded_age)
+        self._trip = _Trip(requests, step, step + self.latency, future, recorded_age, sampler_state)
 
     def collect(self, step: int) -> list[SampleBatch] | None:
         """Fetch the answers of the trip under way, one per request in the order of submission; never wait.
@@ -172,7 +177,8 @@ class Broker:
                 trip.is_given_up = True
                 self.ledger.n_failures += 1
                 self._cancel()
-                msg = f"{self.sampler.name} has not answered within max_staleness={self.max_staleness} steps."
+                limit = f"max_staleness={self.max_staleness}"
+                msg = f"{self.sampler.name} has not answered within {limit} steps. {_ADVICE}"
                 raise SamplerTimeout(msg)
             return None
         self._trip = None
@@ -184,9 +190,8 @@ class Broker:
         if trip.is_given_up:
             return None
         if age > self.max_staleness:
-            error = SamplerTimeout(
-                f"The answer of {self.sampler.name} is {age} steps old (max_staleness={self.max_staleness})."
-            )
+            limit = f"max_staleness={self.max_staleness}"
+            error = SamplerTimeout(f"The answer of {self.sampler.name} is {age} steps old ({limit}). {_ADVICE}")
         if error is not None:
             self.ledger.n_failures += 1
             if isinstance(error, SamplerError):
@@ -223,9 +228,16 @@ class Broker:
         return [answers[group][rows] for group, rows in places]
 
     def state_dict(self) -> dict[str, Any]:
-        """Ledger, and the trip under way unless it was given up, so that a restarted run can ask for it once more."""
-        is_wanted = self._trip is not None and not self._trip.is_given_up
-        return {"ledger": asdict(self.ledger), "trip": self._trip.state_dict() if is_wanted else None}
+        """Ledger, and the trip under way unless it was given up, so that a restarted run can ask for it once more.
+
+        The state of the sampler is that from which the trip was sent: with it, the device gets the same question.
+        """
+        trip = self._trip if self._trip is not None and not self._trip.is_given_up else None
+        return {
+            "ledger": asdict(self.ledger),
+            "trip": None if trip is None else trip.state_dict(),
+            "sampler": (self.sampler.name, self.sampler.state_dict() if trip is None else trip.sampler_state),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state; a trip that was under way is asked for again, exactly once and with its old ids.
@@ -233,6 +245,9 @@ class Broker:
         Not so with a local sampler in place of the remote one that was asked: it answers questions of now.
         """
         self.ledger = Ledger(**state["ledger"])
+        name, sampler_state = state["sampler"]
+        if name == self.sampler.name:  # what was learned of one device says nothing of another
+            self.sampler.load_state_dict(sampler_state)
         trip = state["trip"]
         if trip is not None and self.sampler.traits.is_remote:
             self._send(tuple(map(SamplingRequest.from_state_dict, trip["requests"])), trip["step"])

@@ -31,6 +31,7 @@ from qbmscvi.samplers._composites import Calibrated, Polished
 from qbmscvi.samplers._ising_matrix import IsingMatrix, fill_up
 
 _STEP = 0.05  # decay times
+_SLOW = 10.0  # seconds
 _SATURATION = 3.0  # amplitudes that the detector tells apart, in those of a pump of two without feedback
 
 
@@ -53,7 +54,7 @@ class CoherentIsingSampler(Sampler):
     deduplicates
         Leave repeated states out of the answer, as an optimizer does; it is then filled up by repeating all of them.
     latency
-        Seconds until an answer; above zero the sampler counts as remote.
+        Seconds until an answer; above zero the sampler counts as remote, from ten on as slow.
     pump
         Pump at the end of the ramp, over the threshold.
     feedback
@@ -95,7 +96,9 @@ class CoherentIsingSampler(Sampler):
         self.n_physical_spins, self.n_bits, self.device_beta = n_physical_spins, n_bits, device_beta
         self.deduplicates, self.latency = deduplicates, latency
         self.pump, self.feedback, self.noise, self.duration = pump, feedback, noise, duration
-        self.traits = SamplerTraits(target="approximate", is_remote=latency > 0, max_spins=n_physical_spins - 1)
+        self.traits = SamplerTraits(
+            target="approximate", is_remote=latency > 0, is_slow=latency >= _SLOW, max_spins=n_physical_spins - 1
+        )
         self._reset()
 
     def _reset(self) -> None:

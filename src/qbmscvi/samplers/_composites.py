@@ -61,6 +61,14 @@ class Composite(Sampler):
         """Let the child give up its question."""
         self.child.cancel()
 
+    def state_dict(self) -> dict[str, Any]:
+        """That of the child."""
+        return self.child.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Hand it to the child."""
+        self.child.load_state_dict(state)
+
     def check(self, problem: IsingModel) -> None:
         """Raise if the child cannot take the problem."""
         self.child.check(problem)
@@ -252,6 +260,15 @@ class Calibrated(Composite):
         self.method = method
         self.memory = memory
         self.log_gain: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The gain, which decides what the child is asked."""
+        return {**super().state_dict(), "log_gain": self.log_gain}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the gain."""
+        super().load_state_dict(state)
+        self.log_gain = state.get("log_gain", self.log_gain)
 
     def _sample_batch(self, requests: list[SamplingRequest], seeds: list[int]) -> list[Draw]:
         gain = 1.0 if self.log_gain is None else float(torch.tensor(self.log_gain).exp())

@@ -117,7 +117,7 @@ class KaiwuSampler(Sampler):
         self.interval, self.timeout, self.telemetry = interval, timeout, telemetry
         self.folder = None if folder is None else os.fspath(folder)
         target = "approximate" if mode == "sample" else "ground_state"
-        self.traits = SamplerTraits(target=target, is_remote=True, max_spins=n_physical_spins - 1)
+        self.traits = SamplerTraits(target=target, is_remote=True, is_slow=True, max_spins=n_physical_spins - 1)
         self._reset()
         self._connected(time.monotonic() + min(_START_SECONDS, timeout))
 

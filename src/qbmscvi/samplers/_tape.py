@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from qbmscvi.ising import IsingModel, SampleBatch
     from qbmscvi.samplers._base import SamplingRequest
 
+# What a run does depends on these traits, so a replay must have them.
+_RUN_TRAITS = ("is_remote", "is_persistent", "is_slow")
 _HEADER = {"format": "qbmscvi-tape", "version": 1}
 _ERRORS = {kind.__name__: kind for kind in (BudgetExceeded, InvalidSamples, SamplerTimeout, SamplerUnavailable)}
 
@@ -81,8 +83,7 @@ class Recorded(Composite):
         if self.path.exists():
             msg = f"{self.path} exists. Recording would append to another run: choose a new name or delete it."
             raise FileExistsError(msg)
-        # What a run does depends on these two traits, so a replay must have them.
-        traits = {"is_remote": child.traits.is_remote, "is_persistent": child.traits.is_persistent}
+        traits = {name: getattr(child.traits, name) for name in _RUN_TRAITS}
         self.path.write_text(json.dumps({**_HEADER, **traits}) + "\n")
         self._is_intact = True
         self._n_calls = 0
@@ -144,7 +145,7 @@ class Replayed(Sampler):
         lines = self.path.read_text(errors="replace").splitlines()
         header = _parse(lines[0], self.path, 1) if lines else {}
         is_tape = all(header.get(key) == value for key, value in _HEADER.items())
-        if not is_tape or not {"is_remote", "is_persistent"} <= set(header):
+        if not is_tape or not set(_RUN_TRAITS) <= set(header):
             msg = f"{self.path} is not a tape of version {_HEADER['version']}: it begins with {lines[:1]}."
             raise InvalidSamples(msg)
         self._calls: list[list[dict[str, Any]]] = []
@@ -153,9 +154,7 @@ class Replayed(Sampler):
         for number, line in enumerate(lines[1:], start=2):
             self._file(_verify(line, self.path, number))
         self._position = 0
-        self.traits = SamplerTraits(
-            is_remote=header["is_remote"], is_persistent=header["is_persistent"], is_replay=True
-        )
+        self.traits = SamplerTraits(**{name: header[name] for name in _RUN_TRAITS}, is_replay=True)
 
     def _file(self, entry: dict[str, Any]) -> None:
         """Put an entry to its call; calls without an answer leave no other trace than a gap."""

@@ -16,6 +16,12 @@ def load(name, default):
     return json.loads(place(name).read_text()) if place(name).exists() else default
 
 
+def save(name, value):
+    """Write in one piece: others read at any time."""
+    place(f"{name}.new").write_text(json.dumps(value))
+    place(f"{name}.new").replace(place(name))
+
+
 def note(what, **facts):
     with place("calls.jsonl").open("a") as file:
         file.write(json.dumps({"what": what, "time": time.monotonic(), "pid": os.getpid(), **facts}) + "\n")

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import os
 import signal
 import sys
 import time
+from functools import lru_cache
 
 import numpy as np
 
 from . import common
-from ._platform import load, next_fault, note, place
+from ._platform import load, next_fault, note, place, save
 from .license import ensure_license, track_data
 
 TRUE_BETA = 2.0  # where a coupling of 127 counts as one
@@ -58,15 +58,17 @@ class CIMOptimizer:
         job = jobs[key]
         is_computing = job["polls_left"] > 0
         job["polls_left"] -= is_computing
-        if "answer" not in job and not is_computing:
-            job["answer"] = self._draw(matrix, job["n_created"]).tolist()
-        place("jobs.json").write_text(json.dumps(jobs))
-        return None if is_computing else _spoil(fault, np.array(job["answer"], dtype=np.int8))
+        save("jobs.json", jobs)
+        if is_computing:
+            return None
+        answer = place(f"answer-{job['n_created']}.npy")
+        if not answer.exists():
+            np.save(answer, self._draw(matrix, job["n_created"]).astype(np.int8))
+        return _spoil(fault, np.load(answer))
 
     def _draw(self, matrix, number):
         """Boltzmann samples by enumeration; one state in two is given with the ancilla down."""
-        states = np.array(list(itertools.product((-1, 1), repeat=len(matrix) - 1)))
-        states = np.concatenate([states, np.ones((len(states), 1), dtype=int)], axis=1)
+        states = _states(len(matrix))
         hamiltonian = -((states @ matrix) * states).sum(1)
         weights = np.exp(-TRUE_BETA / (2 * 127) * (hamiltonian - hamiltonian.min()))
         rng = np.random.default_rng(number)
@@ -75,6 +77,13 @@ class CIMOptimizer:
         drawn = np.sort(rng.choice(len(states), size=self.sample_number, p=weights / weights.sum()))
         drawn = drawn[np.argsort(hamiltonian[drawn], kind="stable")]
         return states[drawn] * rng.choice([-1, 1], size=(len(drawn), 1))
+
+
+@lru_cache(maxsize=1)
+def _states(n):
+    """All states whose last spin, the ancilla, is up."""
+    free = np.array(list(itertools.product((-1.0, 1.0), repeat=n - 1)))
+    return np.concatenate([free, np.ones((len(free), 1))], axis=1)
 
 
 def _spoil(fault, answer):
