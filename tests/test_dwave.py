@@ -88,7 +88,7 @@ def configured(service, tmp_path, monkeypatch):
 
 
 def sampler(**settings) -> DWaveSampler:
-    return DWaveSampler(**{"topology": "zephyr", "device_beta": TRUE_BETA, "timeout": 20.0, **settings})
+    return DWaveSampler(**{"topology": "zephyr", "device_beta": TRUE_BETA, "timeout": 60.0, **settings})
 
 
 def patient(seconds: float) -> DWaveSampler:
