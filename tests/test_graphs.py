@@ -49,6 +49,23 @@ def test_color_order_and_bounds_cut_out_the_classes(make, n_colors):
     assert slices == [nodes.tolist() for nodes in graph.color_classes]
 
 
+@pytest.mark.parametrize(
+    ("graph", "layers"),
+    [
+        pytest.param(graphs.bipartite(3, 5), (3, 5), id="bipartite"),
+        pytest.param(graphs.bipartite(1, 1), (1, 1), id="one-edge"),
+        pytest.param(scrambled_bipartite(), None, id="scrambled"),
+        pytest.param(graphs.complete(4), None, id="complete"),
+        pytest.param(graphs.independent(4), None, id="independent"),
+        pytest.param(Graph(4, [[0, 2], [0, 3], [1, 2]]), None, id="an-edge-missing"),
+        pytest.param(Graph(5, [[0, 2], [0, 3], [1, 2], [1, 3]]), None, id="a-node-apart"),
+        pytest.param(Graph(4, [[0, 1], [0, 2], [0, 3], [1, 2]]), None, id="as-many-edges"),
+    ],
+)
+def test_layers_are_those_of_a_complete_bipartite_graph_in_order(graph, layers):
+    assert graph.layers == layers
+
+
 def test_first_node_is_in_the_first_class_of_a_bipartite_graph():
     assert 0 in scrambled_bipartite().color_classes[0]
     assert [c.tolist() for c in graphs.bipartite(2, 3).color_classes] == [[0, 1], [2, 3, 4]]

@@ -241,7 +241,11 @@ def test_casting_a_problem_casts_an_offset_that_is_a_tensor():
 @each_dtype
 @pytest.mark.parametrize(
     "graph",
-    [pytest.param(ring(11), id="gathered"), pytest.param(scrambled_bipartite(), id="matrix-product")],
+    [
+        pytest.param(ring(11), id="gathered"),
+        pytest.param(scrambled_bipartite(), id="matrix-product"),
+        pytest.param(graphs.bipartite(3, 5), id="layers"),
+    ],
 )
 def test_edge_fields_sum_over_neighbors(graph, dtype, atol):
     rng = np.random.default_rng(2)
@@ -254,7 +258,14 @@ def test_edge_fields_sum_over_neighbors(graph, dtype, atol):
     assert torch.allclose(edge_fields(values, J, graph), expected, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("graph", [pytest.param(ring(9), id="gathered"), pytest.param(graphs.complete(5), id="matrix")])
+@pytest.mark.parametrize(
+    "graph",
+    [
+        pytest.param(ring(9), id="gathered"),
+        pytest.param(graphs.complete(5), id="matrix"),
+        pytest.param(graphs.bipartite(2, 3), id="layers"),
+    ],
+)
 def test_edge_fields_and_coupling_matrix_carry_exact_gradients(graph):
     rng = np.random.default_rng(3)
     J = torch.tensor(rng.normal(size=graph.n_edges), requires_grad=True)
@@ -274,7 +285,11 @@ def batch_of(n_spins, dtype=torch.float64, is_weighted=False, n_samples=50, seed
 @pytest.mark.parametrize("is_weighted", [pytest.param(False, id="equal"), pytest.param(True, id="weighted")])
 @pytest.mark.parametrize(
     "graph",
-    [pytest.param(ring(11), id="gathered"), pytest.param(scrambled_bipartite(), id="matrix-product")],
+    [
+        pytest.param(ring(11), id="gathered"),
+        pytest.param(scrambled_bipartite(), id="matrix-product"),
+        pytest.param(graphs.bipartite(3, 5), id="layers"),
+    ],
 )
 def test_batch_moments_match_their_definition(graph, is_weighted, dtype, atol):
     batch = batch_of(graph.n_nodes, dtype, is_weighted)
@@ -316,8 +331,22 @@ def test_spins_are_minus_one_and_one_and_nothing_else(dtype):
         assert not are_spins(spins), other
 
 
-def test_kept_couplings_follow_the_problem():
+def test_energies_of_a_batch_are_computed_when_they_are_first_looked_at():
     problem = IsingModel(torch.zeros(4), torch.arange(1.0, 5.0), graphs.bipartite(2, 2))
+    spins = torch.tensor([[1, 1, 1, -1], [1, -1, -1, 1], [-1, -1, 1, 1]], dtype=torch.int8)
+    batch = SampleBatch(spins, problem)
+    part = batch[1:]
+    assert "energies" not in vars(batch)
+    assert batch.dtype == torch.float32
+    assert torch.equal(batch.energies, problem.energy(spins))
+    assert torch.equal(part.energies, batch.energies[1:])
+    assert torch.equal(batch[1:].energies, batch.energies[1:])
+    with pytest.raises(AttributeError, match="no attribute 'energy'"):
+        batch.energy  # noqa: B018
+
+
+def test_kept_couplings_follow_the_problem():
+    problem = IsingModel(torch.zeros(4), torch.arange(1.0, 5.0), ring(4))
     spins = torch.tensor([[1.0, 1.0, 1.0, -1.0]])
     with torch.inference_mode():
         first = problem.energy(spins)

@@ -37,10 +37,12 @@ def random_prior(graph, n_gaussian=0, seed=0, scale=0.5, **kwargs):
 
 PRIORS = {
     "spins-bipartite-3x4": lambda: random_prior(scrambled_bipartite(3, 4), seed=1),
+    "spins-layers-4x3": lambda: random_prior(graphs.bipartite(4, 3), seed=11),
     "spins-complete-5": lambda: random_prior(graphs.complete(5), seed=2),
     "spins-ring-9-gathered": lambda: random_prior(ring(9), seed=3),
     "gaussian-3-spins-4": lambda: random_prior(graphs.independent(4), 3, seed=4),
     "gaussian-2-spins-bipartite-2x3": lambda: random_prior(scrambled_bipartite(2, 3), 2, seed=5),
+    "gaussian-2-spins-layers-2x3": lambda: random_prior(graphs.bipartite(2, 3), 2, seed=12),
     "gaussian-1-spins-ring-9-gathered": lambda: random_prior(ring(9), 1, seed=6),
 }
 each_prior = pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in PRIORS.items()])
@@ -130,6 +132,33 @@ def test_kl_matches_enumeration_and_sums_over_units(make):
     for found, loc, scale, logits in zip(per_unit.sum(-1), q.gaussian_loc, q.gaussian_scale, q.logits, strict=True):
         assert math.isclose(found.item(), oracle_kl(prior, loc, scale, logits).item(), abs_tol=1e-11)
         assert found > 0
+
+
+@each_prior
+def test_kl_of_each_unit_is_energy_less_entropy_and_carries_exact_gradients(make):
+    """Units with weights of their own, to the posterior and the prior."""
+    prior = make()
+    q = random_posterior(prior)
+    leaves = [leaf.requires_grad_() for leaf in (q.gaussian_loc, q.gaussian_scale, q.logits)]
+    parts = prior.expected_energy(q) - q.entropy() + prior.log_partition() / prior.n_units
+    whole = kl_divergence(q, prior.distribution())
+    assert torch.allclose(whole, parts, rtol=0, atol=1e-12)
+    weights = torch.tensor(np.random.default_rng(13).normal(size=tuple(whole.shape)))
+    inputs = [*leaves, prior.h, prior.J, prior.a, prior.W]
+    expected = gradients((weights * parts).sum(), inputs)
+    for found, other in zip(gradients((weights * whole).sum(), inputs), expected, strict=True):
+        assert torch.allclose(found, other, rtol=0, atol=1e-12)
+
+
+@each_prior
+def test_kl_takes_batches_of_any_shape(make):
+    prior = make()
+    q = random_posterior(prior, batch=(2, 3))
+    whole = kl_divergence(q, prior.distribution())
+    assert whole.shape == (2, 3, prior.n_units)
+    for k in range(2):
+        row = FactorialPosterior(q.gaussian_loc[k], q.gaussian_scale[k], q.logits[k])
+        assert torch.allclose(whole[k], kl_divergence(row, prior.distribution()), rtol=0, atol=1e-13)
 
 
 @each_prior

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -125,7 +125,7 @@ class SamplingCallback(Callback):
         self._last_step: int | None = None
         self._last_asked: int | None = None
         self._tracked: SampleBatch | None = None
-        self._mean_energy: Tensor | float = float("nan")
+        self._answer: SampleBatch | float = float("nan")  # of a resumed run only the mean energy is known
         self._facts: dict[str, float] = {}
         self._epoch_seconds = 0.0
         self._resumed: dict[str, Any] | None = None
@@ -172,6 +172,10 @@ class SamplingCallback(Callback):
     @property
     def _is_frozen(self) -> bool:
         return not any(parameter.requires_grad for parameter in self.prior.parameters())
+
+    @property
+    def _mean_energy(self) -> float:
+        return self._answer if isinstance(self._answer, float) else float(self._answer.energies.mean())
 
     @property
     def _is_first(self) -> bool:
@@ -262,7 +266,7 @@ class SamplingCallback(Callback):
             prior.tracking_log_weights.zero_()
         prior.set_moments(answer[:-n_tracking])
         prior.chains.copy_(answer.spins)
-        self._tracked, self._mean_energy = answer[-n_tracking:], answer.energies.mean()
+        self._tracked, self._answer = answer[-n_tracking:], answer
         self._note_facts(answer)
         self._epoch_seconds += answer.info["seconds"]
 
@@ -271,14 +275,16 @@ class SamplingCallback(Callback):
 
     def _track_log_z(self, problem: IsingModel) -> None:
         """Charge the tracking chains the work of the last update; add its free energy to log Z."""
-        prior, before, tracked = self.prior, self.prior.tracking_log_weights, self._tracked
-        after = before + tracked.energies - problem.energy(tracked.spins)
-        prior.log_z.add_(torch.logsumexp(after, 0) - torch.logsumexp(before, 0))
-        weights = torch.softmax(after, 0)
-        if 1.0 / weights.square().sum() < _RESAMPLE_BELOW * len(weights):
-            prior.chains[-len(weights) :] = tracked.spins[self._resample(weights)]
-            after = torch.zeros_like(after)
-        before.copy_(after)
+        prior, tracked = self.prior, self._tracked
+        work = problem.energy(tracked.spins) - tracked.energies
+        log_weights = prior.tracking_log_weights.sub_(work)
+        n_chains = len(log_weights)
+        gain = torch.logsumexp(log_weights, 0) - math.log(n_chains)
+        prior.log_z.add_(gain)
+        log_weights.sub_(gain)  # the weights are one in the mean
+        if (2.0 * log_weights).exp().sum() > n_chains / _RESAMPLE_BELOW:
+            prior.chains[-n_chains:] = tracked.spins[self._resample(torch.softmax(log_weights, 0))]
+            log_weights.zero_()
 
     def _resample(self, weights: Tensor) -> Tensor:
         """Systematic resampling: indices of the chains that live on."""
@@ -309,7 +315,7 @@ class SamplingCallback(Callback):
             problem, n_tracking = self.prior.to_ising(), len(self.prior.tracking_log_weights)
             self._track_log_z(problem)
             spins = self.prior.chains[-n_tracking:].clone()
-            self._tracked = replace(self._tracked, spins=spins, energies=problem.energy(spins))
+            self._tracked = SampleBatch(spins, problem)
         share_buffers(trainer, self.prior)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -317,7 +323,7 @@ class SamplingCallback(Callback):
         logged = {}
         if self._tracked is not None:
             logged = {
-                "prior_energy": float(self._mean_energy),
+                "prior_energy": self._mean_energy,
                 "prior_log_z": float(self.prior.log_z),
                 "sampling_seconds": self._epoch_seconds,
                 "sampling_fallbacks": float(self.n_fallbacks),
@@ -367,7 +373,7 @@ class SamplingCallback(Callback):
             "steps": (self._last_step, self._last_asked),
             "n_fallbacks": self.n_fallbacks,
             "tracked": tracked,
-            "mean_energy": float(self._mean_energy),
+            "mean_energy": self._mean_energy,
             "facts": dict(self._facts),
             "broker": self.broker.state_dict(),
         }
@@ -379,7 +385,7 @@ class SamplingCallback(Callback):
     def _resume(self, state: dict[str, Any]) -> None:
         self._seeds.set_state(state["seeds"].cpu())
         self.n_fallbacks = state["n_fallbacks"]
-        self._mean_energy, self._facts = state["mean_energy"], state["facts"]
+        self._answer, self._facts = state["mean_energy"], state["facts"]
         if state["tracked"] is not None:
             # a checkpoint is read into main memory, wherever it was written from
             tracked = {name: value.to(self.prior.chains.device) for name, value in state["tracked"].items()}

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints, register_kl
 
+from qbmscvi._divergence import FactorialKL, LogPartition, Moments
 from qbmscvi.distributions import FactorialPosterior
 from qbmscvi.ising import IsingModel, edge_fields
 
@@ -172,19 +173,17 @@ class BoltzmannPrior(nn.Module):
         self.log_z_scale.fill_(scale)
         self.is_log_z_estimated.fill_(True)
 
-    def negative_phase(self) -> Tensor:
-        r"""Scalar with the gradient of log Z at the current moments: :math:`-\langle E \rangle_p` up to constants."""
-        total = -(self.h * self.spin_mean).sum() - (self.J * self.edge_mean).sum()
-        if self.n_gaussian:
-            drive = self.W @ self.spin_mean
-            total = total + 0.5 * self.a.square().sum() + self.a @ drive
-            total = total + 0.5 * ((self.W @ self.spin_second) * self.W).sum()
-        return total
+    @property
+    def moments(self) -> Moments:
+        """Moments of the spins, as last delivered by a sampler."""
+        return Moments(self.spin_mean, self.edge_mean, self.spin_second)
 
     def log_partition(self) -> Tensor:
-        """Scalar with the value of the buffer ``log_z`` and the gradient of :meth:`negative_phase`."""
-        surrogate = self.negative_phase()
-        return self.log_z + (surrogate - surrogate.detach())
+        r"""Scalar with the value of the buffer ``log_z`` and the gradient of log Z at the current moments.
+
+        That is :math:`-\langle \partial E / \partial \theta \rangle_p`, with the Gaussian layer integrated out.
+        """
+        return LogPartition.apply(self.log_z, self.a, self.h, self.W, self.J, self.moments)
 
     def distribution(self) -> BoltzmannDistribution:
         """Return the prior as a torch distribution over ``z``."""
@@ -213,7 +212,12 @@ class BoltzmannDistribution(Distribution):
 def _kl_factorial_boltzmann(q: FactorialPosterior, p: BoltzmannDistribution) -> Tensor:
     """KL per unit, shape ``(..., n_units)``, exact up to log Z, which is shared equally between the units."""
     prior = p.prior
-    return prior.expected_energy(q) - q.entropy() + prior.log_partition() / prior.n_units
+    of_cells = (q.gaussian_loc, q.gaussian_scale, q.logits, q.given_spin_mean)
+    if q.logits.ndim != 2:
+        n_cells = q.batch_shape[:-1].numel()
+        of_cells = (None if values is None else values.reshape(n_cells, values.shape[-1]) for values in of_cells)
+    kl = FactorialKL.apply(*of_cells, prior.a, prior.h, prior.W, prior.J, prior.log_z, prior.moments, prior.graph)
+    return kl if q.logits.ndim == 2 else kl.view(q.batch_shape)
 
 
 def _random_chains(n_chains: int, n_spins: int) -> Tensor:

@@ -228,7 +228,7 @@ class FactorialPosterior(Distribution):
         self.logits = logits
         self.smoothing = StraightThrough() if smoothing is None else smoothing
         self._last_uniform: Tensor | None = None
-        self._given_spin_mean: Tensor | None = None
+        self.given_spin_mean: Tensor | None = None
         width = gaussian_loc.shape[-1] + logits.shape[-1]
         super().__init__(torch.Size((*logits.shape[:-1], width)), validate_args=validate_args)
 
@@ -254,7 +254,7 @@ class FactorialPosterior(Distribution):
         is_saturated = m.abs() > 0.5
         logits = torch.where(is_saturated, m.sign() * magnitude, 2.0 * torch.atanh(m.clamp(-0.5, 0.5)))
         posterior = cls(mean[..., :n_gaussian], variance[..., :n_gaussian].sqrt(), logits, smoothing)
-        posterior._given_spin_mean = m
+        posterior.given_spin_mean = m
         return posterior
 
     @property
@@ -265,7 +265,7 @@ class FactorialPosterior(Distribution):
     @property
     def spin_mean(self) -> Tensor:
         """Mean spins ``tanh(logits / 2)``, shape ``(..., n_spins)``."""
-        return torch.tanh(0.5 * self.logits) if self._given_spin_mean is None else self._given_spin_mean
+        return torch.tanh(0.5 * self.logits) if self.given_spin_mean is None else self.given_spin_mean
 
     @property
     def mean(self) -> Tensor:

@@ -89,6 +89,20 @@ class Graph:
         """Whether a matrix product over all pairs is cheaper than gathering the edges."""
         return self.n_edges * 8 > self.n_nodes**2
 
+    @cached_property
+    def layers(self) -> tuple[int, int] | None:
+        """Sizes of two layers, one after the other, whose pairs are the edges; None for any other graph.
+
+        The couplings of such a graph are a matrix as they stand: ``J.view(layers)``.
+        """
+        n_first = int(self.edges[0, 1]) if self.n_edges else 0
+        n_second = self.n_nodes - n_first
+        if self.n_edges == 0 or self.n_edges != n_first * n_second:
+            return None
+        return (
+            (n_first, n_second) if (self.edges[:, 0] < n_first).all() and (self.edges[:, 1] >= n_first).all() else None
+        )
+
     def edge_index(self, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
         """Endpoints of the edges as two index tensors of shape ``(n_edges,)``, kept per device."""
         return self._kept("edge_index", device, lambda: tuple(self.edges.T.copy()))

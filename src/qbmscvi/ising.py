@@ -121,12 +121,19 @@ class IsingModel:
         -------
         Shape ``(...)``.
         """
-        spins = spins.to(self.h)
-        field = self.h
-        if self.graph.n_edges:
-            is_dense = self.graph.is_dense
-            field = field + 0.5 * (spins @ self.edge_couplings if is_dense else edge_fields(spins, self.J, self.graph))
-        energy = self.offset + (spins * field).sum(-1)
+        spins, layers = spins.to(self.h), self.graph.layers
+        if layers is not None:
+            first, second = spins.split(layers, dim=-1)
+            field = self.h[layers[0] :] + first @ self.J.view(layers)
+            energy = (second * field).sum(-1) + first @ self.h[: layers[0]]
+        else:
+            field = self.h
+            if self.graph.is_dense:
+                field = field + 0.5 * (spins @ self.edge_couplings)
+            elif self.graph.n_edges:
+                field = field + 0.5 * edge_fields(spins, self.J, self.graph)
+            energy = (spins * field).sum(-1)
+        energy = energy + self.offset
         if self.factor is not None:
             energy = energy - 0.5 * (spins @ self.factor.T).square().sum(-1)
         return energy
@@ -235,7 +242,8 @@ class SampleBatch:
     spins
         Shape ``(n_samples, n_spins)``, int8, values in ``{-1, +1}``.
     energies
-        Shape ``(n_samples,)``: energies under the problem asked for, in nats at ``beta = 1``.
+        Shape ``(n_samples,)``: energies under the problem asked for, in nats at ``beta = 1``. Given that problem
+        instead, they are computed when they are first looked at.
     weights
         Importance weights, shape ``(n_samples,)``, summing to one; None for equal weights.
     info
@@ -247,6 +255,22 @@ class SampleBatch:
     weights: Tensor | None = None
     info: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if isinstance(self.energies, IsingModel):
+            self.__dict__["_problem"] = self.__dict__.pop("energies")
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name != "energies":
+            msg = f"{type(self).__name__} has no attribute {name!r}."
+            raise AttributeError(msg)
+        energies = self.__dict__["energies"] = self._problem.energy(self.spins)
+        return energies
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of energies and moments."""
+        return self._problem.h.dtype if "_problem" in self.__dict__ else self.energies.dtype
+
     @property
     def n_samples(self) -> int:
         """Number of samples."""
@@ -255,27 +279,22 @@ class SampleBatch:
     def __getitem__(self, rows: slice | Tensor) -> SampleBatch:
         """Some of the samples; weights are renormalized."""
         weights = None if self.weights is None else self.weights[rows] / self.weights[rows].sum()
-        return replace(self, spins=self.spins[rows], energies=self.energies[rows], weights=weights)
+        energies = self.__dict__["energies"][rows] if "energies" in self.__dict__ else self._problem
+        return replace(self, spins=self.spins[rows], energies=energies, weights=weights)
 
     def moments(self, graph: Graph) -> tuple[Tensor, Tensor]:
         """Return ``<s_i>``, shape ``(n_spins,)``, and ``<s_i s_j>`` on the edges, shape ``(n_edges,)``."""
-        spins = self.spins.to(self.energies.dtype)
-        mean = _average(spins, self.weights)
-        i, j = graph.edge_index(spins.device)
-        if graph.is_dense:
-            return mean, self.second_moments()[i, j]
-        return mean, _average(spins[:, i] * spins[:, j], self.weights)
+        spins = self.spins.to(self.dtype)
+        if self.weights is None:
+            return spins.sum(0) / self.n_samples, edge_products(spins, spins, graph) / self.n_samples
+        return self.weights @ spins, edge_products(spins * self.weights[:, None], spins, graph)
 
     def second_moments(self) -> Tensor:
         """All ``<s_i s_j>``, shape ``(n_spins, n_spins)``."""
-        spins = self.spins.to(self.energies.dtype)
+        spins = self.spins.to(self.dtype)
         if self.weights is None:
             return spins.T @ spins / self.n_samples
         return spins.T @ (spins * self.weights[:, None])
-
-
-def _average(values: Tensor, weights: Tensor | None) -> Tensor:
-    return values.mean(0) if weights is None else weights @ values
 
 
 def disjoint_union(problems: Sequence[IsingModel]) -> IsingModel:
@@ -307,11 +326,26 @@ def coupling_matrix(J: Tensor, graph: Graph) -> Tensor:
 
 def edge_fields(values: Tensor, J: Tensor, graph: Graph) -> Tensor:
     """``sum_j J_ij values_j`` over the edges: shape ``(..., n_spins)`` for spins or mean spins of that shape."""
+    if graph.layers is not None:
+        block = J.view(graph.layers)
+        first, second = values.split(graph.layers, dim=-1)
+        return torch.cat([second @ block.T, first @ block], dim=-1)
     if graph.is_dense:
         return values @ coupling_matrix(J, graph)
     i, j = graph.edge_index(J.device)
     fields = torch.zeros_like(values).index_add(-1, i, J * values[..., j])
     return fields.index_add(-1, j, J * values[..., i])
+
+
+def edge_products(left: Tensor, right: Tensor, graph: Graph) -> Tensor:
+    """``sum_r left_ri right_rj`` over rows, for each edge ``i < j``: shape ``(n_edges,)`` for ``(n_rows, n_spins)``."""
+    if graph.layers is not None:
+        n_first = graph.layers[0]
+        return (left[:, :n_first].T @ right[:, n_first:]).view(-1)
+    i, j = graph.edge_index(left.device)
+    if graph.is_dense:
+        return (left.T @ right)[i, j]
+    return (left[:, i] * right[:, j]).sum(0)
 
 
 def are_spins(values: Tensor) -> bool:

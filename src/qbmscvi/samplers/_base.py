@@ -271,7 +271,7 @@ class Sampler:
                 )
                 raise InvalidSamples(msg)
         info = {"sampler": self.name, "seed": seed, "beta": request.beta, "seconds": seconds, **info}
-        return SampleBatch(spins.to(torch.int8), problem.energy(spins), weights, info)
+        return SampleBatch(spins.to(torch.int8), problem, weights, info)
 
     def _sample_batch(self, requests: list[SamplingRequest], seeds: list[int]) -> list[Draw]:
         return [self._sample(request, seed) for request, seed in zip(requests, seeds, strict=True)]

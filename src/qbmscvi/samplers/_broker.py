@@ -201,7 +201,9 @@ class Broker:
             raise SamplerError(msg) from error
         batches = trip.future.result()
         self.ledger.n_samples += sum(batch.n_samples for batch in batches)
-        return [replace(batch, info={**batch.info, "staleness": age}) for batch in batches]
+        for batch in batches:
+            batch.info["staleness"] = age
+        return batches
 
     def _is_there(self, trip: _Trip, step: int) -> bool:
         if trip.recorded_age is not None:
@@ -217,15 +219,16 @@ class Broker:
 
     def _call(self, requests: Sequence[SamplingRequest]) -> list[SampleBatch]:
         started = time.perf_counter()
+        is_single = len(requests) == 1
         try:
-            merged, places = _merge(requests)
+            merged, places = (requests, []) if is_single else _merge(requests)
             packed = len(merged) > 1 and self.sampler.traits.packs_problems and _can_pack(merged)
             answers = _ask_packed(self.sampler, merged) if packed else self.sampler.sample_batch(merged)
         finally:
             self.ledger.sampler_seconds += time.perf_counter() - started
         self.ledger.n_attempts += int(max((batch.info.get("n_attempts", 1) for batch in answers), default=0))
         self.ledger.device_seconds += sum(batch.info.get("device_seconds", 0.0) for batch in answers)
-        return [answers[group][rows] for group, rows in places]
+        return answers if is_single else [answers[group][rows] for group, rows in places]
 
     def state_dict(self) -> dict[str, Any]:
         """Ledger, and the trip under way unless it was given up, so that a restarted run can ask for it once more.

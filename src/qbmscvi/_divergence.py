@@ -1,0 +1,147 @@
+r"""KL divergence of a factorial posterior from a Boltzmann distribution, in one pass forward and one backward.
+
+Per cell and unit, the mean energy less the entropy and an equal share of log Z; a term that couples two units is
+halved:
+
+.. math::
+
+    \tfrac12 (\mu_a^2 + \sigma_a^2) - a_a \mu_a - \tfrac12 \mu_a (W m)_a - H_a + \frac{\log Z}{n}, \qquad
+    m_i \bigl(h_i + \tfrac12 (J m)_i - \tfrac12 (W^\top \mu)_i\bigr) - H_i + \frac{\log Z}{n} .
+
+The gradient is written out, because as some fifty operations on small tensors it took longer than sampling; it cannot
+be differentiated again. That of log Z comes from moments of the prior, and its value from a buffer.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import softplus
+
+from qbmscvi.ising import edge_fields, edge_products
+
+if TYPE_CHECKING:
+    from torch.autograd.function import FunctionCtx
+
+    from qbmscvi.graphs import Graph
+
+_ONE, _MINUS_ONE = torch.ones(()), -torch.ones(())
+_GAUSSIAN_ENTROPY = 0.5 * (1.0 + math.log(2.0 * math.pi))  # at unit scale
+
+
+class Moments(NamedTuple):
+    """Moments of the spins of a prior, as in :class:`~qbmscvi._prior.BoltzmannPrior`."""
+
+    spin_mean: Tensor
+    edge_mean: Tensor
+    spin_second: Tensor
+
+
+class LogPartition(Function):
+    """Value of a buffer with the gradient of log Z; takes ``log_z, a, h, W, J`` and their :class:`Moments`."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, log_z: Tensor, a: Tensor, h: Tensor, W: Tensor, J: Tensor, moments: Moments
+    ) -> Tensor:
+        ctx.save_for_backward(a, W, *moments)
+        return log_z.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        a, W, *moments = ctx.saved_tensors
+        return None, *_partition_gradients(grad, a, W, Moments(*moments)), None
+
+
+class FactorialKL(Function):
+    """KL per unit, shape ``(n_cells, n_gaussian + n_spins)``.
+
+    Takes mean and scale of the Gaussian layer, logits of the spins, their means where these are known better than from
+    the logits (which alone get a gradient), the prior's ``a, h, W, J``, its log Z and :class:`Moments`, and its graph.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        loc: Tensor,
+        scale: Tensor,
+        logits: Tensor,
+        mean: Tensor | None,
+        a: Tensor,
+        h: Tensor,
+        W: Tensor,
+        J: Tensor,
+        log_z: Tensor,
+        moments: Moments,
+        graph: Graph,
+    ) -> Tensor:
+        n_gaussian = loc.shape[-1]
+        # H = softplus(l) - l sigma(l), written without cancellation for large |l|.
+        descent = torch.copysign(logits, _MINUS_ONE.to(logits))  # -|l|
+        rarer = torch.sigmoid(descent)
+        entropy = torch.addcmul(softplus(descent), descent, rarer, value=-1.0)
+        if mean is None:
+            mean = torch.copysign(torch.add(_ONE.to(logits), rarer, alpha=-2.0), logits)
+        field = torch.add(h, edge_fields(mean, J, graph), alpha=0.5) if graph.n_edges else h.expand_as(mean)
+        if n_gaussian:
+            field = torch.addmm(field, loc, W, alpha=-0.5)
+        share = log_z / (n_gaussian + len(h))
+        kl = torch.addcmul(share, mean, field).sub_(entropy)
+        drive = None
+        if n_gaussian:
+            drive = torch.addmm(a, mean, W.T, alpha=0.5)
+            gaussian = 0.5 * (loc.square() + scale.square()) - loc * drive - scale.log() + (share - _GAUSSIAN_ENTROPY)
+            kl = torch.cat([gaussian, kl], dim=-1)
+        ctx.save_for_backward(loc, scale, logits, mean, a, W, J, rarer, field, drive, *moments)
+        ctx.graph = graph
+        return kl
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        loc, scale, logits, mean, a, W, J, rarer, field, drive, *moments = ctx.saved_tensors
+        graph, n_gaussian = ctx.graph, loc.shape[-1]
+        needs = dict(zip(("loc", "scale", "logits", "mean", "a", "h", "W", "J"), ctx.needs_input_grad, strict=False))
+        grad_v, grad_s = grad[..., :n_gaussian], grad[..., n_gaussian:]
+        grad_mean = grad_s * mean  # weight of the field of each spin
+        grad_loc = grad_scale = grad_logits = None
+        if needs["logits"]:
+            slope = 0.5 * edge_fields(grad_mean, J, graph) if graph.n_edges else torch.zeros_like(mean)
+            if n_gaussian:
+                slope.addmm_(grad_v * loc, W, alpha=-0.5)
+            # dm/dl = 2 r (1 - r), r the probability of the rarer state, and dH/dl = -l r (1 - r).
+            slope.addcmul_(grad_s, torch.add(field, logits, alpha=0.5)).mul_(2.0)
+            grad_logits = torch.addcmul(rarer, rarer, rarer, value=-1.0).mul_(slope)
+        if n_gaussian and needs["loc"]:
+            grad_loc = torch.addmm(grad_v * (loc - drive), grad_mean, W.T, alpha=-0.5)
+        if n_gaussian and needs["scale"]:
+            grad_scale = grad_v * (scale - scale.reciprocal())
+        of_prior = [None] * 4
+        if any(needs[name] for name in "ahWJ"):
+            of_prior = _partition_gradients(grad.sum() / grad.shape[-1], a, W, Moments(*moments))
+            of_prior[1].add_(grad_mean.sum(0))
+            if graph.n_edges:
+                of_prior[3].add_(
+                    edge_products(grad_mean, mean, graph) + edge_products(mean, grad_mean, graph), alpha=0.5
+                )
+            if n_gaussian:
+                weight = grad_v * loc
+                of_prior[0].sub_(weight.sum(0))
+                of_prior[2].sub_(loc.T @ grad_mean + weight.T @ mean, alpha=0.5)
+        return grad_loc, grad_scale, grad_logits, None, *of_prior, None, None, None
+
+
+def _partition_gradients(grad: Tensor, a: Tensor, W: Tensor, moments: Moments) -> list[Tensor | None]:
+    """Gradients of ``grad * log Z`` to ``a, h, W, J``: minus those of the mean energy of the prior."""
+    mean, edge_mean, second = moments
+    if not len(a):
+        return [None, mean * -grad, None, edge_mean * -grad]
+    of_a = torch.addmv(a, W, mean)
+    of_W = torch.addmm(torch.outer(a, mean), W, second)
+    return [of_a * grad, mean * -grad, of_W * grad, edge_mean * -grad]
