@@ -558,7 +558,7 @@ def test_annealing_takes_seeds_beyond_32_bits(problem):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_uniforms_of_block_gibbs_are_uniform_and_independent(is_numpys, dtype):
     """Kolmogorov-Smirnov and the correlation of the two halves of a number, both at alpha = 1e-4; fixed seed."""
-    uniform = _Uniform(torch.Generator().manual_seed(5), torch.zeros((), dtype=dtype))
+    uniform = _Uniform(torch.Generator().manual_seed(5), 501 * 399, torch.zeros((), dtype=dtype))
     if not is_numpys:
         uniform._source = None  # as on other devices
     values = (uniform.multiples(501, 399) * uniform.scale).double().numpy()
@@ -570,5 +570,5 @@ def test_uniforms_of_block_gibbs_are_uniform_and_independent(is_numpys, dtype):
     assert stats.kstest(np.clip(1.02 * flat, 0.0, 1.0), "uniform").pvalue < 1e-4  # what the gate would see
     for lag in (1, 2):
         assert stats.pearsonr(flat[:-lag], flat[lag:]).pvalue > 1e-4
-    again = _Uniform(torch.Generator().manual_seed(6), torch.zeros((), dtype=dtype))
+    again = _Uniform(torch.Generator().manual_seed(6), 501 * 399, torch.zeros((), dtype=dtype))
     assert not np.array_equal((again.multiples(501, 399) * again.scale).double().numpy(), values)

@@ -10,19 +10,24 @@ finite chains.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.random.bit_generator import ISeedSequence
 from torch import Tensor
 
 from qbmscvi.samplers._base import Draw, Sampler, SamplerTraits
+from qbmscvi.samplers._whole_numbers import WholeNumberChains, rounding_step
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from qbmscvi.ising import IsingModel
     from qbmscvi.samplers._base import SamplingRequest
 
+_DRAWN_AHEAD = 2**16  # random numbers; for small problems those of several sweeps at once
+_WORDS_PER_DRAW = 12_288  # 96 KiB, below what the C library takes from, and gives back to, the system each time
 _WITHOUT_SIGNS = 0x7FFFFFFF_7FFFFFFF  # of two 32-bit integers
 
 
@@ -89,61 +94,125 @@ def gibbs_sweeps(
     # Nodes are permuted so that each color class is one slice and its neighbors are at most two.
     permutation = problem.graph.color_permutation(device)
     bounds = problem.graph.color_bounds
-    field, coupling, factor = problem.h, problem.edge_couplings, problem.factor
+    field, factor = problem.h, problem.factor
     if permutation:
         order, inverse = permutation
         state = spins.index_select(1, order)  # a copy; six times as fast as indexing
         field, factor = field[order], None if factor is None else factor.index_select(1, order)
-        coupling = None if coupling is None else coupling.index_select(0, order).index_select(1, order)
     else:
         state = spins.clone()
-    n_chains, n_spins = state.shape
-    # Fields, couplings and factor are scaled once, so that a sum of them is the logit of s_i = +1.
-    field = -2.0 * beta * field
-    coupling = None if coupling is None else -2.0 * beta * coupling
-    one, uniform = torch.ones((), device=device, dtype=dtype), _Uniform(generator, state)
-    classes = list(zip(bounds[:-1], bounds[1:], strict=True))
-    if is_reversible:
-        classes += classes[-2::-1]
+    n_chains = len(state)
+    scale = -2.0 * beta  # of a field that makes it the logit of s_i = +1
+    field = scale * field
+    couplings, step = _couplings_of_classes(problem), rounding_step(problem, beta)
+    if step is None:
+        chains = _FloatChains(state, bounds, couplings, scale)
+    else:
+        ((_, block),) = couplings[1]
+        chains = WholeNumberChains(state, block, scale, step)
+    sizes = [stop - start for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
+    uniform = _Uniform(generator, max(n_chains * max(sizes), min(n_sweeps * state.numel(), _DRAWN_AHEAD)), state)
+    order_of_classes = [*range(len(sizes)), *(range(len(sizes) - 2, -1, -1) if is_reversible else ())]
     for _ in range(n_sweeps):
         base = field
         if factor is not None:
             noise = torch.randn(n_chains, len(factor), generator=generator, device=device, dtype=dtype)
-            gaussian = torch.addmm(noise, state, factor.T, beta=beta**-0.5)  # v given s, (n_chains, rank)
-            base = torch.addmm(field, gaussian, factor, alpha=2.0 * beta)  # (n_chains, n_spins)
-        for start, stop in classes:
-            logits = base[..., start:stop]
-            if coupling is not None and start > 0:
-                logits = torch.addmm(logits, state[:, :start], coupling[:start, start:stop])
-            if coupling is not None and stop < n_spins:
-                logits = torch.addmm(logits, state[:, stop:], coupling[stop:, start:stop])
-            multiples = uniform.multiples(n_chains, stop - start)
-            difference = torch.sub(torch.sigmoid(logits), multiples, alpha=uniform.scale)
-            torch.copysign(one, difference, out=state[:, start:stop])
+            gaussian = torch.addmm(noise, chains.spins(), factor.T, beta=beta**-0.5)  # v given s, (n_chains, rank)
+            base = torch.addmm(field, gaussian, factor, alpha=-scale)  # (n_chains, n_spins)
+        for k in order_of_classes:
+            difference = chains.logits(k, base[..., bounds[k] : bounds[k + 1]]).sigmoid_()
+            chains.update(k, difference.sub_(uniform.multiples(n_chains, sizes[k]), alpha=uniform.scale))
+    state = chains.spins()
     return state.index_select(1, inverse) if permutation else state
+
+
+class _FloatChains:
+    """States as floats, changed in place, and their fields; as :class:`WholeNumberChains`, for any color classes."""
+
+    def __init__(
+        self, state: Tensor, bounds: Sequence[int], couplings: list[list[tuple[slice, Tensor]]], scale: float
+    ) -> None:
+        self._state, self._couplings, self._scale = state, couplings, scale
+        self._parts = [state[:, start:stop] for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
+        self._logits = [torch.empty_like(part, memory_format=torch.contiguous_format) for part in self._parts]
+        self._one = state.new_ones(())
+
+    def logits(self, k: int, base: Tensor) -> Tensor:
+        logits = self._logits[k]
+        for columns, coupling in self._couplings[k]:
+            base = torch.addmm(base, self._state[:, columns], coupling, alpha=self._scale, out=logits)
+        return logits if base is logits else logits.copy_(base)
+
+    def update(self, k: int, difference: Tensor) -> None:
+        torch.copysign(self._one, difference, out=self._parts[k])
+
+    def spins(self) -> Tensor:
+        return self._state
+
+
+def _couplings_of_classes(problem: IsingModel) -> list[list[tuple[slice, Tensor]]]:
+    """For each color class: columns of its neighbors, nodes sorted by class, and their couplings to it."""
+    graph, n = problem.graph, problem.n_spins
+    if graph.layers is not None:
+        first, block = graph.layers[0], problem.J.view(graph.layers)
+        return [[(slice(first, n), block.T)], [(slice(0, first), block)]]
+    bounds, matrix = graph.color_bounds, problem.edge_couplings
+    if matrix is None:
+        return [[] for _ in bounds[1:]]
+    for order in graph.color_permutation(matrix.device)[:1]:
+        matrix = matrix.index_select(0, order).index_select(1, order)
+    return [
+        [
+            (columns, matrix[columns, start:stop])
+            for columns in (slice(0, start), slice(stop, n))
+            if columns.start < columns.stop
+        ]
+        for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
+    ]
 
 
 class _Uniform:
     """Uniform numbers from the seed that a generator gives, as whole multiples of ``2**-31``.
 
     In main memory they come from numpy's SFC64, two from each of its numbers: :func:`torch.rand` alone takes a good
-    part of a sweep of a few hundred spins.
+    part of a sweep of a few hundred spins. They go into one piece of memory, in parts that the cache holds: fresh
+    memory for each class of spins took longer than the numbers.
     """
 
     scale = 2.0**-31
 
-    def __init__(self, generator: torch.Generator, like: Tensor) -> None:
-        self._generator, self._device, self._dtype = generator, like.device, like.dtype
-        self._source = None
-        if like.device.type == "cpu":
-            self._source = np.random.SFC64(int(torch.randint(2**63 - 1, (), generator=generator)))
+    def __init__(self, generator: torch.Generator, n_ahead: int, like: Tensor) -> None:
+        self._generator = generator
+        self._source = np.random.SFC64(_Words(generator)) if like.device.type == "cpu" else None
+        self._numbers = like.new_empty(n_ahead + n_ahead % 2)
+        self._n_used = n_ahead
 
-    def multiples(self, *shape: int) -> Tensor:
-        """Numbers of ``[0, 1]``, divided by :attr:`scale`, of the given shape."""
-        n = math.prod(shape)
+    def multiples(self, n_rows: int, n_columns: int) -> Tensor:
+        """Numbers of ``[0, 1]``, divided by :attr:`scale`, of the given shape; good until the next call."""
+        n = n_rows * n_columns
+        if self._n_used + n > len(self._numbers):
+            self._draw()
+        self._n_used += n
+        return self._numbers[self._n_used - n : self._n_used].view(n_rows, n_columns)
+
+    def _draw(self) -> None:
+        self._n_used = 0
         if self._source is None:
-            bits = torch.empty((n + 1) // 2, dtype=torch.int64, device=self._device)
-            bits.random_(-(2**63), None, generator=self._generator)
-        else:
-            bits = torch.from_numpy(self._source.random_raw((n + 1) // 2).view(np.int64))
-        return bits.bitwise_and_(_WITHOUT_SIGNS).view(torch.int32)[:n].view(shape).to(self._dtype)
+            words = torch.empty(len(self._numbers) // 2, dtype=torch.int64, device=self._numbers.device)
+            words.random_(-(2**63), None, generator=self._generator)
+            self._numbers.copy_(words.bitwise_and_(_WITHOUT_SIGNS).view(torch.int32))
+            return
+        for part in self._numbers.split(2 * _WORDS_PER_DRAW):
+            words = torch.from_numpy(self._source.random_raw(len(part) // 2).view(np.int64))
+            part.copy_(words.bitwise_and_(_WITHOUT_SIGNS).view(torch.int32))
+
+
+class _Words(ISeedSequence):
+    """Seed of a numpy stream: words of a torch generator. Hashing them once more would take longer than a sweep."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator = generator
+
+    def generate_state(self, n_words: int, dtype: type = np.uint64) -> np.ndarray:
+        words = torch.empty(n_words, dtype=torch.int64).random_(-(2**63), None, generator=self._generator)
+        return words.numpy().view(dtype)
