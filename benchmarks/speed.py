@@ -6,8 +6,13 @@
 
 Everything is CPU time of one thread, and what is compared is measured in turns, so that it meets the machine in the
 same states. Writes SPEED.md beside this script (with ``--quick``, which takes below three minutes on an idle machine:
-to the output folder). Samplers of other packages are measured if they can be imported (`rbms`,
-`dwave-pytorch-plugin`). Compiling takes a C++ compiler and the headers of Python.
+to the output folder). Samplers of other packages are measured if they can be imported; a folder
+beside the environment will do, which leaves its torch alone:
+
+    pip install --no-deps --target extra rbms einops dwave-pytorch-plugin dwave-hybrid plucky
+    PYTHONPATH=extra python benchmarks/speed.py
+
+Compiling takes a C++ compiler and the headers of Python.
 """
 
 from __future__ import annotations

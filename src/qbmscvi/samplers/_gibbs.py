@@ -4,8 +4,9 @@ The color classes of the graph are updated in turn, all spins of a class at once
 :math:`p(s_i = +1 \mid s_{\setminus i}) = \sigma(-2 \beta f_i)` with :math:`f_i = h_i + \sum_j J_{ij} s_j`. A factor
 ``F`` of the problem adds one block, the Gaussian variable :math:`v \mid s \sim N(F s, 1/\beta)` of its
 Hubbard-Stratonovich form, and :math:`-F^\top v` to the fields; spins that interact only through the factor
-are then updated together. Sweeps leave the Boltzmann distribution invariant; the only error is that of
-finite chains.
+are then updated together. Sweeps leave the Boltzmann distribution invariant; the only errors are that of
+finite chains and, for two large classes on some processors, that of rounded couplings, which is bounded in
+:mod:`qbmscvi.samplers._whole_numbers`.
 """
 
 from __future__ import annotations
