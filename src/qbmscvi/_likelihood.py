@@ -380,8 +380,11 @@ class LikelihoodMixin:
         elif layer == "gaussian":
             logits = logits[:, :0]
         component = MixtureComponent(loc, scale, logits, dof)
+        # Said outright, because torch.compile turns the default of the whole process off.
         return MixtureSameFamily(
-            Categorical(logits=torch.zeros(len(loc), device=loc.device)), Independent(component, 1)
+            Categorical(logits=torch.zeros(len(loc), device=loc.device)),
+            Independent(component, 1),
+            validate_args=True,
         )
 
     def _get_batches(
