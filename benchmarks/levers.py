@@ -33,6 +33,9 @@ LEVERS = {
     "128 spins": NeuralModel(QBMSCVI, lambda task: {"n_latent": 128}),
     "complete graph": NeuralModel(QBMSCVI, lambda task: {"prior_graph": "complete"}),
     "Gumbel": NeuralModel(QBMSCVI, lambda task: {"smoothing": "gumbel"}),
+    "prior as fast as the networks": NeuralModel(QBMSCVI, plan=lambda task: {"prior_lr": 1e-3}),
+    "prior at a tenth of their rate": NeuralModel(QBMSCVI, plan=lambda task: {"prior_lr": 1e-4}),
+    "prior at a fiftieth": NeuralModel(QBMSCVI, plan=lambda task: {"prior_lr": 2e-5}),
     "scVI's epsilon": NeuralModel(QBMSCVI, plan=lambda task: {"eps": 0.01}),
     "KL warm-up half of the epochs": NeuralModel(
         QBMSCVI, plan=lambda task: {"n_epochs_kl_warmup": task.max_epochs // 2}

@@ -116,7 +116,7 @@ def trained(adata, graph, sampler, max_epochs, schedule=None) -> QBMSCVI:
         enable_progress_bar=False,
         sampler=sampler,
         schedule=schedule,
-        plan_kwargs={"lr": 5e-3},
+        plan_kwargs={"lr": 5e-3, "prior_lr": 5e-3},
     )
     return model
 

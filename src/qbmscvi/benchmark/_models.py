@@ -187,6 +187,7 @@ def _training_settings(model: BaseModelClass) -> dict[str, Any]:
     names = ("lr", "eps", "weight_decay", "optimizer_name", "n_epochs_kl_warmup", "n_steps_kl_warmup")
     settings = {name: getattr(plan, name) for name in names}
     if isinstance(plan, QBMTrainingPlan):
+        settings["prior_lr"] = plan.prior_lr
         settings["sampler"] = plan.sampling.sampler.name
         settings["sampling_schedule"] = asdict(plan.sampling.schedule)
     indices = np.sort(model.validation_indices)
