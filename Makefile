@@ -11,6 +11,7 @@ OUT ?= demo-output
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.qbmscvi-installed
+DOCS_STAMP := $(VENV)/.qbmscvi-docs-installed
 
 export MPLBACKEND ?= Agg
 # The matrices are small: a second thread gains little, and loses much where another program wants the core.
@@ -24,7 +25,7 @@ PARALLEL ?= --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-slow test-scvi lint clean distclean
+.PHONY: help install demo test test-slow test-scvi lint docs tutorials dist clean distclean
 
 help:
 	@echo 'make demo        train on a small data set, write figures and tables to $$OUT'
@@ -33,6 +34,9 @@ help:
 	@echo 'make test-slow   the tests that take minutes'
 	@echo 'make test-scvi   the tests of SCVI in scvi-tools, with QBMSCVI in its place'
 	@echo 'make lint        ruff check, ruff format --check, import contracts'
+	@echo 'make docs        the site, in build/site; runs the tutorials, warnings are errors'
+	@echo 'make tutorials   the tutorials alone'
+	@echo 'make dist        wheel and sdist in dist/, checked and installed into an empty environment'
 	@echo 'make install     create .venv only (PYTHON chooses the interpreter: $(PYTHON))'
 	@echo 'make clean       remove caches and build products; distclean removes .venv as well'
 
@@ -76,8 +80,33 @@ lint: $(STAMP)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/lint-imports
 
+# The site has packages of its own; they come into the same environment.
+$(DOCS_STAMP): $(STAMP)
+	@echo "Installing what the site needs (once)"
+	@$(PIP_INSTALL) --editable ".[docs]"
+	@touch $@
+
+docs: $(DOCS_STAMP)
+	@$(BIN)/python -m sphinx -W --keep-going --quiet -c docs -d build/doctrees -b html . build/site
+	@echo "Open build/site/docs/index.html"
+
+tutorials: $(STAMP)
+	@$(BIN)/python -m pytest tests/test_documents.py -m "slow or not slow" -k notebook --durations=0 $(ARGS)
+
+dist: $(STAMP)
+	@rm -rf dist build/empty
+	@$(PIP_INSTALL) build twine
+	@$(BIN)/python -m build --outdir dist .
+	@$(BIN)/python -m twine check --strict dist/*
+	@for built in dist/*.whl dist/*.tar.gz; do \
+	  rm -rf build/empty && "$(PYTHON)" -m venv build/empty && \
+	  build/empty/bin/python -m pip install --quiet --constraint constraints.txt torch && \
+	  build/empty/bin/python -m pip install --quiet --constraint constraints.txt "$$built" && \
+	  (cd build/empty && bin/python -m qbmscvi.samplers --check gibbs) || exit 1; \
+	done
+
 clean:
-	@rm -rf build dist .coverage .coverage.* htmlcov .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	@rm -rf build dist docs/generated .coverage .coverage.* htmlcov .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
 	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean

@@ -1,4 +1,7 @@
-"""README, pages and tutorials run as they stand; fences marked ``no-run`` are commands for a shell."""
+"""README, pages and tutorials run as they stand.
+
+Fences marked ``no-run`` are commands for a shell, or say why they cannot run; those in braces are directives.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,12 @@ import matplotlib.pyplot as plt
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+# `make tutorials` and the site run all of them; the default run only the first.
+NOTEBOOKS = [
+    pytest.param(path, id=path.stem, marks=[] if path.stem == "quickstart" else pytest.mark.slow)
+    for path in sorted((ROOT / "tutorials").glob("*.ipynb"))
+]
 FENCE = re.compile(r"^```(?P<info>[^\n]*)\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -23,13 +30,14 @@ def fences(page: Path) -> list[tuple[str, str]]:
 def test_python_fences_of_a_page_run_in_order(page: Path) -> None:
     namespace: dict = {}
     for info, code in fences(page):
-        assert info == "python" or info.endswith("no-run"), f"fence {info!r} neither runs nor says no-run"
+        is_directive = info.startswith("{")
+        assert info == "python" or info.endswith("no-run") or is_directive, f"fence {info!r} neither runs nor says why"
         if info == "python":
             exec(compile(code, str(page), "exec"), namespace)
     plt.close("all")
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
 def test_notebook_runs_and_is_stored_without_outputs(notebook: Path) -> None:
     cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
     assert cells

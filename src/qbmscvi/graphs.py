@@ -193,9 +193,9 @@ class Graph:
 
 
 def bipartite(n_left: int, n_right: int) -> Graph:
-    """Complete bipartite graph: nodes ``0 .. n_left - 1`` against ``n_left .. n_left + n_right - 1``.
+    """Complete bipartite graph, that of a restricted Boltzmann machine.
 
-    This is the graph of a restricted Boltzmann machine.
+    Nodes ``0 .. n_left - 1`` are coupled to nodes ``n_left .. n_left + n_right - 1``.
     """
     if n_left < 1 or n_right < 1:
         msg = (

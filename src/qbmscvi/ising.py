@@ -201,7 +201,7 @@ class IsingModel:
         return cls(state["h"], state["J"], graph, state["offset"], state["factor"])
 
     def to_bqm(self) -> dimod.BinaryQuadraticModel:
-        """Return the problem as a SPIN :class:`dimod.BinaryQuadraticModel` with variables ``0 .. n_spins - 1``."""
+        """Return a SPIN :class:`dimod.BinaryQuadraticModel` whose variables are the numbers of the spins."""
         import dimod
 
         dense = self.to("cpu", torch.float64).to_dense()

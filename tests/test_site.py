@@ -1,0 +1,117 @@
+"""The site names what the package has: every public name, every module with messages, the layers as they are."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import qbmscvi
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+sys.path.insert(0, str(DOCS))
+
+import draw_layers  # noqa: E402
+import list_messages  # noqa: E402
+
+# `demo` is a command; what it defines is not imported by anybody.
+MODULES = [
+    "qbmscvi",
+    *(
+        f"qbmscvi.{found.name}"
+        for found in pkgutil.iter_modules(qbmscvi.__path__)
+        if not found.name.startswith("_") and found.name != "demo"
+    ),
+]
+
+
+def public_names(module_name: str) -> set[str]:
+    """What a module exports: ``__all__``, or else the functions and classes that it defines."""
+    module = importlib.import_module(module_name)
+    names = getattr(module, "__all__", None)
+    if names is None:
+        names = [
+            name
+            for name, value in vars(module).items()
+            if not name.startswith("_")
+            and (inspect.isclass(value) or inspect.isfunction(value))
+            and value.__module__ == module_name
+        ]
+    return {name for name in names if not inspect.ismodule(getattr(module, name))}
+
+
+def names_on_the_page() -> dict[str, set[str]]:
+    """Names by module in ``docs/api.md``."""
+    found = {}
+    for block in re.findall(r"^```\{eval-rst\}\n(.*?)^```", (DOCS / "api.md").read_text(), re.MULTILINE | re.DOTALL):
+        module = re.search(r"currentmodule:: (\S+)", block).group(1)
+        listed = re.search(r":toctree: generated\n\n((?:   \S+\n)+)", block).group(1).split()
+        constants = re.findall(r"py:data:: (\S+)", block)
+        assert len(listed) == len(set(listed))
+        found[module] = {*listed, *constants}
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_api_page_names_what_a_module_exports(module: str) -> None:
+    assert names_on_the_page()[module] == public_names(module)
+
+
+def test_api_page_names_no_other_module() -> None:
+    assert set(names_on_the_page()) == set(MODULES)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_public_names_have_a_docstring_of_their_own(module: str) -> None:
+    loaded = importlib.import_module(module)
+    described = [name for name in public_names(module) if callable(getattr(loaded, name))]
+    assert described
+    assert [name for name in described if not inspect.getdoc(getattr(loaded, name))] == []
+
+
+def test_every_page_is_in_a_table_of_contents() -> None:
+    listed = set()
+    for page in DOCS.glob("*.md"):
+        for block in re.findall(r"^:::\{toctree\}\n(.*?)^:::", page.read_text(), re.MULTILINE | re.DOTALL):
+            for line in filter(None, block.splitlines()):
+                if not line.startswith(":"):
+                    listed |= {path.resolve() for path in DOCS.glob(f"{line}.md")}
+                    listed |= {path.resolve() for path in DOCS.glob(f"{line}.ipynb")}
+    pages = [*DOCS.glob("*.md"), *(ROOT / "tutorials").glob("*.ipynb"), ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
+    assert {path.resolve() for path in pages} - listed == {(DOCS / "index.md").resolve()}
+
+
+def test_every_module_with_messages_has_one_row_on_the_page_of_errors() -> None:
+    rows = [line.split("|") for line in (DOCS / "errors.md").read_text().splitlines() if line.startswith("| ")][1:]
+    named = [name for row in rows for name in re.findall(r"`([\w.]+)`", row[2])]
+    assert len(named) == len(set(named))
+    with_messages = set(list_messages.messages())
+    assert len(with_messages) > 40
+    assert with_messages <= set(named)
+    assert all(re.search(r"\]\([\w-]+\.md", row[3]) for row in rows)
+    known = {
+        ".".join(path.relative_to(list_messages.SOURCE).with_suffix("").parts)
+        for path in list_messages.SOURCE.rglob("*.py")
+    }
+    assert set(named) <= {name.removesuffix(".__init__") for name in known}
+
+
+def test_messages_are_found_in_every_form() -> None:
+    texts = list_messages.messages()
+    assert any("finds ground states" in text for text in texts["_model"])  # f-string
+    assert "The model has no AnnData to draw library sizes from. Pass `library_size`." in texts["_model"]
+    assert any("Block Gibbs answers in its place" in text for text in texts["_callbacks"])  # warning
+    assert r"\[0\] `J[i]` \*x\*" in list_messages._escaped("[0] `J[i]` *x*")
+
+
+def test_picture_of_the_layers_is_that_of_the_import_contract() -> None:
+    assert draw_layers.PICTURE.read_text() == draw_layers.draw()
+    modules = {path.stem for path in list_messages.SOURCE.iterdir() if path.suffix == ".py" or path.is_dir()}
+    drawn = {name for row in draw_layers.layers() for name in row}
+    assert drawn == modules - {"__init__", "__pycache__", "py"}
