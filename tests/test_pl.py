@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
@@ -15,8 +16,11 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.colors import to_hex
+from matplotlib.testing.compare import compare_images
 
 from qbmscvi import pl
+
+IMAGES = Path(__file__).parent / "images"
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +48,15 @@ def drawn_points(ax):
 
 
 MATRIX = np.arange(6.0).reshape(2, 3) - 1
+MODES = pd.DataFrame(
+    {
+        "energy": [-9.0, -7.5, -3.0],
+        "prior_share": [0.6, 0.3, 0.1],
+        "cell_share": [0.5, 0.5, 0.0],
+        "label": ["root", "trunk", None],
+        "label_share": [0.9, 0.6, np.nan],
+    }
+)
 CALLS = {
     "embedding": lambda **kwargs: pl.embedding(np.eye(2), ["a", "b"], **kwargs),
     "training_curves": lambda **kwargs: pl.training_curves({"run": history([3.0, 2.0])}, **kwargs),
@@ -51,6 +64,11 @@ CALLS = {
     "difference_forest": lambda **kwargs: pl.difference_forest({"set": {"model": (0.1, 0.0, 0.2)}}, **kwargs),
     "score_table": lambda **kwargs: pl.score_table(pd.DataFrame({"score": [0.1, 0.2]}), **kwargs),
     "energy_histogram": lambda **kwargs: pl.energy_histogram({"data": [0.0, 1.0]}, **kwargs),
+    "cell_scores": lambda **kwargs: pl.cell_scores(np.eye(2), [0.0, 1.0], **kwargs),
+    "chain_energies": lambda **kwargs: pl.chain_energies({"group": [[1.0, 2.0], [0.0, 1.0]]}, **kwargs),
+    "effective_beta": lambda **kwargs: pl.effective_beta(history([0.7, 1.1], "sampling_effective_beta"), **kwargs),
+    "prior_modes": lambda **kwargs: pl.prior_modes(MODES, **kwargs),
+    "spin_activity": lambda **kwargs: pl.spin_activity(np.eye(3), ["a", "b", "b"], **kwargs),
 }
 each_function = pytest.mark.parametrize("call", [pytest.param(call, id=name) for name, call in CALLS.items()])
 
@@ -221,6 +239,103 @@ def test_histograms_count_on_request():
     assert ax.get_ylabel() == "count"
 
 
+def test_modes_are_drawn_from_the_lowest_with_their_shares_and_labels():
+    ax = pl.prior_modes(MODES.iloc[::-1], n_modes=2)
+    prior, cells = (container.datavalues.tolist() for container in ax.containers)
+    assert (prior, cells) == ([0.6, 0.3], [0.5, 0.5])
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["-9.0", "-7.5"]
+    assert ax.yaxis_inverted()
+    assert {text.get_text(): text.xy for text in ax.texts} == {"root (90%)": (0.6, 0), "trunk (60%)": (0.5, 1)}
+    assert legend_names(ax) == ["samples of the prior", "cells"]
+    assert not pl.prior_modes(MODES[["energy", "prior_share", "cell_share"]]).texts
+
+
+def test_activity_is_the_mean_spin_of_each_group_in_the_order_on_the_axis():
+    rng = np.random.default_rng(0)
+    spins = np.where(rng.random((40, 6)) < 0.5, 1.0, -1.0)
+    labels = pd.Categorical(np.repeat(["b", "a", None, "b"], 10), categories=["b", "a", "unused"])
+    for is_clustered in (True, False):
+        ax = pl.spin_activity(spins, labels, is_clustered=is_clustered)
+        order = [int(label.get_text()) for label in ax.get_xticklabels()]
+        assert sorted(order) == list(range(6))
+        assert is_clustered or order == list(range(6))
+        expected = np.stack([spins[np.r_[0:10, 30:40]].mean(0), spins[10:20].mean(0)])
+        np.testing.assert_allclose(ax.get_images()[0].get_array(), expected[:, order])
+        assert [label.get_text() for label in ax.get_yticklabels()] == ["b", "a"]
+        assert ax.get_images()[0].get_clim() == (-1.0, 1.0)
+
+
+def test_scores_color_the_cells_they_belong_to():
+    coordinates = np.random.default_rng(0).normal(size=(50, 2))
+    scores = np.arange(50.0)
+    (drawn,) = pl.cell_scores(coordinates, scores, quantile=0.0).collections
+    by_point = dict(zip(map(tuple, drawn.get_offsets().tolist()), drawn.get_array(), strict=True))
+    assert [by_point[tuple(point)] for point in coordinates.tolist()] == scores.tolist()
+    assert drawn.get_clim() == (0.0, 49.0)
+    assert pl.cell_scores(coordinates, scores, quantile=0.2).collections[0].get_clim() == pytest.approx((9.8, 39.2))
+
+
+def test_chain_energies_draw_the_middle_half_of_each_group():
+    values = np.random.default_rng(0).normal(size=(7, 41))
+    ax = pl.chain_energies({"one": values, "two": values + 5})
+    first, second = (line.get_ydata() for line in ax.get_lines())
+    np.testing.assert_allclose(first, np.median(values, axis=1))
+    np.testing.assert_allclose(second, first + 5)
+    edges = ax.collections[0].get_paths()[0].vertices
+    at_two = edges[edges[:, 0] == 2, 1]
+    assert at_two.min() == pytest.approx(np.quantile(values[2], 0.25))
+    assert at_two.max() == pytest.approx(np.quantile(values[2], 0.75))
+
+
+def test_effective_beta_is_drawn_around_the_one_asked_for():
+    ax = pl.effective_beta(history([0.7, 1.1], "sampling_effective_beta"))
+    asked, line = ax.get_lines()
+    assert set(asked.get_ydata()) == {1.0}
+    np.testing.assert_array_equal(line.get_ydata(), [0.7, 1.1])
+    assert np.mean(ax.get_ylim()) == pytest.approx(1.0)
+
+
+def test_errors_of_a_curve_are_a_band_around_it():
+    ax = pl.training_curves({"a": history([3.0, 2.0]), "b": history([4.0, 1.0])}, errors={"b": (-0.5, 1.0)})
+    (band,) = ax.collections
+    edges = band.get_paths()[0].vertices
+    assert (edges[:, 1].min(), edges[:, 1].max()) == (0.5, 5.0)
+
+
+def draw_modes():
+    return pl.prior_modes(MODES, title="modes")
+
+
+def draw_activity():
+    rng = np.random.default_rng(0)
+    centers = rng.choice([-0.8, 0.8], (3, 12))
+    labels = np.repeat(["root", "trunk", "branch"], 20)
+    return pl.spin_activity(np.clip(np.repeat(centers, 20, axis=0) + 0.1 * rng.normal(size=(60, 12)), -1, 1), labels)
+
+
+def draw_chains():
+    rng = np.random.default_rng(0)
+    decay = np.exp(-np.arange(20) / 4)[:, None]
+    return pl.chain_energies(
+        {name: start * decay + rng.normal(size=(20, 60)) for name, start in [("up", 6), ("down", -4)]}
+    )
+
+
+@pytest.mark.parametrize("draw", [draw_modes, draw_activity, draw_chains], ids=lambda draw: draw.__name__)
+def test_picture_is_the_one_that_was_looked_at(draw, tmp_path):
+    """Root mean square of the difference at most 8 of 255: other versions draw letters a little differently.
+
+    To renew a reference after a change, save the figure over it, and look at it.
+    """
+    reference = IMAGES / f"{draw.__name__}.png"
+    ax = draw()
+    ax.figure.savefig(tmp_path / reference.name, dpi=60)
+    assert compare_images(str(reference), str(tmp_path / reference.name), tol=8) is None
+    ax.set_xlim(*(2 * np.array(ax.get_xlim())))  # half as large: the tolerance must not forgive that
+    ax.figure.savefig(tmp_path / reference.name, dpi=60)
+    assert compare_images(str(reference), str(tmp_path / reference.name), tol=8) is not None
+
+
 BAD_CALLS = [
     pytest.param(lambda: pl.embedding(np.eye(3), list("abc")), r"`coordinates` has shape \(3, 3\)", id="3-d-embedding"),
     pytest.param(lambda: pl.embedding(np.eye(2), ["a"]), "`labels` has 1 values, .* 2 cells", id="labels-length"),
@@ -252,6 +367,23 @@ BAD_CALLS = [
         lambda: pl.energy_histogram({"data": [np.inf, 0.0]}), "has 2 values, 1 of them non-finite", id="inf-energy"
     ),
     pytest.param(lambda: pl.energy_histogram({"data": [0.0]}, bins=0), "`bins` is out of range: got 0", id="bins"),
+    pytest.param(lambda: pl.prior_modes(MODES[["energy"]]), r"lacks \['prior_share', 'cell_share'\]", id="no-shares"),
+    pytest.param(lambda: pl.prior_modes(MODES[:0]), "has 0 rows", id="no-modes"),
+    pytest.param(lambda: pl.prior_modes(MODES, n_modes=0), "`n_modes` is out of range: got 0", id="n-modes"),
+    pytest.param(lambda: pl.spin_activity([[3.0]], ["a"]), "values up to 3", id="logits"),
+    pytest.param(lambda: pl.spin_activity(np.eye(2), ["a"]), "1 values in 1 groups, .* 2 cells", id="activity-labels"),
+    pytest.param(lambda: pl.spin_activity(np.eye(2), [None, None]), "in 0 groups", id="no-group-of-cells"),
+    pytest.param(lambda: pl.cell_scores(np.eye(2), [1.0]), r"\(2, 2\) and `scores` \(1,\)", id="scores-length"),
+    pytest.param(lambda: pl.cell_scores(np.eye(2), [1.0, np.nan]), "1 non-finite", id="nan-score"),
+    pytest.param(lambda: pl.cell_scores(np.eye(2), [1.0, 2.0], quantile=0.5), "`quantile` is out of", id="quantile"),
+    pytest.param(lambda: pl.chain_energies({}), "`traces` has 0 groups", id="no-traces"),
+    pytest.param(lambda: pl.chain_energies({"a": [1.0]}), r"no finite tables: \{'a': \(1,\)\}", id="flat-trace"),
+    pytest.param(lambda: pl.effective_beta({}), "has no 'sampling_effective_beta'", id="no-beta"),
+    pytest.param(
+        lambda: pl.training_curves({"run": history([1.0])}, errors={"other": (0, 0)}),
+        r"`errors` names \['other'\], but the runs are \['run'\]",
+        id="errors",
+    ),
 ]
 
 

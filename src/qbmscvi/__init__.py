@@ -10,6 +10,7 @@ import rich.pretty  # noqa: F401
 
 from qbmscvi import benchmark, datasets, diagnostics, distributions, exceptions, graphs, ising, pl, samplers
 from qbmscvi._callbacks import SamplingCallback, SamplingSchedule
+from qbmscvi._interpretation import PriorModes
 from qbmscvi._model import QBMSCVI
 from qbmscvi._module import QBMVAE
 from qbmscvi._prior import BoltzmannPrior
@@ -23,6 +24,7 @@ __all__ = [
     "QBMSCVI",
     "QBMVAE",
     "BoltzmannPrior",
+    "PriorModes",
     "QBMTrainingPlan",
     "SamplingCallback",
     "SamplingSchedule",

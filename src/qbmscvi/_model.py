@@ -17,6 +17,7 @@ from scvi.module._constants import MODULE_KEYS
 
 from qbmscvi._counts import check_counts, totals_per_cell
 from qbmscvi._deferred import DeferredInitialization
+from qbmscvi._interpretation import InterpretationMixin
 from qbmscvi._likelihood import Layer, LikelihoodMixin
 from qbmscvi._module import QBMVAE, LatentName, resolve_latent_sizes
 from qbmscvi._training_plan import QBMTrainingPlan, QBMTrainRunner
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 Representation = Literal["angles", "mean", "logits", "bits"]
 
 
-class QBMSCVI(LikelihoodMixin, SCVI, DeferredInitialization):
+class QBMSCVI(LikelihoodMixin, InterpretationMixin, SCVI, DeferredInitialization):
     """scVI with a Boltzmann prior over its latent space :cite:p:`Wang25`.
 
     Used like :class:`scvi.model.SCVI`; arguments not listed here are scVI's.

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
+    from qbmscvi.distributions import FactorialPosterior
+
 
 class QBMSCANVI(QBMSCVI):
     """Annotation of cells with a Boltzmann prior over latent variables and cell types.
@@ -198,3 +200,8 @@ class QBMSCANVI(QBMSCVI):
             return labels[logits.argmax(-1).numpy()]
         names = adata.obs_names if indices is None else adata.obs_names[indices]
         return pd.DataFrame(torch.softmax(logits, -1).numpy(), columns=labels, index=names)
+
+    def _most_probable_spins(self, qz: FactorialPosterior) -> torch.Tensor:
+        logits = self.module.classify(qz)
+        types = 2 * torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]) - 1
+        return torch.cat([super()._most_probable_spins(qz), types], dim=-1)

@@ -10,12 +10,18 @@ from __future__ import annotations
 
 from ._comparisons import difference_forest, score_table
 from ._figures import coupling_matrix, embedding, energy_histogram, training_curves
+from ._prior import cell_scores, chain_energies, effective_beta, prior_modes, spin_activity
 
 __all__ = [
+    "cell_scores",
+    "chain_energies",
     "coupling_matrix",
     "difference_forest",
+    "effective_beta",
     "embedding",
     "energy_histogram",
+    "prior_modes",
     "score_table",
+    "spin_activity",
     "training_curves",
 ]

@@ -142,6 +142,7 @@ def training_curves(
     ylabel: str | None = None,
     title: str | None = None,
     skip: int = 0,
+    errors: Mapping[str, tuple[float, float]] | None = None,
     ax: Axes | None = None,
     show: bool | None = None,
     save: str | os.PathLike[str] | None = None,
@@ -161,6 +162,9 @@ def training_curves(
         Title of the axes.
     skip
         Number of recorded values to leave out at the start, where the first epochs would dwarf the rest.
+    errors
+        By name of the run, how far below and above its curve the value may lie; drawn as a band. For the negative ELBO
+        that is the interval of log Z, ``low - value`` and ``high - value``: it shifts the whole curve, not each point.
     ax
         Axes to draw on; a new figure by default.
     show
@@ -175,8 +179,12 @@ def training_curves(
     Raises
     ------
     ValueError
-        If no run has ``key``, an entry has more than one column, or ``skip`` is negative.
+        If no run has ``key``, an entry has more than one column, ``skip`` is negative, or ``errors`` names no run.
     """
+    unknown = sorted(set(errors or {}) - set(histories))
+    if unknown:
+        msg = f"`errors` names {unknown}, but the runs are {sorted(histories)}. Use the names of the histories."
+        raise ValueError(msg)
     if skip < 0:
         msg = f"`skip` is out of range: got {skip}, but it must not be negative. Use 0 to draw every recorded value."
         raise ValueError(msg)
@@ -202,6 +210,17 @@ def training_curves(
             linewidth=1.5,
             label=name,
         )
+        if name in (errors or {}):
+            below, above = errors[name]
+            center = values.to_numpy(dtype=np.float64)
+            ax.fill_between(
+                values.index.to_numpy(dtype=np.float64),
+                center - abs(below),
+                center + abs(above),
+                color=_COLORS[i % len(_COLORS)],
+                alpha=0.2,
+                linewidth=0,
+            )
     ax.set(xlabel="epoch", ylabel=key.replace("_", " ") if ylabel is None else ylabel)
     ax.legend(frameon=False)
     _strip(ax)
