@@ -62,3 +62,14 @@ def test_every_citation_has_an_entry() -> None:
         cited |= set(re.findall(r":cite:p:`(\w+)`", source.read_text()))
     assert cited
     assert cited <= entries
+
+
+def test_actions_are_pinned_by_commit_and_a_commit_has_one_version() -> None:
+    versions: dict[str, set[str]] = {}
+    for workflow in (ROOT / ".github" / "workflows").glob("*.yaml"):
+        for line in re.findall(r"uses: (.+)", workflow.read_text()):
+            action, version = re.fullmatch(r"([\w./-]+@[0-9a-f]{40}) # (v[\d.]+)", line).groups()
+            versions.setdefault(action, set()).add(version)
+    assert versions
+    assert all(len(found) == 1 for found in versions.values())
+    assert len({action.split("@")[0] for action in versions}) == len(versions)

@@ -1,0 +1,148 @@
+"""Names and arguments are the same in code, docstrings, pages and notebooks; their defaults stand in the code alone."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import json
+import re
+from pathlib import Path
+
+import pytest
+from test_site import MODULES, public_names
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
+
+
+def public_callables() -> dict[str, object]:
+    """Public functions and classes, and their public methods, by dotted name."""
+    found = {}
+    for module in MODULES:
+        loaded = importlib.import_module(module)
+        for name in public_names(module):
+            value = getattr(loaded, name)
+            if not callable(value):
+                continue
+            found[f"{module}.{name}"] = value
+            if inspect.isclass(value):
+                for member, method in inspect.getmembers(value, inspect.isroutine):
+                    owner = next((base for base in value.__mro__ if member in vars(base)), None)
+                    if not member.startswith("_") and owner and owner.__module__.startswith("qbmscvi"):
+                        found[f"{module}.{name}.{member}"] = method
+    return found
+
+
+CALLABLES = public_callables()
+
+
+def documented_parameters(docstring: str) -> list[str]:
+    """Names in the section "Parameters" of a numpydoc docstring."""
+    section = re.search(r"^Parameters\n-+\n(.*?)(?=^\w[\w ]*\n-+\n|\Z)", docstring, re.MULTILINE | re.DOTALL)
+    lines = section.group(1).splitlines() if section else []
+    return [name.strip() for line in lines if line and not line[0].isspace() for name in line.split(",")]
+
+
+@pytest.mark.parametrize("name", sorted(CALLABLES))
+def test_documented_parameters_are_those_of_the_signature(name: str) -> None:
+    docstring = inspect.getdoc(CALLABLES[name]) or ""
+    documented = documented_parameters(docstring)
+    if not documented:
+        return
+    parameters = list(inspect.signature(CALLABLES[name]).parameters)
+    unknown = [parameter for parameter in documented if parameter not in parameters]
+    kinds = {p.kind for p in inspect.signature(CALLABLES[name]).parameters.values()}
+    if inspect.Parameter.VAR_KEYWORD not in kinds:
+        assert unknown == []
+
+
+def sources() -> list[tuple[str, str]]:
+    """Python of pages and notebooks, also what cannot run here, by a name for messages."""
+    found = []
+    for page in PAGES:
+        text = page.read_text()
+        found += [
+            (page.name, code) for code in re.findall(r"^```python[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        ]
+        prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+        found += [(page.name, code) for code in re.findall(r"`([A-Za-z_][\w.]*\([^`]*\))`", prose)]
+    for notebook in NOTEBOOKS:
+        cells = json.loads(notebook.read_text())["cells"]
+        found += [(notebook.name, "".join(cell["source"])) for cell in cells if cell["cell_type"] == "code"]
+    return found
+
+
+def calls(code: str) -> list[tuple[str, list[str]]]:
+    """Last name and keywords of every call."""
+    try:
+        tree = ast.parse(code)
+    except SyntaxError:
+        return []  # an ellipsis in prose
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute):
+            name = node.func.id if isinstance(node.func, ast.Name) else node.func.attr
+            found.append((name, [keyword.arg for keyword in node.keywords if keyword.arg]))
+    return found
+
+
+# Names that scVI, scanpy or an example has as well.
+AMBIGUOUS = {"train", "embedding", "Service", "complete"}
+BY_LAST_NAME: dict[str, list[object]] = {}
+for _name, _value in CALLABLES.items():
+    BY_LAST_NAME.setdefault(_name.rsplit(".", 1)[-1], []).append(_value)
+
+
+def refused_keywords(code: str) -> list[str]:
+    """Keywords of calls that no public function of that name takes."""
+    refused = []
+    for name, keywords in calls(code):
+        candidates = BY_LAST_NAME.get(name, [])
+        if not candidates or name in AMBIGUOUS:
+            continue
+        accepted: set[str] = set()
+        for candidate in candidates:
+            if inspect.isclass(candidate) and issubclass(candidate, Exception):
+                continue  # takes a message
+            parameters = inspect.signature(candidate).parameters.values()
+            takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+            accepted |= {p.name for p in parameters} | (set(keywords) if takes_any else set())
+        refused += [f"{name}({keyword}=)" for keyword in keywords if keyword not in accepted]
+    return refused
+
+
+def test_pages_and_notebooks_use_arguments_that_exist() -> None:
+    assert [(place, bad) for place, code in sources() for bad in refused_keywords(code)] == []
+
+
+def test_pages_and_notebooks_use_names_that_exist() -> None:
+    missing = []
+    for place, code in sources():
+        for dotted in re.findall(r"\bqbmscvi((?:\.\w+)+)", code):
+            value: object = importlib.import_module("qbmscvi")
+            for part in dotted.split(".")[1:]:
+                if not hasattr(value, part):
+                    try:
+                        value = importlib.import_module(f"{value.__name__}.{part}")  # type: ignore[attr-defined]
+                        continue
+                    except (ModuleNotFoundError, AttributeError):
+                        missing.append((place, f"qbmscvi{dotted}"))
+                        break
+                value = getattr(value, part)
+    assert missing == []
+
+
+def test_planted_mistakes_are_found() -> None:
+    assert refused_keywords("qbmscvi.SamplingSchedule(n_sweep=3)") == ["SamplingSchedule(n_sweep=)"]
+    assert refused_keywords("SamplingSchedule(n_sweeps=3)") == []
+    assert documented_parameters(
+        "A.\n\nParameters\n----------\na, b\n    Two.\nc\n    One.\n\nReturns\n-------\nX."
+    ) == [
+        "a",
+        "b",
+        "c",
+    ]
+    assert len(CALLABLES) > 150
+    assert sum(bool(documented_parameters(inspect.getdoc(value) or "")) for value in CALLABLES.values()) > 80
