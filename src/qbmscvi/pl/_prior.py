@@ -71,7 +71,7 @@ def prior_modes(
     shown = table.loc[weight.sort_values(ascending=False, kind="stable").index[:n_modes]]
     shown = shown.sort_values("energy", kind="stable")
     y = np.arange(len(shown))
-    ax = _axes(ax, figsize=(5.6, 1.2 + 0.36 * len(shown)))
+    ax = _axes(ax, figsize=(5.6, max(2.4, 1.4 + 0.36 * len(shown))))
     ax.barh(y - 0.19, shown["prior_share"], height=0.36, color=_COLORS[0], label="samples of the prior")
     ax.barh(y + 0.19, shown["cell_share"], height=0.36, color=_COLORS[1], label="cells")
     if "label" in shown:
@@ -86,9 +86,11 @@ def prior_modes(
     ax.set_xlim(0.0, min(1.0, 1.35 * float(shown[["prior_share", "cell_share"]].to_numpy().max())) or 1.0)
     ax.set(xlabel="share that descends into the mode", ylabel="energy of the mode (nats)")
     ax.tick_params(axis="y", length=0)
-    ax.legend(frameon=False, loc="lower right", fontsize=9)
+    ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, fontsize=9)
     _strip(ax)
-    return _finish(ax, title, show, save)
+    if title is not None:
+        ax.set_title(title, pad=26)  # above the legend
+    return _finish(ax, None, show, save)
 
 
 def spin_activity(
