@@ -595,6 +595,18 @@ def test_the_prior_has_a_group_of_its_own(adata, plan_kwargs, lr, decay):
     assert (rest["lr"], rest["weight_decay"]) == (plan_kwargs.get("lr", 1e-3), 1e-6)
 
 
+def test_learning_rates_are_recorded_under_scvis_name_and_go_on_in_a_second_training(adata):
+    model = train(build(adata), max_epochs=2, learning_rate_monitor=True)
+    n_before = len(model.history["lr-Adam"])
+    train(model, max_epochs=3, learning_rate_monitor=True)
+    for name, rate in (("lr-Adam", 1e-3), ("lr-Adam-prior", 5e-5)):
+        table = model.history[name]
+        assert list(table.columns) == [name]
+        np.testing.assert_allclose(table[name].to_numpy(float), rate)
+        assert len(table) > n_before
+    assert not [name for name in model.history if "/pg" in name]
+
+
 def test_prior_learning_rate_of_zero_holds_the_prior(adata):
     model = build(adata)
     before = state_of(model)

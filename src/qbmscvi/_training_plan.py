@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _AUTO_WARMUP_SHARE = 0.1
 _AUTO_WARMUP_STEPS = 1_000  # where the number of steps is not known
 _PRIOR_LR_SHARE = 0.05
+# Ends of the names under which the learning rates of networks and prior are recorded: by Lightning, and here.
+_OF_GROUPS, _OF_PARTS = ("/pg1", "/pg2"), ("", "-prior")
 
 
 def auto_kl_warmup(n_steps: float) -> int:
@@ -181,6 +183,23 @@ class QBMTrainRunner(TrainRunner):
             raise TrainingDivergedError(guard.message) from error
 
     def _update_history(self) -> None:
-        """Extend the history; scVI's version needs one that is not empty, as after divergence in the first epoch."""
+        """Extend the history; scVI's version needs one that is not empty, as after divergence in the first epoch.
+
+        Learning rates have the names that they have in scVI, with ``-prior`` for that of the prior; Lightning numbers
+        the parameter groups.
+        """
+        _rename_rates(self.model.history_, _OF_PARTS, _OF_GROUPS)
         self.model.is_trained_ = self.model.is_trained_ and bool(self.model.history_)
         super()._update_history()
+        _rename_rates(self.model.history_, _OF_GROUPS, _OF_PARTS)
+
+
+def _rename_rates(history: Any, old: tuple[str, str], new: tuple[str, str]) -> None:
+    """Rename the learning rates of networks and prior in a history, those of an optimizer that has both."""
+    if not isinstance(history, dict):  # None before the first training; another logger's
+        return
+    for key in [key for key in history if key.startswith("lr-") and key.endswith(old[1])]:
+        optimizer = key.removesuffix(old[1])
+        for suffix, renamed in zip(old, new, strict=True):
+            table = history.pop(optimizer + suffix)
+            history[optimizer + renamed] = table.rename(columns={optimizer + suffix: optimizer + renamed})
