@@ -11,7 +11,7 @@ from scipy import stats
 
 from qbmscvi import graphs
 from qbmscvi.ising import IsingModel
-from qbmscvi.samplers import _whole_numbers
+from qbmscvi.samplers import _gibbs, _whole_numbers
 from qbmscvi.samplers._gibbs import gibbs_sweeps
 from qbmscvi.samplers._whole_numbers import MAX_DIVERGENCE, WholeNumberChains, rounding_step
 
@@ -60,11 +60,20 @@ def z_scores(after: torch.Tensor, fields: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("error", [pytest.param(1.0, id="right"), pytest.param(1.02, id="couplings-off-by-2-percent")])
-def test_each_class_is_drawn_given_the_other(error):
+def test_each_class_is_drawn_given_the_other(error, monkeypatch):
     """Chi-square of all spins of either class, 40,000 chains from one state; alpha 1e-4, an error of 2 % is seen."""
+    used = []
+
+    class Chains(WholeNumberChains):
+        def update(self, k, difference):
+            used.append(k)
+            super().update(k, difference)
+
+    monkeypatch.setattr(_gibbs, "WholeNumberChains", Chains)
     given = problem()
     before = random_spins(1, given.n_spins).expand(40_000, -1)
     after = gibbs_sweeps(given, before, 1, 1.0, torch.Generator().manual_seed(2))
+    assert used == [0, 1]
     block, (h_first, h_second) = error * given.J.view(N_FIRST, N_SECOND), given.h.split((N_FIRST, N_SECOND))
     first, second = after.split((N_FIRST, N_SECOND), dim=1)
     z = [z_scores(first, h_first + before[:, N_FIRST:] @ block.T), z_scores(second, h_second + first @ block)]

@@ -51,9 +51,9 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
         When to sample; None for :class:`~qbmscvi.SamplingSchedule` with its defaults.
     prior_lr
         Learning rate of the prior's parameters; None for a twentieth of ``lr``, and for that of the rest with an
-        optimizer of your own. A prior as fast as the networks settles on the few directions in which cells differ at
-        first, and the latent space keeps to them: it has less than half as many effective dimensions, batches mix less
-        and rare types are found less often (``benchmarks/LEVERS.md``).
+        optimizer of your own. A prior as fast as the networks may settle on the few directions in which cells differ at
+        first. Chosen among four rates in a few runs on two data sets, at the cost of a few nats of the held-out ELBO;
+        ``benchmarks/levers.py`` is there to compare them.
     prior_weight_decay
         Weight decay of the prior's parameters; None for ``weight_decay``.
     n_epochs_kl_warmup

@@ -243,7 +243,7 @@ class SampleBatch:
         Shape ``(n_samples, n_spins)``, int8, values in ``{-1, +1}``.
     energies
         Shape ``(n_samples,)``: energies under the problem asked for, in nats at ``beta = 1``. Given that problem
-        instead, they are computed when they are first looked at.
+        instead, they are computed when they are first looked at; do not change its tensors in place until then.
     weights
         Importance weights, shape ``(n_samples,)``, summing to one; None for equal weights.
     info
@@ -251,7 +251,7 @@ class SampleBatch:
     """
 
     spins: Tensor
-    energies: Tensor
+    energies: Tensor | IsingModel
     weights: Tensor | None = None
     info: dict[str, Any] = field(default_factory=dict)
 
