@@ -1,13 +1,13 @@
-"""What does the sampling layer cost, what does it save, and what does it repair?
+"""What does the sampling layer save, and what does it repair?
 
-Three measurements, written to SAMPLING.md beside this script (with ``--quick``: to the output folder), and a figure:
+Two measurements, written to SAMPLING.md beside this script (with ``--quick``: to the output folder), and a figure:
 
     python benchmarks/sampling.py --out sampling-output
     python benchmarks/sampling.py --out sampling-output --quick
 
-Trips to an imagined remote device, with and without the broker; CPU time of the layer beside a training step; and the
-errors that each composite removes from a device with a bias field and a wrong temperature. Harness and device are those
-of the tests.
+Trips to an imagined remote device, with and without the broker; and the errors that each composite removes from a
+device with a bias field and a wrong temperature. Harness and device are those of the tests. What the layer takes of a
+training step is in SPEED.md.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from qbmscvi.testing import tiny_problems
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 
-import cost  # noqa: E402
 from laws import Law  # noqa: E402
 from test_composites import BELIEVED_BETA, TRUE_BETA, Device, answers_by_layer, worst_mean  # noqa: E402
 
@@ -154,31 +153,6 @@ def draw_figure(records: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
-def overhead_table(n_epochs: int, n_runs: int) -> list[str]:
-    lines = [
-        "## Cost of the layer",
-        "",
-        f"CPU time in % of the median training step: {cost.N_GENES:,} genes, batch {cost.BATCH_SIZE}, one thread; "
-        f"{20 * n_epochs - cost.N_WARM} steps of a run, families in turn, {n_runs} times; median "
-        "(95 % interval of the median, by ranks). *Layer* is all of sampling but the Gibbs sweeps, the moments and the "
-        "tracking of log Z: requests, checks, merging, energies, bookkeeping. The bounds are 2 % for the "
-        "layer and 10 % for sampling and KL together (`tests/test_prior_cost.py`).",
-        "",
-        "| family | run | step, ms | sweeps | moments | log Z | layer | KL | sampling and KL |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    rows = {family: [] for family in cost.FAMILIES}
-    for run in range(n_runs):
-        for family in rows:
-            measured = cost.measure(family, n_epochs)
-            groups = [("sweeps",), ("moments",), ("tracking",), ("layer",), ("kl",), ("sampling", "kl")]
-            shares = [100 * np.array(measured.share(*parts)) for parts in groups]
-            cells = " | ".join("{:.2f} ({:.2f} to {:.2f})".format(*share) for share in shares)
-            rows[family].append(f"| {family} | {run + 1} | {1e3 * measured.median('step'):.1f} | {cells} |")
-            print(rows[family][-1], flush=True)
-    return [*lines, *(line for family in rows.values() for line in family), ""]
-
-
 def repair_table() -> list[str]:
     problem = tiny_problems(torch.float32)["bipartite-3x5"]
     target = Law.boltzmann(problem, 1.0)
@@ -231,16 +205,15 @@ def main() -> None:
     torch.set_num_threads(1)
     seeds = SEEDS[:1] if options.quick else SEEDS
     lines = [
-        "# What the sampling layer costs, saves and repairs",
+        "# What the sampling layer saves and repairs",
         "",
         f"Written by `{Path(__file__).name}`. {describe_machine()} Seeds: {', '.join(map(str, seeds))} for the "
-        "requests, 0 for training, 1 to 3 for the repaired device.",
+        "requests, 1 to 3 for the repaired device.",
         "",
     ]
     records = batching(seeds)
     draw_figure(records, options.out / "batching.png")
     lines += batching_table(records) + repair_table()
-    lines += overhead_table(*((3, 1) if options.quick else (10, 2)))
     report = "\n".join(lines)
     (options.out if options.quick else HERE).joinpath("SAMPLING.md").write_text(report)
     print(report)

@@ -35,28 +35,28 @@ import scvi
 import torch
 from lightning.pytorch.callbacks import Callback
 from scvi import REGISTRY_KEYS
-from torch.distributions import kl_divergence
 
-from qbmscvi import QBMSCVI, SamplingCallback
+from qbmscvi import QBMSCVI
 from qbmscvi.datasets import synthetic_counts
 from qbmscvi.graphs import bipartite
 from qbmscvi.ising import IsingModel
 from qbmscvi.samplers._gibbs import gibbs_sweeps
 
 HERE = Path(__file__).parent
-N_CELLS, N_GENES, MEAN_DEPTH, BATCH_SIZE = 2560, 2000, 300.0, 128  # 8 % of the counts are not zero
+sys.path.insert(0, str(HERE.parent / "tests"))
+
+import cost  # noqa: E402
+from cost import BATCH_SIZE, FAMILIES, MEAN_DEPTH, N_CELLS, N_GENES  # noqa: E402
+
 N_WARM = 3  # steps of each turn that are left out
-SPINS = {"latent": "spins", "n_latent": 64}
-GAUSSIAN_SPINS = {"latent": "gaussian-spins", "n_latent": 10, "n_spins": 32}
+SPINS = FAMILIES["spins, 64"]
 ARMS: dict[str, dict | None] = {
     "SCVI, 10 Gaussians": None,
-    "gaussian-spins, 10 + 32": GAUSSIAN_SPINS,
-    "spins, 64": SPINS,
+    **FAMILIES,
     "spins, 64, Gumbel": {**SPINS, "smoothing": "gumbel"},
     "spins, 64, spike-and-exponential": {**SPINS, "smoothing": "spike-exponential"},
     "spins, 64, DisARM (two decoder passes)": {**SPINS, "smoothing": "disarm"},
 }
-FAMILIES = ("gaussian-spins, 10 + 32", "spins, 64")
 BASE = "SCVI, 10 Gaussians"
 SIDES = (64, 128, 256, 512, 1024)
 N_CHAINS, N_SWEEPS = 512, 10
@@ -64,7 +64,7 @@ PADDED_LIMIT = 128  # the plugin's block sampler gathers (chains, spins, neighbo
 
 
 class Steps(Callback):
-    """CPU seconds of each step, loading included, and of what happens in the sampling callback."""
+    """CPU seconds of each step, loading included."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -137,17 +137,33 @@ def timed(function: Callable[[], object], n: int = 40) -> float:
     return float(np.median(seconds[3:]))
 
 
-def share_table() -> list[str]:
-    """What takes a step: parts repeated alone with the tensors of one batch, beside steps of the same minute."""
+def share_table(n_epochs: int) -> list[str]:
+    """What takes a step: parts of the prior timed inside the steps of a run, others alone beside steps of their own."""
+    titles = {"sweeps": "Gibbs sweeps", "moments": "moments", "tracking": "log Z", "layer": "layer", "kl": "KL"}
+    groups = [((part,), title) for part, title in titles.items()] + [(("sampling", "kl"), "prior, all of it")]
     lines = [
         "## What takes it",
         "",
-        "Each part alone, forward and backward, repeated on one batch beside steps of the same minute; ms and share of "
-        "the step. The network is scVI's, from counts to the parameters of the likelihood. The rest is Lightning, "
-        "Adam and the metrics.",
+        f"Share of the CPU time of {N_CELLS // BATCH_SIZE} steps in %, timed inside them: median (quartiles) of "
+        f"{n_epochs - 1} epochs. *Layer* is all of sampling but the Gibbs sweeps, the moments and the tracking of log "
+        "Z: requests, checks, merging, energies, bookkeeping.",
+        "",
+        "| family | " + " | ".join(title for _, title in groups) + " |",
+        "|---|" + "---|" * len(groups),
+    ]
+    for family in FAMILIES:
+        measured = cost.measure(family, n_epochs)
+        shares = [100 * np.array(measured.share(*parts)) for parts, _ in groups]
+        cells = [f"{middle:.1f} ({low:.1f} to {high:.1f})" for middle, low, high in shares]
+        lines.append(f"| {family} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Other parts, each alone, forward and backward, repeated on one batch beside steps of the same minute; ms and "
+        "share of the step. The network is scVI's, from counts to the parameters of the likelihood. The rest is "
+        "Lightning, Adam and the metrics.",
         "",
         "| part | " + " | ".join(FAMILIES) + " |",
-        "|---|---|---|",
+        "|---|" + "---|" * len(FAMILIES),
     ]
     columns = [_parts(arm) for arm in FAMILIES]
     for part in columns[0]:
@@ -174,8 +190,7 @@ def _parts(arm: str) -> dict[str, float]:
             next(batches)
 
     with torch.no_grad():
-        inference, generative = module(tensors, compute_loss=False)
-    px, qz = generative["px"], inference["qz"]
+        px = module(tensors, compute_loss=False)[1]["px"]
     parameters = [p.detach().requires_grad_() for p in (px.mu, module.px_r.exp(), px.zi_logits)]
     counts = tensors[REGISTRY_KEYS.X_KEY]
 
@@ -183,13 +198,6 @@ def _parts(arm: str) -> dict[str, float]:
         mu, theta, logits = parameters
         log_prob = type(px)(mu=mu, theta=theta, zi_logits=logits).log_prob(counts)
         torch.autograd.grad(log_prob.sum(-1).mean(), parameters)
-
-    units = [t.detach().requires_grad_() for t in (qz.gaussian_loc, qz.gaussian_scale, qz.logits)]
-    leaves = [leaf for leaf in (*units, *module.prior.parameters()) if leaf.requires_grad and leaf.numel()]
-
-    def kl() -> None:
-        posterior = type(qz)(*units, module.z_encoder.smoothing)
-        torch.autograd.grad(kl_divergence(posterior, module.prior.distribution()).sum(-1).mean(), leaves)
 
     weights = [p for name, p in module.named_parameters() if not name.startswith(("prior.", "px_r"))]
 
@@ -200,21 +208,11 @@ def _parts(arm: str) -> dict[str, float]:
         total = out.mu.mean() + out.zi_logits.mean()
         torch.autograd.grad(total, weights, allow_unused=True)
 
-    sampling: SamplingCallback = model.trainer.strategy.lightning_module.sampling
-    parts = {
-        "step": step,
-        "network": timed(network),
-        "likelihood": timed(likelihood),
-        "KL": timed(kl),
-        "sampling": timed(sampling._refresh),
-        "loading": timed(load),
-    }
-    parts["KL and sampling"] = parts["KL"] + parts["sampling"]
-    return parts
+    return {"step": step, "network": timed(network), "likelihood": timed(likelihood), "loading": timed(load)}
 
 
 def compile_lines(step: float) -> list[str]:
-    arm = FAMILIES[0]
+    arm = "spins, 64"
     adata = synthetic_counts(N_CELLS, N_GENES, mean_depth=MEAN_DEPTH, seed=0)
     model = build(arm, adata)
     started = time.process_time()
@@ -383,9 +381,15 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     lines = ["# Speed", "", f"Written by `{Path(__file__).name}`. {describe_machine()} Seed 0.", ""]
     steps, medians = step_table(n_turns)
-    sections = [lambda: steps, share_table, lambda: gibbs_table(n_turns), memory_table, lambda: start_lines(3)]
+    sections = [
+        lambda: steps,
+        lambda: share_table(2 * n_turns + 2),
+        lambda: gibbs_table(n_turns),
+        memory_table,
+        lambda: start_lines(3),
+    ]
     if options.compile:
-        sections.append(lambda: compile_lines(medians[FAMILIES[0]]))
+        sections.append(lambda: compile_lines(medians["spins, 64"]))
     for section in sections:
         lines += section()
         (folder / "SPEED.md").write_text("\n".join(lines).rstrip() + "\n")

@@ -19,14 +19,17 @@ def one_thread():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_prior_costs_a_tenth_and_the_layer_above_the_sampler_a_fiftieth_of_a_training_step(family, one_thread, capsys):
-    """Medians of CPU time over some 180 steps of one run; 2,000 genes, batch 128, one thread."""
+def test_prior_costs_a_twentieth_and_the_layer_above_the_sampler_a_fiftieth_of_a_training_step(
+    family, one_thread, capsys
+):
+    """Shares of whole epochs' CPU time, median of 11 epochs of one run; 2,000 genes, batch 128, one thread."""
     cost = measure(family)
-    assert {len(values) for values in cost.seconds.values()} == {200}
-    assert np.all(cost.seconds["sweeps"] > 0)  # or the sweeps that are not the layer's were not seen
+    assert {values.shape for values in cost.seconds.values()} == {(11, 20)}
+    assert np.all(cost.seconds["sweeps"].sum(1) > 0)  # or the sweeps that are not the layer's were not seen
+    assert np.all(cost.seconds["kl"] > 0)
     parts = ("sampling", "sweeps", "moments", "tracking", "layer", "kl")
     shares = ", ".join(f"{part} {100 * cost.share(part)[0]:.2f}" for part in parts)
     with capsys.disabled():
-        print(f"\n{family}: step {1e3 * cost.median('step'):.1f} ms; % of it: {shares}; of all {cost.share_of_all:.3f}")
-    assert cost.share("sampling", "kl")[0] < 0.10
+        print(f"\n{family}: step {1e3 * cost.median('step'):.1f} ms; % of it: {shares}")
+    assert cost.share("sampling", "kl")[0] < 0.05
     assert cost.share("layer")[0] < 0.02

@@ -45,9 +45,10 @@ class SamplingSchedule:
     ----------
     every_n_steps
         Optimizer steps between two questions to the sampler. The moments of a local sampler stay as they are in
-        between; with a remote one, local chains renew them at every step.
+        between; with a remote one, local chains renew them at every step. The default suits a prior that learns
+        slowly: at the default ``prior_lr`` no parameter moves by more than 0.0004 in eight steps.
     n_sweeps
-        Sweeps of each persistent chain per step (the k of PCD-k).
+        Sweeps of each persistent chain whenever the moments are renewed (the k of PCD-k).
     burn_in
         Sweeps of the first request of a model, whose chains start from random spins.
     latency
@@ -66,8 +67,8 @@ class SamplingSchedule:
         If a value is not an integer, or is below one (``latency``: below zero; ``max_staleness``: below ``latency``).
     """
 
-    every_n_steps: int = 1
-    n_sweeps: int = 2
+    every_n_steps: int = 8
+    n_sweeps: int = 4
     burn_in: int = 100
     latency: int = 20
     max_staleness: int | None = None

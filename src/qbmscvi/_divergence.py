@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
     from qbmscvi.graphs import Graph
 
-_ONE, _MINUS_ONE = torch.ones(()), -torch.ones(())
 _GAUSSIAN_ENTROPY = 0.5 * (1.0 + math.log(2.0 * math.pi))  # at unit scale
 
 
@@ -82,17 +81,16 @@ class FactorialKL(Function):
         graph: Graph,
     ) -> Tensor:
         n_gaussian = loc.shape[-1]
-        # H = softplus(l) - l sigma(l), written without cancellation for large |l|.
-        descent = torch.copysign(logits, _MINUS_ONE.to(logits))  # -|l|
+        descent = logits.abs().neg_()  # -|l|
         rarer = torch.sigmoid(descent)
-        entropy = torch.addcmul(softplus(descent), descent, rarer, value=-1.0)
         if mean is None:
-            mean = torch.copysign(torch.add(_ONE.to(logits), rarer, alpha=-2.0), logits)
-        field = torch.add(h, edge_fields(mean, J, graph), alpha=0.5) if graph.n_edges else h.expand_as(mean)
+            mean = torch.rsub(rarer, 1.0, alpha=2.0).copysign_(logits)
+        field = _add_fields(h.expand_as(mean), mean, J, graph, scale=0.5)
         if n_gaussian:
             field = torch.addmm(field, loc, W, alpha=-0.5)
         share = log_z / (n_gaussian + len(h))
-        kl = torch.addcmul(share, mean, field).sub_(entropy)
+        # H = softplus(l) - l sigma(l), written without cancellation for large |l|: softplus(-|l|) + |l| sigma(-|l|).
+        kl = torch.addcmul(share, mean, field).sub_(softplus(descent)).addcmul_(descent, rarer)
         drive = None
         if n_gaussian:
             drive = torch.addmm(a, mean, W.T, alpha=0.5)
@@ -112,11 +110,11 @@ class FactorialKL(Function):
         grad_mean = grad_s * mean  # weight of the field of each spin
         grad_loc = grad_scale = grad_logits = None
         if needs["logits"]:
-            slope = 0.5 * edge_fields(grad_mean, J, graph) if graph.n_edges else torch.zeros_like(mean)
-            if n_gaussian:
-                slope.addmm_(grad_v * loc, W, alpha=-0.5)
             # dm/dl = 2 r (1 - r), r the probability of the rarer state, and dH/dl = -l r (1 - r).
-            slope.addcmul_(grad_s, torch.add(field, logits, alpha=0.5)).mul_(2.0)
+            slope = torch.add(logits, field, alpha=2.0).mul_(grad_s)
+            slope = _add_fields(slope, grad_mean, J, graph, scale=1.0)
+            if n_gaussian:
+                slope = torch.addmm(slope, grad_v * loc, W, alpha=-1.0)
             grad_logits = torch.addcmul(rarer, rarer, rarer, value=-1.0).mul_(slope)
         if n_gaussian and needs["loc"]:
             grad_loc = torch.addmm(grad_v * (loc - drive), grad_mean, W.T, alpha=-0.5)
@@ -126,10 +124,7 @@ class FactorialKL(Function):
         if any(needs[name] for name in "ahWJ"):
             of_prior = _partition_gradients(grad.sum() / grad.shape[-1], a, W, Moments(*moments))
             of_prior[1].add_(grad_mean.sum(0))
-            if graph.n_edges:
-                of_prior[3].add_(
-                    edge_products(grad_mean, mean, graph) + edge_products(mean, grad_mean, graph), alpha=0.5
-                )
+            _add_products(of_prior[3], grad_mean, mean, graph)
             if n_gaussian:
                 weight = grad_v * loc
                 of_prior[0].sub_(weight.sum(0))
@@ -137,11 +132,36 @@ class FactorialKL(Function):
         return grad_loc, grad_scale, grad_logits, None, *of_prior, None, None, None
 
 
+def _add_fields(base: Tensor, values: Tensor, J: Tensor, graph: Graph, scale: float) -> Tensor:
+    """``base + scale * edge_fields(values, J, graph)``, a new tensor unless there is no edge; no autograd."""
+    if not graph.n_edges:
+        return base
+    if graph.layers is None:
+        return torch.add(base, edge_fields(values, J, graph), alpha=scale)
+    n_first, block, fields = graph.layers[0], J.view(graph.layers), torch.empty_like(values)
+    torch.addmm(base[:, :n_first], values[:, n_first:], block.T, alpha=scale, out=fields[:, :n_first])
+    torch.addmm(base[:, n_first:], values[:, :n_first], block, alpha=scale, out=fields[:, n_first:])
+    return fields
+
+
+def _add_products(of_J: Tensor, left: Tensor, right: Tensor, graph: Graph) -> None:
+    """Add to each edge half the products of ``left`` at one end with ``right`` at the other, both ways around."""
+    if not graph.n_edges:
+        return
+    if graph.layers is None:
+        of_J.add_(edge_products(left, right, graph) + edge_products(right, left, graph), alpha=0.5)
+        return
+    n_first, block = graph.layers[0], of_J.view(graph.layers)
+    block.addmm_(left[:, :n_first].T, right[:, n_first:], alpha=0.5)
+    block.addmm_(right[:, :n_first].T, left[:, n_first:], alpha=0.5)
+
+
 def _partition_gradients(grad: Tensor, a: Tensor, W: Tensor, moments: Moments) -> list[Tensor | None]:
     """Gradients of ``grad * log Z`` to ``a, h, W, J``: minus those of the mean energy of the prior."""
     mean, edge_mean, second = moments
+    less = -grad
     if not len(a):
-        return [None, mean * -grad, None, edge_mean * -grad]
+        return [None, mean * less, None, edge_mean * less]
     of_a = torch.addmv(a, W, mean)
     of_W = torch.addmm(torch.outer(a, mean), W, second)
-    return [of_a * grad, mean * -grad, of_W * grad, edge_mean * -grad]
+    return [of_a * grad, mean * less, of_W * grad, edge_mean * less]
