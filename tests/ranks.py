@@ -73,7 +73,7 @@ def run(name: str, out: Path, *, is_remote=False, fails=False, spoil=None, likel
     model = QBMSCVI(adata, latent="gaussian-spins", n_latent=3, n_spins=8, n_chains=64, gene_likelihood=likelihood)
     sampler, error = PerProcess(is_remote=is_remote, fails=fails), None
     watch = Watch(sampler, spoil, out / f"{name}.ckpt")
-    schedule = SamplingSchedule(latency=0, n_sweeps=5)
+    schedule = SamplingSchedule(every_n_steps=1, latency=0, n_sweeps=5)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:

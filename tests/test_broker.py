@@ -319,7 +319,7 @@ def adata():
     return adata
 
 
-def train(adata, sampler, schedule=SamplingSchedule(latency=3), callbacks=()):
+def train(adata, sampler, schedule=SamplingSchedule(every_n_steps=1, latency=3), callbacks=()):
     scvi.settings.seed = 0
     model = QBMSCVI(adata, n_spins=8, n_chains=64, gene_likelihood="nb")
     quiet = {"enable_progress_bar": False, "callbacks": list(callbacks)}
@@ -360,7 +360,7 @@ def test_answers_sorted_by_energy_do_not_reach_log_z_as_the_highest(adata):
 
 def test_remote_sampler_trains_at_a_fixed_staleness(adata):
     sampler = Counting(is_remote=True)
-    model = train(adata, sampler, schedule=SamplingSchedule(latency=0))
+    model = train(adata, sampler, schedule=SamplingSchedule(every_n_steps=1, latency=0))
     assert set(model.history["sampling_staleness"]["sampling_staleness"]) == {1.0}
     assert len(sampler.calls) == int(model.module.prior.n_updates) == 20
     assert not model.trainer.lightning_module.sampling.broker.is_busy
@@ -385,7 +385,7 @@ def test_slow_remote_sampler_does_not_slow_training(adata):
 def test_job_that_never_ends_costs_one_warning(adata):
     sampler = Counting(gate=threading.Event(), is_remote=True)
     with pytest.warns(RuntimeWarning, match="has not answered within max_staleness=6 steps") as caught:
-        model = train(adata, sampler, schedule=SamplingSchedule(latency=3, max_staleness=6))
+        model = train(adata, sampler, schedule=SamplingSchedule(every_n_steps=1, latency=3, max_staleness=6))
     assert len([w for w in caught if "max_staleness" in str(w.message)]) == 1
     assert model.history["sampling_fallbacks"].iloc[-1, 0] == 1
     assert len(sampler.calls) == 1

@@ -176,7 +176,7 @@ def test_priors_are_those_of_block_gibbs_after_calibration_and_polish_only(count
 @pytest.mark.parametrize(
     ("name", "schedule"),
     [
-        ("dwave", SamplingSchedule(latency=2, max_staleness=60)),
+        ("dwave", SamplingSchedule(every_n_steps=1, latency=2, max_staleness=60)),
         ("kaiwu", SamplingSchedule(latency=0, every_n_steps=12)),  # its worker takes longer than this whole training
     ],
 )

@@ -580,7 +580,7 @@ def test_training_outlives_every_fault(service):
             asked = [replace(request, seed=seed) for request, seed in zip(requests, seeds, strict=True)]
             return [pass_on(batch) for batch in self.child.sample_batch(asked)]
 
-    schedule = SamplingSchedule(latency=2)
+    schedule = SamplingSchedule(every_n_steps=1, latency=2)
     with pytest.warns(RuntimeWarning, match="Block Gibbs answers in its place"):
         model.train(max_epochs=16, batch_size=64, sampler=Unlucky(device), schedule=schedule, callbacks=[Pace()])
     sampling = model.trainer.lightning_module.sampling

@@ -56,7 +56,7 @@ def train(adata, sampler, *, pace=None, **schedule):
             accelerator="cpu",
             enable_progress_bar=False,
             sampler=sampler,
-            schedule=SamplingSchedule(**schedule),
+            schedule=SamplingSchedule(**{"every_n_steps": 1, "n_sweeps": 2, **schedule}),
             plan_kwargs={"n_epochs_kl_warmup": None},  # the prior moves from the first step on
             callbacks=[pace or Pace(), honesty],
         )

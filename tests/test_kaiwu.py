@@ -223,7 +223,7 @@ def test_training_takes_its_answers(platform, capsys):
     QBMSCVI.setup_anndata(adata)
     model = QBMSCVI(adata, latent="spins", n_latent=8, n_chains=64)
     sampler = build_kaiwu_sampler(device_beta=TRUE_BETA, interval=0.2)
-    schedule = SamplingSchedule(latency=2, max_staleness=50)
+    schedule = SamplingSchedule(every_n_steps=1, latency=2, max_staleness=50)
     model.train(max_epochs=4, batch_size=64, sampler=sampler, schedule=schedule, callbacks=[Pace()])
     assert len(platform.jobs) > 3
     assert model.history["sampling_fallbacks"].to_numpy().ravel().tolist() == [0.0] * 4
@@ -289,7 +289,7 @@ def test_training_outlives_every_fault(device, platform):
     model = QBMSCVI(adata, latent="spins", n_latent=8, n_chains=64)
     device.timeout = 5.0
     platform.plan(*[fault for fault, *_ in FAULTS])
-    schedule = SamplingSchedule(latency=2)
+    schedule = SamplingSchedule(every_n_steps=1, latency=2)
     with pytest.warns(RuntimeWarning, match="Block Gibbs answers in its place"):
         model.train(max_epochs=16, batch_size=64, sampler=device, schedule=schedule, callbacks=[Pace()])
     sampling = model.trainer.lightning_module.sampling

@@ -93,7 +93,9 @@ def adata():
 
 @pytest.mark.parametrize("on_epoch_end", [True, False], ids=["at-epoch-end", "after-validation"])
 @pytest.mark.parametrize(
-    "schedule", [SamplingSchedule(), SamplingSchedule(every_n_steps=9)], ids=["every-step", "every-ninth"]
+    "schedule",
+    [SamplingSchedule(every_n_steps=1), SamplingSchedule(every_n_steps=9)],
+    ids=["every-step", "every-ninth"],
 )
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(adata, tmp_path, schedule, on_epoch_end):
     """Another model object, and torch's stream elsewhere: weights, chains, moments, log Z, cells, seeds, history."""
@@ -124,8 +126,9 @@ def test_resuming_within_an_epoch_continues_the_sampling_exactly(adata, tmp_path
     """Lightning draws a new order of the cells there; chains are equal until parameters differ, seeds throughout."""
     first, second = Saver(tmp_path / "step.ckpt", step=10), Saver()
     whole_sampler, half_sampler = Remembering(), Remembering()
-    whole = train(adata, [first], whole_sampler)
-    resumed = train(adata, [second], half_sampler, seed=99, ckpt_path=tmp_path / "step.ckpt")
+    every_step = SamplingSchedule(every_n_steps=1)
+    whole = train(adata, [first], whole_sampler, schedule=every_step)
+    resumed = train(adata, [second], half_sampler, seed=99, schedule=every_step, ckpt_path=tmp_path / "step.ckpt")
     assert list(second.chains) == list(range(11, N_EPOCHS * N_STEPS + 1))
     assert torch.equal(second.chains[11], first.chains[11])
     assert half_sampler.asked == whole_sampler.asked[10:]
@@ -221,7 +224,7 @@ def test_a_run_resumed_with_a_local_sampler_does_not_ask_the_old_question(adata,
 
 
 def test_a_question_that_was_given_up_is_not_asked_again(adata, tmp_path):
-    schedule = SamplingSchedule(latency=2, max_staleness=4)
+    schedule = SamplingSchedule(every_n_steps=1, latency=2, max_staleness=4)
     remote = Remote(tmp_path / "asked", n_answers=0)
     with pytest.warns(RuntimeWarning, match="has not answered within max_staleness=4 steps"):
         train(adata, [Saver(tmp_path / "run.ckpt", epoch=1)], remote, schedule=schedule)

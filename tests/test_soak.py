@@ -70,7 +70,7 @@ class Watch(Callback):
         self.is_busy = pl_module.sampling.broker.is_busy
 
 
-def run(device, n_steps: int, schedule=SamplingSchedule(), every_n_steps: int = 100):
+def run(device, n_steps: int, schedule=SamplingSchedule(every_n_steps=1, n_sweeps=2), every_n_steps: int = 100):
     adata = synthetic_counts(900, 30, seed=1)
     QBMSCVI.setup_anndata(adata, batch_key="batch")
     scvi.settings.seed = 0
@@ -135,5 +135,7 @@ def test_training_survives_a_device_that_fails_all_the_time():
 def test_the_moments_tell_when_wrong_answers_are_taken(monkeypatch):
     """The same device, its answers neither vetted nor polished: the gate of the soak fails."""
     monkeypatch.setattr("qbmscvi._callbacks.vet", lambda sampler: sampler)
-    _, _, honesty, _ = run(flaky(["ground-states"]), 2_000, SamplingSchedule(n_sweeps=1, n_polish_sweeps=1), 1)
+    _, _, honesty, _ = run(
+        flaky(["ground-states"]), 2_000, SamplingSchedule(every_n_steps=1, n_sweeps=1, n_polish_sweeps=1), 1
+    )
     assert max(honesty.worst) > MAX_Z

@@ -22,7 +22,7 @@ import pytest
 import scvi
 import torch
 
-from qbmscvi import QBMSCVI
+from qbmscvi import QBMSCVI, SamplingSchedule
 from qbmscvi.datasets import synthetic_counts
 from qbmscvi.exceptions import BudgetExceeded, InvalidSamples, SamplerError, SamplerTimeout, SamplerUnavailable
 from qbmscvi.samplers import (
@@ -556,7 +556,8 @@ def trained(adata, latent, sampler) -> QBMSCVI:
     scvi.settings.seed = 11
     sizes = {"n_latent": 3, "n_spins": 8} if latent == "gaussian-spins" else {"n_latent": 8}
     model = QBMSCVI(adata, latent=latent, **sizes, n_chains=64, n_hidden=16, gene_likelihood="nb")
-    model.train(max_epochs=2, batch_size=64, accelerator="cpu", enable_progress_bar=False, sampler=sampler)
+    settings = {"accelerator": "cpu", "enable_progress_bar": False, "schedule": SamplingSchedule(every_n_steps=1)}
+    model.train(max_epochs=2, batch_size=64, sampler=sampler, **settings)
     return model
 
 

@@ -41,7 +41,10 @@ def build(adata, latent: str = "gaussian-spins", **kwargs) -> QBMSCVI:
 
 
 def train(model: QBMSCVI, **kwargs) -> QBMSCVI:
+    """Train for a few steps; unlike the default schedule, this one does something at each of them."""
     defaults = {"max_epochs": 2, "batch_size": 64, "accelerator": "cpu", "enable_progress_bar": False}
+    if isinstance(model, QBMSCVI):
+        defaults["schedule"] = SamplingSchedule(every_n_steps=1, n_sweeps=2)
     model.train(**{**defaults, **kwargs})
     return model
 
@@ -160,7 +163,7 @@ def test_loaded_model_is_the_saved_one_and_its_chains_continue(adata, tmp_path, 
 
     chains = model.module.prior.chains.clone()
     sampler = RecordingSampler()
-    train(loaded, max_epochs=1, sampler=sampler, schedule=SamplingSchedule(n_sweeps=7, burn_in=50))
+    train(loaded, max_epochs=1, sampler=sampler, schedule=SamplingSchedule(every_n_steps=1, n_sweeps=7, burn_in=50))
     first, *others = sampler.requests
     assert torch.equal(first.initial_spins, chains)
     assert {request.n_sweeps for request in sampler.requests} == {7}  # no burn-in
@@ -211,7 +214,9 @@ def test_second_call_of_train_continues_the_chains(adata):
 
 def test_each_request_continues_where_the_last_one_ended(adata):
     sampler = RecordingSampler()
-    model = train(build(adata), max_epochs=1, sampler=sampler, schedule=SamplingSchedule(n_sweeps=2, burn_in=30))
+    model = train(
+        build(adata), max_epochs=1, sampler=sampler, schedule=SamplingSchedule(every_n_steps=1, n_sweeps=2, burn_in=30)
+    )
     assert [request.n_sweeps for request in sampler.requests] == [30, 2, 2, 2]
     assert {request.n_samples for request in sampler.requests} == {64}
     assert len({request.seed for request in sampler.requests}) == N_STEPS
@@ -248,7 +253,7 @@ def test_equal_seeds_give_bit_equal_models(adata, latent, sampler):
 @pytest.mark.parametrize(
     "other",
     [
-        pytest.param({"schedule": SamplingSchedule(n_sweeps=9, burn_in=20)}, id="n_sweeps"),
+        pytest.param({"schedule": SamplingSchedule(every_n_steps=1, n_sweeps=9, burn_in=20)}, id="n_sweeps"),
         pytest.param({"schedule": SamplingSchedule(every_n_steps=3)}, id="every_n_steps"),
         *(pytest.param({"sampler": name}, id=name) for name in SAMPLER_NAMES[1:]),
         pytest.param({"sampler": Faulty(FAULTS["timeout"].spoil, child=BlockGibbsSampler())}, id="failing"),
@@ -359,7 +364,7 @@ def test_accumulated_gradients_need_one_request_per_optimizer_step(adata):
 def test_accumulated_gradients_move_the_chains_beside_a_remote_sampler_once_per_step(adata):
     sampler = RecordingSampler()
     sampler.traits = replace(sampler.traits, is_remote=True)
-    schedule = SamplingSchedule(latency=2)
+    schedule = SamplingSchedule(every_n_steps=1, latency=2)
     model = train(
         build(adata), max_epochs=3, sampler=sampler, schedule=schedule, accumulate_grad_batches=2, callbacks=[Pace()]
     )
@@ -527,7 +532,7 @@ def test_sampler_of_ground_states_is_refused(adata):
 
 
 def test_history_tells_what_was_sampled(adata):
-    model = train(build(adata), max_epochs=3, schedule=SamplingSchedule(burn_in=200))
+    model = train(build(adata), max_epochs=3, schedule=SamplingSchedule(every_n_steps=1, burn_in=200))
     for key in ("prior_log_z", "prior_energy", "sampling_seconds", "sampling_fallbacks"):
         assert len(model.history[key]) == 3, key
         assert np.isfinite(column(model, key)).all(), key
