@@ -130,6 +130,8 @@ class NeuralModel:
         Arguments of its constructor.
     plan
         Arguments of its training plan.
+    training
+        Further arguments of its ``train``.
     is_normalized
         Whether it takes log-normalized values in place of counts; then it has no ELBO that compares with the others.
     takes_schedule
@@ -139,6 +141,7 @@ class NeuralModel:
     model_class: type[BaseModelClass]
     arguments: Callable[[Task], dict] = lambda task: {}
     plan: Callable[[Task], dict] = lambda task: {}
+    training: Callable[[Task], dict] = lambda task: {}
     is_normalized: bool = False
     takes_schedule: bool = True
 
@@ -154,6 +157,7 @@ class NeuralModel:
             accelerator=task.accelerator,
             plan_kwargs=plan,
             enable_progress_bar=False,
+            **self.training(task),
         )
         fit = Fit(model.get_latent_representation())
         fit.settings = {
