@@ -216,6 +216,33 @@ def test_order_permutes_both_axes_of_a_square_matrix_and_columns_otherwise():
     np.testing.assert_array_equal(drawn, MATRIX[::-1])
 
 
+@pytest.mark.parametrize("n_rows", [pytest.param(None, id="one-layer"), pytest.param(9, id="two-layers")])
+def test_communities_that_were_planted_stand_together(n_rows):
+    """Three groups with couplings of either sign, weak noise between them, all units shuffled."""
+    rng = np.random.default_rng(0)
+    of_column = rng.permutation(np.repeat([0, 1, 2], [8, 5, 3]))
+    of_row = of_column if n_rows is None else rng.permutation(np.repeat([0, 1, 2], [4, 3, 2]))
+    shape = (len(of_row), len(of_column))
+    strength = np.where(of_row[:, None] == of_column, 1.0, 0.05)
+    matrix = strength * rng.choice([-1.0, 1.0], shape) * rng.uniform(0.5, 1.0, shape)
+    if n_rows is None:
+        matrix = np.triu(matrix, 1) + np.triu(matrix, 1).T
+    ax = pl.coupling_matrix(matrix, order="communities")
+    columns, rows = ([int(label.get_text()) for label in axis.get_ticklabels()] for axis in (ax.xaxis, ax.yaxis))
+    assert (sorted(columns), sorted(rows)) == (list(range(shape[1])), list(range(shape[0])))
+    assert of_column[columns].tolist() == sorted(of_column)  # the largest first, and none in two pieces
+    assert of_row[rows].tolist() == sorted(of_row)
+    np.testing.assert_array_equal(ax.get_images()[0].get_array(), matrix[np.ix_(rows, columns)])
+    across = sorted(line.get_ydata()[0] for line in ax.get_lines() if len(set(line.get_ydata())) == 1)
+    down = sorted(line.get_xdata()[0] for line in ax.get_lines() if len(set(line.get_xdata())) == 1)
+    assert across == [i + 0.5 for i in range(len(rows) - 1) if of_row[rows[i]] != of_row[rows[i + 1]]]
+    assert down == [i + 0.5 for i in range(len(columns) - 1) if of_column[columns[i]] != of_column[columns[i + 1]]]
+
+
+def test_communities_exist_without_couplings():
+    assert len(pl.coupling_matrix(np.zeros((3, 4)), order="communities").get_images()) == 1
+
+
 def test_histograms_share_their_bins_and_have_area_one():
     rng = np.random.default_rng(0)
     energies = {"data": rng.normal(-10, 2, size=500), "prior samples": rng.normal(-4, 1, size=(50, 2))}
@@ -321,7 +348,15 @@ def draw_chains():
     )
 
 
-@pytest.mark.parametrize("draw", [draw_modes, draw_activity, draw_chains], ids=lambda draw: draw.__name__)
+def draw_communities():
+    rng = np.random.default_rng(0)
+    is_inside = rng.integers(0, 3, 8)[:, None] == rng.integers(0, 3, 12)
+    return pl.coupling_matrix(np.where(is_inside, 1.0, 0.1) * rng.normal(size=(8, 12)), order="communities")
+
+
+@pytest.mark.parametrize(
+    "draw", [draw_modes, draw_activity, draw_chains, draw_communities], ids=lambda draw: draw.__name__
+)
 def test_picture_is_the_one_that_was_looked_at(draw, tmp_path):
     """Root mean square of the difference at most 8 of 255: other versions draw letters a little differently.
 
@@ -360,6 +395,12 @@ BAD_CALLS = [
     pytest.param(lambda: pl.coupling_matrix([[np.nan]]), "`matrix` has non-finite values", id="nan-matrix"),
     pytest.param(lambda: pl.coupling_matrix(MATRIX, order=[0, 0, 1]), "`order` is not a permutation", id="order"),
     pytest.param(lambda: pl.coupling_matrix(MATRIX, row_order=[0]), "`row_order` is not a permutation", id="row-order"),
+    pytest.param(lambda: pl.coupling_matrix(MATRIX, order="cluster"), "order='cluster' with", id="order-name"),
+    pytest.param(
+        lambda: pl.coupling_matrix(MATRIX, order="communities", row_order=[0, 1]),
+        r"row_order=\[0, 1\] is no order of both axes",
+        id="two-row-orders",
+    ),
     pytest.param(lambda: pl.coupling_matrix(MATRIX, limit=0.0), r"`limit` is out of range: got 0\.0", id="limit"),
     pytest.param(lambda: pl.energy_histogram({}), "`energies` is empty", id="no-group"),
     pytest.param(lambda: pl.energy_histogram({"data": []}), r"`energies\['data'\]` has 0 values", id="empty-group"),

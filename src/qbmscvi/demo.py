@@ -225,8 +225,6 @@ def write_figures(
 
 
 def _draw_couplings(model: QBMSCVI, ax: Axes) -> None:
-    from scipy.cluster.hierarchy import leaves_list, linkage
-
     from qbmscvi import pl
 
     prior = model.module.prior
@@ -236,14 +234,7 @@ def _draw_couplings(model: QBMSCVI, ax: Axes) -> None:
         n_left = prior.n_spins // 2
         matrix = model.get_ising_model().couplings().cpu().numpy()[:n_left, n_left:]
         labels = {"ylabel": "spin of the left layer", "xlabel": "spin of the right layer"}
-    pl.coupling_matrix(
-        matrix,
-        order=leaves_list(linkage(matrix.T, "average")),
-        row_order=leaves_list(linkage(matrix, "average")),
-        title="couplings of the prior",
-        ax=ax,
-        **labels,
-    )
+    pl.coupling_matrix(matrix, order="communities", title="couplings of the prior", ax=ax, **labels)
 
 
 def _draw_energies(model: QBMSCVI, seed: int, ax: Axes) -> None:

@@ -9,7 +9,8 @@ tell apart; where there are more categories than colors, the marker changes as w
 from __future__ import annotations
 
 from ._comparisons import difference_forest, score_table
-from ._figures import coupling_matrix, embedding, energy_histogram, training_curves
+from ._couplings import coupling_matrix
+from ._figures import embedding, energy_histogram, training_curves
 from ._prior import cell_scores, chain_energies, effective_beta, prior_modes, spin_activity
 
 __all__ = [

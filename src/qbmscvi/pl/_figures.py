@@ -1,4 +1,4 @@
-"""Cells, training, couplings and energies, and what all figures share."""
+"""Cells, training and energies, and what all figures share."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import pandas as pd
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from matplotlib.axes import Axes
-    from matplotlib.colors import Colormap
     from numpy.typing import ArrayLike
 
 # Okabe and Ito (2008), without yellow, which is too faint on white.
@@ -227,98 +226,6 @@ def training_curves(
     return _finish(ax, title, show, save)
 
 
-def coupling_matrix(
-    matrix: ArrayLike,
-    *,
-    order: Sequence[int] | np.ndarray | None = None,
-    row_order: Sequence[int] | np.ndarray | None = None,
-    xlabel: str = "spin",
-    ylabel: str = "spin",
-    colorbar_label: str = "J",
-    limit: float | None = None,
-    cmap: str | Colormap = "RdBu_r",
-    title: str | None = None,
-    ax: Axes | None = None,
-    show: bool | None = None,
-    save: str | os.PathLike[str] | None = None,
-) -> Axes:
-    """Draw couplings as an image whose colors are centered at zero.
-
-    Parameters
-    ----------
-    matrix
-        Couplings, of shape ``(n_spins, n_spins)``, or ``(n_rows, n_spins)`` for couplings to another layer.
-    order
-        Order of the columns, a permutation; of the rows too if ``matrix`` is square and ``row_order`` is not given.
-    row_order
-        Order of the rows, a permutation.
-    xlabel
-        Label of the horizontal axis.
-    ylabel
-        Label of the vertical axis, for instance ``"Gaussian layer"``.
-    colorbar_label
-        Label of the color bar, for instance ``"W"``.
-    limit
-        Value at the ends of the color scale, which runs from ``-limit`` to ``limit``. By default the largest magnitude.
-    cmap
-        Diverging color map.
-    title
-        Title of the axes.
-    ax
-        Axes to draw on; a new figure by default.
-    show
-        Whether to call ``matplotlib.pyplot.show``.
-    save
-        File to write the figure to.
-
-    Returns
-    -------
-    The axes.
-
-    Raises
-    ------
-    ValueError
-        If ``matrix`` is not a non-empty finite table, ``order`` or ``row_order`` is not a permutation of its axis, or
-        ``limit`` is not positive.
-    """
-    matrix = np.asarray(matrix, dtype=np.float64)
-    if matrix.ndim != 2 or matrix.size == 0 or not np.isfinite(matrix).all():
-        state = "non-finite values" if matrix.ndim == 2 and matrix.size else f"shape {matrix.shape}"
-        msg = f"`matrix` has {state}, but it must be a finite, non-empty table of rows by spins. Check the couplings."
-        raise ValueError(msg)
-    if row_order is None and matrix.shape[0] == matrix.shape[1]:
-        row_order = order
-    columns = _permutation("order", order, matrix.shape[1])
-    rows = _permutation("row_order", row_order, matrix.shape[0])
-    if limit is None:
-        limit = float(np.abs(matrix).max()) or 1.0  # an all-zero matrix still needs a scale
-    if not limit > 0:
-        msg = f"`limit` is out of range: got {limit}, but it must be positive. Leave it out for the largest magnitude."
-        raise ValueError(msg)
-
-    n_rows, n_columns = matrix.shape
-    ax = _axes(ax, figsize=(4.8, float(np.clip(4.0 * n_rows / n_columns, 1.8, 6.0))))
-    image = ax.imshow(
-        matrix[np.ix_(rows, columns)],
-        cmap=cmap,
-        vmin=-limit,
-        vmax=limit,
-        interpolation="nearest",
-        aspect="equal" if n_rows == n_columns else "auto",
-    )
-    # An inset is as tall as the image whatever its shape.
-    bar = ax.figure.colorbar(image, cax=ax.inset_axes((1.03, 0.0, 0.04, 1.0)), label=colorbar_label)
-    bar.outline.set_visible(False)
-    from matplotlib.ticker import MaxNLocator
-
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-    ax.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-    is_reordered = order is not None
-    ax.set(xlabel=f"{xlabel} (reordered)" if is_reordered else xlabel)
-    ax.set(ylabel=f"{ylabel} (reordered)" if row_order is not None else ylabel)
-    return _finish(ax, title, show, save)
-
-
 def energy_histogram(
     energies: Mapping[str, ArrayLike],
     *,
@@ -403,19 +310,6 @@ def _curve(name: str, key: str, values: pd.DataFrame | pd.Series) -> pd.Series:
             raise ValueError(msg)
         values = values.iloc[:, 0]
     return pd.to_numeric(pd.Series(values))
-
-
-def _permutation(name: str, order: Sequence[int] | np.ndarray | None, length: int) -> np.ndarray:
-    if order is None:
-        return np.arange(length)
-    order = np.asarray(order)
-    if order.shape != (length,) or not np.array_equal(np.sort(order), np.arange(length)):
-        msg = (
-            f"`{name}` is not a permutation: got shape {order.shape}, but it must hold each of 0 to {length - 1} once. "
-            "Use `numpy.argsort` of a value per spin to make one."
-        )
-        raise ValueError(msg)
-    return order.astype(int)
 
 
 def _axes(ax: Axes | None, figsize: tuple[float, float]) -> Axes:
