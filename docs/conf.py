@@ -34,11 +34,11 @@ release = installed_version("qbmscvi")
 version = release
 
 extensions = [
+    "mathml",
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.intersphinx",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
     "sphinx_design",
@@ -100,6 +100,7 @@ intersphinx_mapping = (
 # -- looks --------------------------------------------------------------------
 html_theme = "sphinx_book_theme"
 html_title = project
+html_math_renderer = "mathml"
 html_static_path = ["_static"]
 html_extra_path = ["_root"]
 html_theme_options = {
