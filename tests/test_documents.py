@@ -22,30 +22,53 @@ NOTEBOOKS = [
 FENCE = re.compile(r"^```(?P<info>[^\n]*)\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
 
 
-def fences(page: Path) -> list[tuple[str, str]]:
-    return [(m["info"].strip(), m["code"]) for m in FENCE.finditer(page.read_text())]
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python_fences_of_a_page_run_in_order(page: Path) -> None:
+def run_fences(text: str, name: str) -> None:
     namespace: dict = {}
-    for info, code in fences(page):
+    for match in FENCE.finditer(text):
+        info = match["info"].strip()
         is_directive = info.startswith("{")
         assert info == "python" or info.endswith("no-run") or is_directive, f"fence {info!r} neither runs nor says why"
         if info == "python":
-            exec(compile(code, str(page), "exec"), namespace)
+            exec(compile(match["code"], name, "exec"), namespace)
     plt.close("all")
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS)
-def test_notebook_runs_and_is_stored_without_outputs(notebook: Path) -> None:
-    cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
+def run_cells(notebook: dict, name: str) -> None:
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert cells
     namespace: dict = {}
     for number, cell in enumerate(cells):
         assert cell["outputs"] == []
-        exec(compile("".join(cell["source"]), f"{notebook.name}:{number}", "exec"), namespace)
+        exec(compile("".join(cell["source"]), f"{name}:{number}", "exec"), namespace)
     plt.close("all")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_fences_of_a_page_run_in_order(page: Path) -> None:
+    run_fences(page.read_text(), str(page))
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_notebook_runs_and_is_stored_without_outputs(notebook: Path) -> None:
+    run_cells(json.loads(notebook.read_text()), notebook.name)
+
+
+def test_planted_mistakes_are_found() -> None:
+    good = "```python\nx = 1\n```\n\n```bash no-run\nmake\n```\n\n```python\nassert x == 1\n```\n"
+    run_fences(good, "page")
+    for bad, error in [
+        (good.replace("x == 1", "x == 2"), AssertionError),
+        (good.replace("x = 1", "import qbmscvi; qbmscvi.QBMSCVI(n_spin=3)"), TypeError),
+        (good.replace("bash no-run", "bash"), AssertionError),
+    ]:
+        with pytest.raises(error):
+            run_fences(bad, "page")
+    cell = {"cell_type": "code", "source": ["x = 1\n", "x"], "outputs": []}
+    run_cells({"cells": [cell]}, "notebook")
+    with pytest.raises(NameError):
+        run_cells({"cells": [cell, {**cell, "source": ["y"]}]}, "notebook")
+    with pytest.raises(AssertionError):
+        run_cells({"cells": [{**cell, "outputs": [{}]}]}, "notebook")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
