@@ -14,6 +14,9 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from docutils import nodes
+from sphinx.util import logging
+
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
@@ -23,7 +26,8 @@ sys.path.insert(0, str(HERE))
 import list_messages  # noqa: E402
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("MPLBACKEND", "Agg")
+# Kernels put figures on the page; another backend, which the caller may have set, would draw them nowhere.
+os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
 # Progress bars of training are of no use on a page. Tutorials run in processes of their own, so this is how they know.
 os.environ.setdefault("TQDM_DISABLE", "1")
 
@@ -109,6 +113,7 @@ html_theme_options = {
     "use_download_button": False,
     "show_navbar_depth": 1,
     "home_page_in_toc": False,
+    "navbar_persistent": [],  # the search stands in the sidebar
 }
 
 
@@ -139,6 +144,15 @@ def write_messages(app: Sphinx) -> None:
         target.write_text(list_messages.page())
 
 
+def warn_of_missing_figures(app: Sphinx, doctree: nodes.document, docname: str) -> None:
+    """Warn, which ends the build, of a tutorial that draws and has no figure on its page."""
+    if docname.startswith("tutorials/") and app.config.nb_execution_mode != "off":
+        draws = any(".pl." in node.astext() for node in doctree.findall(nodes.literal_block))
+        if draws and not any(doctree.findall(nodes.image)):
+            logging.getLogger(__name__).warning("%s draws figures, and none is on the page", docname)
+
+
 def setup(app: Sphinx) -> None:
-    """Register what is done before pages are looked for."""
+    """Register what is done beside the ordinary build."""
     app.connect("builder-inited", write_messages)
+    app.connect("doctree-resolved", warn_of_missing_figures)

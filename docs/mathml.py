@@ -1,7 +1,7 @@
 """Formulas as MathML, which browsers set by themselves: no script, no network, no LaTeX.
 
-docutils translates, and knows the commands of ordinary mathematics; one that it does not know is a warning, which ends
-``make docs``. Numbers of equations and references to them are left out.
+latex2mathml translates. What it cannot translate is a warning, which ends ``make docs``. Numbers of equations and
+references to them are left out.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from docutils import nodes
-from docutils.utils.math import MathError
-from docutils.utils.math.latex2mathml import tex2mathml
+from latex2mathml.converter import convert
 from sphinx.util import logging
 
 if TYPE_CHECKING:
@@ -21,22 +20,27 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def translate(node: nodes.math | nodes.math_block, *, is_block: bool) -> str:
-    """Return the formula as an element, or its source, with a warning, if docutils cannot read it."""
+def translate(node: nodes.math | nodes.math_block, display: str) -> str:
+    """Return the formula as an element, or its source, with a warning, where that fails."""
+    source = " ".join(node.astext().split())
     try:
-        return tex2mathml(node.astext().strip(), as_block=is_block)
-    except MathError as error:
-        logger.warning("formula %r: %s", node.astext(), error, location=node)
-        return f"<code>{escape(node.astext())}</code>"
+        element = convert(source, display=display)
+    except Exception as error:  # noqa: BLE001 - its exceptions have no base class of their own
+        logger.warning("formula %r: %r", source, error, location=node)
+        return f"<code>{escape(source)}</code>"
+    if "\\" in element:  # an unknown command comes through as it is
+        logger.warning("formula %r has a command that latex2mathml does not know", source, location=node)
+    return element
 
 
 def visit_inline(translator: HTML5Translator, node: nodes.math) -> None:
-    translator.body.append(f'<span class="math">{translate(node, is_block=False)}</span>')
+    translator.body.append(f'<span class="math">{translate(node, "inline")}</span>')
     raise nodes.SkipNode
 
 
 def visit_block(translator: HTML5Translator, node: nodes.math_block) -> None:
-    translator.body.append(f'<div class="math" style="overflow-x: auto">{translate(node, is_block=True)}</div>')
+    style = "overflow-x: auto; margin: 1em 0; text-align: center"
+    translator.body.append(f'<div class="math" style="{style}">{translate(node, "block")}</div>')
     raise nodes.SkipNode
 
 

@@ -58,7 +58,7 @@ def test_planted_mistakes_are_found() -> None:
     run_fences(good, "page")
     for bad, error in [
         (good.replace("x == 1", "x == 2"), AssertionError),
-        (good.replace("x = 1", "import qbmscvi; qbmscvi.QBMSCVI(n_spin=3)"), TypeError),
+        (good.replace("x = 1", "import qbmscvi; x = qbmscvi.SamplingSchedule(n_sweep=1)"), TypeError),
         (good.replace("bash no-run", "bash"), AssertionError),
     ]:
         with pytest.raises(error):
