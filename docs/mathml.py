@@ -39,7 +39,7 @@ def visit_inline(translator: HTML5Translator, node: nodes.math) -> None:
 
 
 def visit_block(translator: HTML5Translator, node: nodes.math_block) -> None:
-    style = "overflow-x: auto; margin: 1em 0; text-align: center"
+    style = "display: block; overflow-x: auto; margin: 1em 0; text-align: center"
     translator.body.append(f'<div class="math" style="{style}">{translate(node, "block")}</div>')
     raise nodes.SkipNode
 
