@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from processes import run_script
 
 N_STEPS = 8  # two epochs of 216 cells on two ranks, in batches of 32
 CASES = ("local", "remote", "failing")
@@ -18,26 +13,9 @@ DIVERGING = ("refused-on-one-rank", "nan-on-one-rank", "infinite-on-one-rank")
 
 @pytest.fixture(scope="module")
 def dumps(tmp_path_factory) -> dict[str, tuple[dict, dict]]:
-    """What both ranks wrote down, by case; Lightning finds a free port of the loopback by itself."""
+    """What both ranks wrote down, by case."""
     folder = tmp_path_factory.mktemp("ranks")
-    settings = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    set_by_lightning = ("MASTER_PORT", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE")
-    process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("ranks.py")), str(folder)],
-        cwd=folder,
-        env={name: value for name, value in os.environ.items() if name not in set_by_lightning} | settings,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=240)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        pytest.fail(f"A rank is waiting for another one that does not come.\n{output}")
-    assert process.returncode == 0, output
+    run_script("ranks.py", folder, timeout=240)
     names = (*CASES, *DIVERGING, "resumed", "unshared")
     return {name: tuple(torch.load(folder / f"{name}-{rank}.pt") for rank in (0, 1)) for name in names}
 
