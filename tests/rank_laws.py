@@ -46,7 +46,7 @@ def train(seed: int, devices: int, fault: str) -> np.ndarray:
         strategy=strategy,
         batch_size=GLOBAL_BATCH // devices,
         plan_kwargs={"lr": 4e-3, "prior_lr": 2e-2},
-        schedule=SamplingSchedule(n_sweeps=5),
+        schedule=SamplingSchedule(every_n_steps=1, n_sweeps=5),
         datasplitter_kwargs={"external_indexing": splits},
         enable_progress_bar=False,
     )

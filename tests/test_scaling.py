@@ -1,0 +1,60 @@
+"""What the page on many cells says: its recipes keep their promises, its numbers are those of the report."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "scaling.md"
+RECORDS = ROOT / "benchmarks" / "scale.jsonl"
+
+
+def fence_with(text: str) -> str:
+    (fence,) = [part for part in PAGE.read_text().split("```python\n")[1:] if text in part.split("```")[0]]
+    return fence.split("```")[0]
+
+
+def test_processes_share_one_budget(tmp_path):
+    """Four processes ask 40 times each at once: 25 questions are answered in all, each of them once."""
+    (tmp_path / "shared.py").write_text(fence_with("class SharedBudget"))
+    (tmp_path / "trial.py").write_text(
+        textwrap.dedent("""
+            from qbmscvi.exceptions import BudgetExceeded
+            from qbmscvi.samplers import BlockGibbsSampler, SamplingRequest
+            from qbmscvi.testing import tiny_problems
+            from shared import SharedBudget
+
+            problem, n_answers = next(iter(tiny_problems().values())), 0
+            sampler = SharedBudget(BlockGibbsSampler(), "budget.sqlite", n_calls=25)
+            for seed in range(40):
+                try:
+                    sampler.sample(SamplingRequest(problem, 1, seed=seed, n_sweeps=1))
+                except BudgetExceeded:
+                    continue
+                n_answers += 1
+            print(n_answers)
+        """)
+    )
+    command = [sys.executable, "trial.py"]
+    trials = [subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    answers = [int(trial.communicate(timeout=240)[0].split()[-1]) for trial in trials]
+    assert sum(answers) == 25
+
+
+def test_rounded_numbers_of_the_page_are_those_of_the_report():
+    records = [json.loads(line) for line in RECORDS.read_text().splitlines()]
+    own = [r for r in records if r["model"] == "QBMSCVI"]
+    namespace: dict = {}
+    exec(fence_with("kept_per_cell"), namespace)
+    from_memory = [r["n_cells"] / r["seconds_epoch"] for r in own if r["source"] == "memory"]
+    assert namespace["cells_per_second"] == pytest.approx(np.median(from_memory), rel=0.3)
+    peaks = {r["n_cells"]: r["peak_train"] * 2**20 for r in own if r["source"] == "backed"}
+    grown = (peaks[max(peaks)] - peaks[min(peaks)]) / (max(peaks) - min(peaks))
+    assert grown < namespace["kept_per_cell"]
