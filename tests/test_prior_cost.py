@@ -19,10 +19,13 @@ def one_thread():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_prior_costs_a_twentieth_and_the_layer_above_the_sampler_a_fiftieth_of_a_training_step(
+def test_prior_costs_a_twentieth_and_the_layer_above_the_sampler_a_hundredth_of_a_training_step(
     family, one_thread, capsys
 ):
-    """Shares of whole epochs' CPU time, median of 11 epochs of one run; 2,000 genes, batch 128, one thread."""
+    """Shares of whole epochs' CPU time, median of 11 epochs of one run; 2,000 genes, batch 128, one thread.
+
+    The goals are 5 % and 1 %. The prior was measured at 4.7 to 5.2 %; gates leave a fifth to the machine.
+    """
     cost = measure(family)
     assert {values.shape for values in cost.seconds.values()} == {(11, 20)}
     assert np.all(cost.seconds["sweeps"].sum(1) > 0)  # or the sweeps that are not the layer's were not seen
@@ -31,5 +34,5 @@ def test_prior_costs_a_twentieth_and_the_layer_above_the_sampler_a_fiftieth_of_a
     shares = ", ".join(f"{part} {100 * cost.share(part)[0]:.2f}" for part in parts)
     with capsys.disabled():
         print(f"\n{family}: step {1e3 * cost.median('step'):.1f} ms; % of it: {shares}")
-    assert cost.share("sampling", "kl")[0] < 0.05
-    assert cost.share("layer")[0] < 0.02
+    assert cost.share("sampling", "kl")[0] < 0.06
+    assert cost.share("layer")[0] < 0.012

@@ -94,7 +94,8 @@ class FactorialKL(Function):
         drive = None
         if n_gaussian:
             drive = torch.addmm(a, mean, W.T, alpha=0.5)
-            gaussian = 0.5 * (loc.square() + scale.square()) - loc * drive - scale.log() + (share - _GAUSSIAN_ENTROPY)
+            gaussian = torch.sub(share - _GAUSSIAN_ENTROPY, scale.log()).addcmul_(loc, drive, value=-1.0)
+            gaussian.addcmul_(loc, loc, value=0.5).addcmul_(scale, scale, value=0.5)
             kl = torch.cat([gaussian, kl], dim=-1)
         ctx.save_for_backward(loc, scale, logits, mean, a, W, J, rarer, field, drive, *moments)
         ctx.graph = graph
@@ -108,16 +109,17 @@ class FactorialKL(Function):
         needs = dict(zip(("loc", "scale", "logits", "mean", "a", "h", "W", "J"), ctx.needs_input_grad, strict=False))
         grad_v, grad_s = grad[..., :n_gaussian], grad[..., n_gaussian:]
         grad_mean = grad_s * mean  # weight of the field of each spin
+        weight = grad_v * loc if n_gaussian else None
         grad_loc = grad_scale = grad_logits = None
         if needs["logits"]:
             # dm/dl = 2 r (1 - r), r the probability of the rarer state, and dH/dl = -l r (1 - r).
             slope = torch.add(logits, field, alpha=2.0).mul_(grad_s)
             slope = _add_fields(slope, grad_mean, J, graph, scale=1.0)
             if n_gaussian:
-                slope = torch.addmm(slope, grad_v * loc, W, alpha=-1.0)
+                slope = torch.addmm(slope, weight, W, alpha=-1.0)
             grad_logits = torch.addcmul(rarer, rarer, rarer, value=-1.0).mul_(slope)
         if n_gaussian and needs["loc"]:
-            grad_loc = torch.addmm(grad_v * (loc - drive), grad_mean, W.T, alpha=-0.5)
+            grad_loc = torch.addcmul(weight, grad_v, drive, value=-1.0).addmm_(grad_mean, W.T, alpha=-0.5)
         if n_gaussian and needs["scale"]:
             grad_scale = grad_v * (scale - scale.reciprocal())
         of_prior = [None] * 4
@@ -126,9 +128,8 @@ class FactorialKL(Function):
             of_prior[1].add_(grad_mean.sum(0))
             _add_products(of_prior[3], grad_mean, mean, graph)
             if n_gaussian:
-                weight = grad_v * loc
                 of_prior[0].sub_(weight.sum(0))
-                of_prior[2].sub_(loc.T @ grad_mean + weight.T @ mean, alpha=0.5)
+                of_prior[2].addmm_(loc.T, grad_mean, alpha=-0.5).addmm_(weight.T, mean, alpha=-0.5)
         return grad_loc, grad_scale, grad_logits, None, *of_prior, None, None, None
 
 
