@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from dwave.samplers import SteepestDescentSolver
 from scvi.module._constants import MODULE_KEYS
 
 from qbmscvi.exceptions import require_integer
@@ -211,6 +210,8 @@ class InterpretationMixin:
         ValueError
             If ``label_key`` is no column, or ``n_samples`` is below one.
         """
+        from dwave.samplers import SteepestDescentSolver  # dimod takes as long to import as the rest of qbmscvi
+
         self._check_if_trained(warn=False)
         adata = self._validate_anndata(adata)
         if label_key is not None and label_key not in adata.obs:
