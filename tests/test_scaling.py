@@ -53,7 +53,7 @@ def test_rounded_numbers_of_the_page_are_those_of_the_report():
     records = [json.loads(line) for line in RECORDS.read_text().splitlines()]
     own = [r for r in records if r["model"] == "QBMSCVI"]
     namespace: dict = {}
-    exec(fence_with("kept_per_cell"), namespace)
+    exec(fence_with("kept_per_cell = "), namespace)
     from_memory = [r["n_cells"] / r["seconds_epoch"] for r in own if r["source"] == "memory"]
     assert namespace["cells_per_second"] == pytest.approx(np.median(from_memory), rel=0.3)
     peaks = {r["n_cells"]: r["peak_train"] * 2**20 for r in own if r["source"] == "backed"}
