@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import qbmscvi
+
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "scaling.md"
 RECORDS = ROOT / "benchmarks" / "scale.jsonl"
@@ -52,7 +54,7 @@ def test_processes_share_one_budget(tmp_path):
 def test_rounded_numbers_of_the_page_are_those_of_the_report():
     records = [json.loads(line) for line in RECORDS.read_text().splitlines()]
     own = [r for r in records if r["model"] == "QBMSCVI"]
-    namespace: dict = {}
+    namespace = {"qbmscvi": qbmscvi}
     exec(fence_with("kept_per_cell = "), namespace)
     from_memory = [r["n_cells"] / r["seconds_epoch"] for r in own if r["source"] == "memory"]
     assert namespace["cells_per_second"] == pytest.approx(np.median(from_memory), rel=0.3)
