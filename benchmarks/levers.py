@@ -75,6 +75,10 @@ def to_markdown(records: list[dict], defaults: list[dict]) -> str:
         f"Commits {', '.join(sorted({r['commit'] or 'none' for r in records}))}.",
     ]
     for data in dict.fromkeys(r["data"] for r in records):
+        if not any(
+            (data, REFERENCES.get(r["model"], "QBMSCVI"), r["seed"]) in scores for r in records if r["data"] == data
+        ):
+            continue
         shown = [metric for metric in SHOWN if any(metric in r["scores"] for r in records if r["data"] == data)]
         titles = ["setting", "minus", "seeds", *(METRICS[metric].title for metric in shown)]
         lines += ["", f"## {data}", "", _row(titles), _row(["---"] * len(titles))]

@@ -54,7 +54,7 @@ class QBMSCVI(LikelihoodMixin, InterpretationMixin, SCVI, DeferredInitialization
         Registry of a data module.
     n_latent
         Number of spins (``latent="spins"``, default 64) or width of the Gaussian layer (``latent="gaussian-spins"``,
-        default 10). ``benchmarks/LEVERS.md`` has 32 and 128 spins beside the default.
+        default 10). Single runs with 128 spins show no gain (``benchmarks/LEVERS.md``).
     latent_distribution
         Kept for scVI's signature; must be ``"normal"``.
     latent
@@ -69,11 +69,11 @@ class QBMSCVI(LikelihoodMixin, InterpretationMixin, SCVI, DeferredInitialization
         Couplings of the prior. ``"bipartite"``: a restricted Boltzmann machine, whose layers are two halves of the
         spins, or the Gaussian layer and the spins. ``"complete"``, ``"chimera"``, ``"pegasus"``, ``"zephyr"`` or any
         :class:`networkx.Graph`: couplings between the spins. ``"independent"``: none, the J = 0 control, which is in
-        ``benchmarks/RESULTS.md``; ``"complete"`` is in ``benchmarks/LEVERS.md``.
+        ``benchmarks/RESULTS.md``. No comparison has chosen among the graphs; the default is the published one.
     smoothing
         What the decoder sees of a spin in training: ``"straight-through"``, ``"reinmax"``, ``"disarm"``,
         ``"gumbel"``, ``"spike-exponential"``, or an instance from :mod:`qbmscvi.distributions`.
-        ``benchmarks/LEVERS.md`` has ``"gumbel"`` beside the default.
+        No comparison has chosen among them yet.
     n_chains
         Persistent chains of the prior. With 512, of which 448 give the moments, the sampling
         error of a moment is at most 0.05, half of that of the 128 cells of a batch.

@@ -52,9 +52,9 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
     prior_lr
         Learning rate of the prior's parameters; None for a twentieth of ``lr``, and for that of the rest with an
         optimizer of your own. A prior as fast as the networks may settle on the few directions in which cells differ at
-        first, but reaches a higher held-out ELBO. Chosen among the four rates of ``benchmarks/LEVERS.md``, on two of
-        the data sets that judge it. At this rate a run of 2,000 steps is over before the couplings are learned to the
-        end (none can exceed 0.1 then), so results may change with the length of training.
+        first, but reaches a higher held-out ELBO (``benchmarks/LEVERS.md``). Chosen among four rates in a few runs on
+        two of the data sets that judge it. At this rate a run of 2,000 steps is over before the couplings are learned
+        to the end (they move by 0.1 at most), so results may change with the length of training.
     prior_weight_decay
         Weight decay of the prior's parameters; None for ``weight_decay``.
     n_epochs_kl_warmup
