@@ -151,12 +151,11 @@ class Sampler:
             msg = f"{cls.__name__} overrides {overridden}, which are final. Implement `_sample` instead."
             raise TypeError(msg)
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Sampler:
-        """Refuse to build the base class itself."""
-        if cls is Sampler:
+    def __init__(self) -> None:
+        # Not in `__new__`, whose arguments `help` and the site would show for those of every subclass.
+        if type(self) is Sampler:
             msg = "Sampler is abstract. Build one of its subclasses, or write one that implements `_sample`."
             raise TypeError(msg)
-        return super().__new__(cls)
 
     @property
     def name(self) -> str:
