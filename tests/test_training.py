@@ -473,6 +473,12 @@ def test_schedule_asks_every_n_steps(adata, every, expected):
     assert len(sampler.requests) == expected
 
 
+def test_default_schedule_moves_the_chains_by_four_sweeps_at_every_eighth_step(adata):
+    sampler = RecordingSampler()
+    train(build(adata), max_epochs=5, sampler=sampler, schedule=None)  # 20 steps
+    assert [request.n_sweeps for request in sampler.requests] == [SamplingSchedule().burn_in, 4, 4]
+
+
 def test_moments_stay_as_they_are_between_requests(adata):
     seen = []
 

@@ -46,7 +46,7 @@ class SamplingSchedule:
     every_n_steps
         Optimizer steps between two questions to the sampler. The moments of a local sampler stay as they are in
         between; with a remote one, local chains renew them at every step. The default suits a prior that learns
-        slowly: at the default ``prior_lr`` no parameter moves by more than 0.0004 in eight steps.
+        slowly: at the default ``prior_lr`` a parameter moves by some 0.0004 at most in eight steps.
     n_sweeps
         Sweeps of each persistent chain whenever the moments are renewed (the k of PCD-k).
     burn_in
@@ -90,8 +90,8 @@ class SamplingSchedule:
 class SamplingCallback(Callback):
     """Ask for samples of the prior between optimizer steps, and hand their moments to the prior.
 
-    The cadence follows ``trainer.global_step``, so with gradient accumulation there is one refresh per optimizer
-    step. A local sampler answers on the spot. A remote one works while training goes on: its answer is used
+    The cadence follows ``trainer.global_step``: with gradient accumulation, too, the schedule counts optimizer
+    steps. A local sampler answers on the spot. A remote one works while training goes on: its answer is used
     ``schedule.latency`` steps after the question, or when it comes, as new states of chains that local block Gibbs
     sweeps carry from the parameters of then to those of now; the loss only sees moments of these chains, at every step.
 

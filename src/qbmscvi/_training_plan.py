@@ -54,7 +54,7 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
         optimizer of your own. A prior as fast as the networks may settle on the few directions in which cells differ at
         first, but reaches a higher held-out ELBO (``benchmarks/LEVERS.md``). Chosen among four rates in a few runs on
         two of the data sets that judge it. At this rate a run of 2,000 steps is over before the couplings are learned
-        to the end (they move by 0.1 at most), so results may change with the length of training.
+        to the end (they move by some 0.1 at most), so results may change with the length of training.
     prior_weight_decay
         Weight decay of the prior's parameters; None for ``weight_decay``.
     n_epochs_kl_warmup
