@@ -69,7 +69,8 @@ def test_records_of_other_settings_are_not_taken_for_these(adata, quick_scores, 
 
 
 def test_neural_models_share_split_and_epochs_and_keep_their_schedules(adata, quick_scores):
-    names = ["SCVI", "SCVI, same schedule", "VAE, normal", "QBMSCVI", "QBMSCVI, J shuffled", "SysVI, VampPrior"]
+    names = ["SCVI", "SCVI, same schedule", "SCVI, same optimizer", "VAE, normal"]
+    names += ["QBMSCVI", "QBMSCVI, J shuffled", "SysVI, VampPrior"]
     before = adata.copy()
     found = compare(adata, models=names, n_seeds=1, max_epochs=6, records=None, progress=False, **KEYS)
     by_name = {record["model"]: record for record in found}
@@ -78,8 +79,10 @@ def test_neural_models_share_split_and_epochs_and_keep_their_schedules(adata, qu
     assert len({(t["validation_crc32"], t["max_epochs"]) for t in training.values()}) == 1
     assert training["SCVI"]["n_epochs_kl_warmup"] == 400
     settings = ("n_epochs_kl_warmup", "n_steps_kl_warmup", "eps")
-    own, same = ([training[name][key] for key in settings] for name in ("QBMSCVI", "SCVI, same schedule"))
-    assert own == same
+    compared = ("QBMSCVI", "SCVI, same schedule", "SCVI, same optimizer")
+    own, *same = ([training[name][key] for key in settings] for name in compared)
+    assert same == [own, own]
+    assert [training[name]["lr"] for name in ("SCVI", *compared)] == [1e-3, 2e-3, 1e-3, 2e-3]
     assert (own[0], own[2]) == (None, 1e-8)
     assert own[1] > 0
     fit = {name: record["scores"] for name, record in by_name.items()}

@@ -86,7 +86,7 @@ def wrong_in_source(source: str) -> list[str]:
     return wrong
 
 
-ORDINAL = {Fraction(1, 8): "one chain in eight", Fraction(1, 10): "tenth", Fraction(1, 20): "twentieth"}
+ORDINAL = {Fraction(1, 8): "one chain in eight", Fraction(1, 10): "tenth", Fraction(1, 40): "fortieth"}
 WARMUP = ORDINAL[Fraction(auto_kl_warmup(10_000), 10_000)]
 PRIOR_RATE = ORDINAL[Fraction(_PRIOR_LR_SHARE).limit_denominator(100)]
 NUMBER = {2: "two", 4: "four", 20: "twenty"}
@@ -104,6 +104,10 @@ CLAIMS = [
     (
         "docs/model.md",
         f"after the first {WARMUP} of all steps, not after {default(TrainingPlan, 'n_epochs_kl_warmup')} epochs",
+    ),
+    (
+        "docs/model.md",
+        f"learning rate is {default(QBMTrainingPlan, 'lr')} instead of {default(TrainingPlan, 'lr')}",
     ),
     (
         "docs/model.md",

@@ -589,7 +589,7 @@ def test_own_optimizer_is_left_one_group_without_settings_of_the_prior(adata):
     ("plan_kwargs", "lr", "decay"),
     [
         pytest.param({}, 5e-5, 1e-6, id="defaults"),
-        pytest.param({"lr": 2e-3}, 1e-4, 1e-6, id="a-twentieth"),
+        pytest.param({"lr": 4e-3}, 1e-4, 1e-6, id="a-fortieth"),
         pytest.param({"prior_lr": 0.02}, 0.02, 1e-6, id="lr"),
         pytest.param({"prior_weight_decay": 0.1}, 5e-5, 0.1, id="decay"),
         pytest.param({"prior_lr": 0.02, "prior_weight_decay": 0.0, "lr": 5e-3}, 0.02, 0.0, id="both"),

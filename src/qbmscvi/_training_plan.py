@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _AUTO_WARMUP_SHARE = 0.1
 _AUTO_WARMUP_STEPS = 1_000  # where the number of steps is not known
-_PRIOR_LR_SHARE = 0.05
+_PRIOR_LR_SHARE = 0.025
 # Ends of the names under which the learning rates of networks and prior are recorded: by Lightning, and here.
 _OF_GROUPS, _OF_PARTS = ("/pg1", "/pg2"), ("", "-prior")
 
@@ -49,11 +49,14 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
         Sampler of the prior: ``"gibbs"``, ``"simulated_annealing"``, ``"exact"``, or an instance.
     schedule
         When to sample; None for :class:`~qbmscvi.SamplingSchedule` with its defaults.
+    lr
+        Learning rate of the networks, twice scVI's. Chosen among three rates in two runs on each of the data sets that
+        judge it; scVI, given this rate and as many dimensions, is a row of ``benchmarks/RESULTS.md``.
     prior_lr
-        Learning rate of the prior's parameters; None for a twentieth of ``lr``, and for that of the rest with an
+        Learning rate of the prior's parameters; None for a fortieth of ``lr``, and for that of the rest with an
         optimizer of your own. A prior as fast as the networks may settle on the few directions in which cells differ at
-        first, but reaches a higher held-out ELBO (``benchmarks/LEVERS.md``). Chosen among four rates in a few runs on
-        two of the data sets that judge it. At this rate a run of 2,000 steps is over before the couplings are learned
+        first, but reaches a higher held-out ELBO (``benchmarks/LEVERS.md``). Chosen among five rates in a few runs on
+        the data sets that judge it. At this rate a run of 2,000 steps is over before the couplings are learned
         to the end (they move by some 0.1 at most), so results may change with the length of training.
     prior_weight_decay
         Weight decay of the prior's parameters; None for ``weight_decay``.
@@ -71,13 +74,14 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
         *,
         sampler: str | Sampler = "gibbs",
         schedule: SamplingSchedule | None = None,
+        lr: float = 2e-3,
         prior_lr: float | None = None,
         prior_weight_decay: float | None = None,
         n_epochs_kl_warmup: int | Literal["auto"] | None = "auto",
         eps: float = 1e-8,
         **kwargs: Any,
     ) -> None:
-        own = {"sampler", "schedule", "prior_lr", "prior_weight_decay", "n_epochs_kl_warmup", "eps"}
+        own = {"sampler", "schedule", "lr", "prior_lr", "prior_weight_decay", "n_epochs_kl_warmup", "eps"}
         known = own | set(signature(TrainingPlan.__init__).parameters) | set(signature(module.loss).parameters)
         known -= {"self", "module", "tensors", "inference_outputs", "generative_outputs", "loss_kwargs"}
         unknown = sorted(set(kwargs) - known)
@@ -101,7 +105,7 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
                 raise ValueError(msg)
         self._is_auto_warmup = n_epochs_kl_warmup == "auto" and kwargs.get("n_steps_kl_warmup") is None
         n_epochs = None if n_epochs_kl_warmup == "auto" else n_epochs_kl_warmup
-        super().__init__(module, n_epochs_kl_warmup=n_epochs, eps=eps, **kwargs)
+        super().__init__(module, lr=lr, n_epochs_kl_warmup=n_epochs, eps=eps, **kwargs)
         if prior_lr is None and self.optimizer_name != "Custom":
             prior_lr = _PRIOR_LR_SHARE * self.lr
         self.prior_lr = prior_lr

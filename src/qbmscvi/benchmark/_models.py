@@ -244,17 +244,28 @@ def _same_width(task: Task) -> dict[str, int]:
 
 def same_schedule(task: Task) -> dict[str, Any]:
     """Arguments of scVI's training plan that give it QBMSCVI's KL warm-up and Adam's epsilon."""
+    n_batches = math.ceil(math.ceil(_TRAIN_SIZE * task.adata.n_obs) / _BATCH_SIZE)
+    n_steps = auto_kl_warmup(task.max_epochs * n_batches)
+    return {"n_epochs_kl_warmup": None, "n_steps_kl_warmup": n_steps, "eps": _plan_default("eps")}
+
+
+def same_optimizer(task: Task) -> dict[str, Any]:
+    """Those of :func:`same_schedule`, and QBMSCVI's learning rate."""
+    return {**same_schedule(task), "lr": _plan_default("lr")}
+
+
+def _plan_default(name: str) -> float:
     from inspect import signature
 
-    eps = signature(QBMTrainingPlan.__init__).parameters["eps"].default
-    n_batches = math.ceil(math.ceil(_TRAIN_SIZE * task.adata.n_obs) / _BATCH_SIZE)
-    return {"n_epochs_kl_warmup": None, "n_steps_kl_warmup": auto_kl_warmup(task.max_epochs * n_batches), "eps": eps}
+    return signature(QBMTrainingPlan.__init__).parameters[name].default
 
 
 MODELS: dict[str, Callable[[Task], Fit]] = {
     "SCVI": NeuralModel(SCVI),
     "SCVI, same schedule": NeuralModel(SCVI, plan=same_schedule),
     "SCVI, same schedule and width": NeuralModel(SCVI, _same_width, same_schedule),
+    "SCVI, same optimizer": NeuralModel(SCVI, plan=same_optimizer),
+    "SCVI, same optimizer and width": NeuralModel(SCVI, _same_width, same_optimizer),
     "VAE, normal": NeuralModel(
         SCVI, lambda task: {"gene_likelihood": "normal", "log_variational": False}, is_normalized=True
     ),
