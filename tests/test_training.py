@@ -421,7 +421,7 @@ def test_fused_optimizer_makes_the_steps_of_scvis(adata, optimizer):
 
     def create(params):
         groups = [{key: value for key, value in group.items() if key != "fused"} for group in params]
-        return getattr(torch.optim, optimizer)(groups, lr=1e-3, eps=1e-8, weight_decay=1e-3)
+        return getattr(torch.optim, optimizer)(groups, lr=2e-3, eps=1e-8, weight_decay=1e-3)
 
     fused, flags = losses()
     plain, plain_flags = losses(optimizer="Custom", optimizer_creator=create)
@@ -437,7 +437,7 @@ def test_config_objects_of_scvi_do_not_bring_its_defaults_back(adata):
     assert (plan.lr, plan.eps, plan.n_epochs_kl_warmup) == (0.03, 1e-8, 3)
     model = train(build(adata), max_epochs=10, plan_kwargs=scvi.train.TrainingPlanConfig())
     plan = model.trainer.lightning_module
-    assert (plan.lr, plan.eps, plan.n_epochs_kl_warmup, plan.n_steps_kl_warmup) == (1e-3, 1e-8, None, N_STEPS)
+    assert (plan.lr, plan.eps, plan.n_epochs_kl_warmup, plan.n_steps_kl_warmup) == (2e-3, 1e-8, None, N_STEPS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -603,14 +603,14 @@ def test_the_prior_has_a_group_of_its_own(adata, plan_kwargs, lr, decay):
     everything = {id(p) for p in model.module.parameters() if p.requires_grad}
     assert {id(p) for p in rest["params"]} == everything - own
     assert (prior["lr"], prior["weight_decay"]) == pytest.approx((lr, decay))
-    assert (rest["lr"], rest["weight_decay"]) == (plan_kwargs.get("lr", 1e-3), 1e-6)
+    assert (rest["lr"], rest["weight_decay"]) == (plan_kwargs.get("lr", 2e-3), 1e-6)
 
 
 def test_learning_rates_are_recorded_under_scvis_name_and_go_on_in_a_second_training(adata):
     model = train(build(adata), max_epochs=2, learning_rate_monitor=True)
     n_before = len(model.history["lr-Adam"])
     train(model, max_epochs=3, learning_rate_monitor=True)
-    for name, rate in (("lr-Adam", 1e-3), ("lr-Adam-prior", 5e-5)):
+    for name, rate in (("lr-Adam", 2e-3), ("lr-Adam-prior", 5e-5)):
         table = model.history[name]
         assert list(table.columns) == [name]
         np.testing.assert_allclose(table[name].to_numpy(float), rate)

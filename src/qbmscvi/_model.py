@@ -175,7 +175,7 @@ class QBMSCVI(LikelihoodMixin, InterpretationMixin, SCVI, DeferredInitialization
         plan_config, plan_kwargs
             Arguments of :class:`~qbmscvi.QBMTrainingPlan`, e.g. ``prior_lr`` or ``n_epochs_kl_warmup``; the latter win.
             Fields of a :class:`scvi.train.TrainingPlanConfig` that have its default count as not given, so that they
-            do not bring scVI's ``eps`` and warm-up back.
+            do not bring scVI's ``lr``, ``eps`` and warm-up back.
         sampler
             Source of the prior's samples: a name that :func:`qbmscvi.samplers.build_sampler` knows, or an instance
             from :mod:`qbmscvi.samplers`.
