@@ -88,8 +88,9 @@ def write_table(records_path: Path, table_path: Path) -> None:
         "",
         f"Written by `{Path(__file__).name}` from its records. {SHARE_KNOWN:.0%} of the cells with labels, drawn anew "
         f"for each of {table['seed'].nunique()} seeds; scores over the other cells; 2,000 genes; {EPOCHS} epochs "
-        "without labels, then the default number with them. SCANVI as it is by default, with the KL schedule and "
-        "optimizer of QBMSCANVI, and so with its width. Mean ± standard deviation over seeds. "
+        "without labels, then the default number with them. SCANVI as it is by default, with the KL schedule and Adam's "
+        "epsilon of QBMSCANVI, and so with its width; always at scVI's learning rate. Mean ± standard deviation over "
+        "seeds. "
         f"{table['versions'].iloc[0]}.",
         "",
     ]
