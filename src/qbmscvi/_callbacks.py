@@ -121,6 +121,7 @@ class SamplingCallback(Callback):
         self.schedule = schedule
         self.broker = Broker(vet(sampler), schedule.latency, schedule.oldest_answer(sampler))
         self.n_fallbacks = 0
+        self._parameters = tuple(prior.parameters())  # to walk the module at each step takes longer than the rest
         self._local = BlockGibbsSampler()
         self._seeds = torch.Generator()
         self._last_step: int | None = None
@@ -172,7 +173,7 @@ class SamplingCallback(Callback):
 
     @property
     def _is_frozen(self) -> bool:
-        return not any(parameter.requires_grad for parameter in self.prior.parameters())
+        return not any(parameter.requires_grad for parameter in self._parameters)
 
     @property
     def _mean_energy(self) -> float:

@@ -97,39 +97,50 @@ class FactorialKL(Function):
             gaussian = torch.sub(share - _GAUSSIAN_ENTROPY, scale.log()).addcmul_(loc, drive, value=-1.0)
             gaussian.addcmul_(loc, loc, value=0.5).addcmul_(scale, scale, value=0.5)
             kl = torch.cat([gaussian, kl], dim=-1)
-        ctx.save_for_backward(loc, scale, logits, mean, a, W, J, rarer, field, drive, *moments)
+        ctx.save_for_backward(loc, scale, logits, mean, a, h, W, J, rarer, field, drive, *moments)
         ctx.graph = graph
         return kl
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        loc, scale, logits, mean, a, W, J, rarer, field, drive, *moments = ctx.saved_tensors
+        loc, scale, logits, mean, a, h, W, J, rarer, field, drive, *moments = ctx.saved_tensors
         graph, n_gaussian = ctx.graph, loc.shape[-1]
         needs = dict(zip(("loc", "scale", "logits", "mean", "a", "h", "W", "J"), ctx.needs_input_grad, strict=False))
-        grad_v, grad_s = grad[..., :n_gaussian], grad[..., n_gaussian:]
+        # In training units are summed. Then both halves of a term that couples two of them have the same weight.
+        of_sum = grad.stride(-1) == 0
+        grad_v, grad_s = (grad[..., :1],) * 2 if of_sum else (grad[..., :n_gaussian], grad[..., n_gaussian:])
         grad_mean = grad_s * mean  # weight of the field of each spin
         weight = grad_v * loc if n_gaussian else None
         grad_loc = grad_scale = grad_logits = None
         if needs["logits"]:
             # dm/dl = 2 r (1 - r), r the probability of the rarer state, and dH/dl = -l r (1 - r).
-            slope = torch.add(logits, field, alpha=2.0).mul_(grad_s)
-            slope = _add_fields(slope, grad_mean, J, graph, scale=1.0)
-            if n_gaussian:
-                slope = torch.addmm(slope, weight, W, alpha=-1.0)
+            if of_sum:
+                slope = torch.add(logits, field, alpha=4.0).sub_(h, alpha=2.0).mul_(grad_s)
+            else:
+                slope = torch.add(logits, field, alpha=2.0).mul_(grad_s)
+                slope = _add_fields(slope, grad_mean, J, graph, scale=1.0)
+                if n_gaussian:
+                    slope = torch.addmm(slope, weight, W, alpha=-1.0)
             grad_logits = torch.addcmul(rarer, rarer, rarer, value=-1.0).mul_(slope)
         if n_gaussian and needs["loc"]:
-            grad_loc = torch.addcmul(weight, grad_v, drive, value=-1.0).addmm_(grad_mean, W.T, alpha=-0.5)
+            if of_sum:
+                grad_loc = torch.add(loc, drive, alpha=-2.0).add_(a).mul_(grad_v)
+            else:
+                grad_loc = torch.addcmul(weight, grad_v, drive, value=-1.0).addmm_(grad_mean, W.T, alpha=-0.5)
         if n_gaussian and needs["scale"]:
             grad_scale = grad_v * (scale - scale.reciprocal())
         of_prior = [None] * 4
         if any(needs[name] for name in "ahWJ"):
             of_prior = _partition_gradients(grad.sum() / grad.shape[-1], a, W, Moments(*moments))
             of_prior[1].add_(grad_mean.sum(0))
-            _add_products(of_prior[3], grad_mean, mean, graph)
+            _add_products(of_prior[3], grad_mean, mean, graph, both_ways=not of_sum)
             if n_gaussian:
                 of_prior[0].sub_(weight.sum(0))
-                of_prior[2].addmm_(loc.T, grad_mean, alpha=-0.5).addmm_(weight.T, mean, alpha=-0.5)
+                if of_sum:
+                    of_prior[2].addmm_(weight.T, mean, alpha=-1.0)
+                else:
+                    of_prior[2].addmm_(loc.T, grad_mean, alpha=-0.5).addmm_(weight.T, mean, alpha=-0.5)
         return grad_loc, grad_scale, grad_logits, None, *of_prior, None, None, None
 
 
@@ -145,16 +156,19 @@ def _add_fields(base: Tensor, values: Tensor, J: Tensor, graph: Graph, scale: fl
     return fields
 
 
-def _add_products(of_J: Tensor, left: Tensor, right: Tensor, graph: Graph) -> None:
-    """Add to each edge half the products of ``left`` at one end with ``right`` at the other, both ways around."""
+def _add_products(of_J: Tensor, left: Tensor, right: Tensor, graph: Graph, both_ways: bool) -> None:
+    """Add to each edge the products of ``left`` at one end with ``right`` at the other, or the mean of both ways."""
     if not graph.n_edges:
         return
+    share = 0.5 if both_ways else 1.0
     if graph.layers is None:
-        of_J.add_(edge_products(left, right, graph) + edge_products(right, left, graph), alpha=0.5)
+        products = edge_products(left, right, graph)
+        of_J.add_(products + edge_products(right, left, graph) if both_ways else products, alpha=share)
         return
     n_first, block = graph.layers[0], of_J.view(graph.layers)
-    block.addmm_(left[:, :n_first].T, right[:, n_first:], alpha=0.5)
-    block.addmm_(right[:, :n_first].T, left[:, n_first:], alpha=0.5)
+    block.addmm_(left[:, :n_first].T, right[:, n_first:], alpha=share)
+    if both_ways:
+        block.addmm_(right[:, :n_first].T, left[:, n_first:], alpha=share)
 
 
 def _partition_gradients(grad: Tensor, a: Tensor, W: Tensor, moments: Moments) -> list[Tensor | None]:
