@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
-import networkx as nx
 import numpy as np
 import torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+
+    import networkx as nx
 
 GraphName = Literal["bipartite", "complete", "independent", "chimera", "pegasus", "zephyr"]
 _HARDWARE_TOPOLOGIES = ("chimera", "pegasus", "zephyr")
@@ -158,6 +159,8 @@ class Graph:
 
     def to_networkx(self) -> nx.Graph:
         """Return the graph as a :class:`networkx.Graph` with integer nodes."""
+        import networkx as nx  # half of the time that importing this package would take
+
         graph = nx.empty_graph(self.n_nodes)
         graph.add_edges_from(self.edges.tolist())
         return graph
@@ -173,6 +176,8 @@ class Graph:
             return (np.arange(self.n_nodes),)
         if self.n_edges == self.n_nodes * (self.n_nodes - 1) // 2:
             return tuple(np.array([i]) for i in range(self.n_nodes))
+        import networkx as nx
+
         graph = self.to_networkx()
         if nx.is_bipartite(graph):
             color = nx.bipartite.color(graph)
@@ -186,7 +191,9 @@ class Graph:
     @cached_property
     def treewidth(self) -> int:
         """Upper bound of the treewidth, by the min-fill heuristic of networkx."""
-        return nx.algorithms.approximation.treewidth_min_fill_in(self.to_networkx())[0]
+        from networkx.algorithms.approximation import treewidth_min_fill_in
+
+        return treewidth_min_fill_in(self.to_networkx())[0]
 
     def __repr__(self) -> str:
         return f"Graph({self.name}, n_nodes={self.n_nodes}, n_edges={self.n_edges})"
@@ -287,6 +294,8 @@ def patch(lattice: nx.Graph, n_nodes: int, name: str | None = None) -> Graph:
     ValueError
         If no connected part is large enough.
     """
+    import networkx as nx
+
     part = lattice.subgraph(max(nx.connected_components(lattice), key=len, default=()))
     if not 1 <= n_nodes <= len(part):
         msg = (
@@ -314,6 +323,8 @@ def build_graph(spec: GraphName | nx.Graph | Graph, n_nodes: int) -> Graph:
     TypeError
         If ``spec`` is of another type.
     """
+    import networkx as nx
+
     if isinstance(spec, nx.Graph):
         spec = from_networkx(spec)
     if isinstance(spec, Graph):

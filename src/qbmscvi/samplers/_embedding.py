@@ -20,12 +20,13 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import networkx as nx
 import numpy as np
 
 from qbmscvi.exceptions import GraphMismatchError
 
 if TYPE_CHECKING:
+    import networkx as nx
+
     from qbmscvi.graphs import Graph
 
 Kind = Literal["native", "clique", "biclique", "minor"]
@@ -155,6 +156,8 @@ def find_embedding(graph: Graph, lattice: nx.Graph, *, max_copies: int, seed: in
 
 
 def _find_chains(core: nx.Graph, lattice: nx.Graph, seed: int, seconds: float) -> tuple[Kind, dict[int, list[int]]]:
+    import networkx as nx
+
     if len(core) == 0:
         return "native", {}
     if len(core) > len(lattice):
@@ -244,6 +247,8 @@ def _build(kind: Kind, graph: Graph, chains: dict[int, list[int]], lattice: nx.G
 
 def _repeat(first: Embedding, lattice: nx.Graph, max_copies: int) -> Embedding:
     """Find the qubits and couplers of a copy, as they are, in the rest of the chip, again and again."""
+    import networkx as nx
+
     copies = [first.qubits[0]]
     structure = nx.Graph(first.couplers.tolist())
     lonely = sorted(set(range(first.n_qubits)) - set(structure))
