@@ -107,7 +107,8 @@ class FactorialKL(Function):
         loc, scale, logits, mean, a, h, W, J, rarer, field, drive, *moments = ctx.saved_tensors
         graph, n_gaussian = ctx.graph, loc.shape[-1]
         needs = dict(zip(("loc", "scale", "logits", "mean", "a", "h", "W", "J"), ctx.needs_input_grad, strict=False))
-        # In training units are summed. Then both halves of a term that couples two of them have the same weight.
+        # In training units are summed. Then both halves of a term that couples two of them have the same weight, and
+        # three products are enough in place of six: a tenth of what the divergence takes (benchmarks/SPEED.md).
         of_sum = grad.stride(-1) == 0
         grad_v, grad_s = (grad[..., :1],) * 2 if of_sum else (grad[..., :n_gaussian], grad[..., n_gaussian:])
         grad_mean = grad_s * mean  # weight of the field of each spin

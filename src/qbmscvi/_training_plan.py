@@ -50,14 +50,14 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
     schedule
         When to sample; None for :class:`~qbmscvi.SamplingSchedule` with its defaults.
     lr
-        Learning rate of the networks, twice scVI's. Chosen among three rates in two runs on each of the data sets that
-        judge it; scVI, given this rate and as many dimensions, is a row of ``benchmarks/RESULTS.md``.
+        Learning rate of the networks, twice scVI's. Chosen among three rates in at most two runs on each data set
+        that judges it. ``benchmarks/LEVERS.md`` has scVI's rate beside it, ``benchmarks/RESULTS.md`` scVI at this one.
     prior_lr
         Learning rate of the prior's parameters; None for a fortieth of ``lr``, and for that of the rest with an
         optimizer of your own. A prior as fast as the networks may settle on the few directions in which cells differ at
-        first, but reaches a higher held-out ELBO (``benchmarks/LEVERS.md``). Chosen among five rates in a few runs on
-        the data sets that judge it. At this rate a run of 2,000 steps is over before the couplings are learned
-        to the end (they move by some 0.1 at most), so results may change with the length of training.
+        first, but reaches a higher held-out ELBO (``benchmarks/LEVERS.md``). Chosen among four rates in a few runs on
+        the data sets that judge it. At this rate a run of 2,000 steps is over before the couplings are learned to the
+        end (they move by some 0.1 at most), so results may change with the length of training.
     prior_weight_decay
         Weight decay of the prior's parameters; None for ``weight_decay``.
     n_epochs_kl_warmup
