@@ -8,6 +8,7 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 from scvi.train import TrainingPlan, TrainRunner
+from torch.nn import Linear
 
 from qbmscvi._callbacks import SamplingCallback, SamplingSchedule
 from qbmscvi._guards import FiniteStateGuard, StreamKeeper, is_refusal
@@ -27,13 +28,22 @@ if TYPE_CHECKING:
 _AUTO_WARMUP_SHARE = 0.1
 _AUTO_WARMUP_STEPS = 1_000  # where the number of steps is not known
 _PRIOR_LR_SHARE = 0.025
-# Ends of the names under which the learning rates of networks and prior are recorded: by Lightning, and here.
-_OF_GROUPS, _OF_PARTS = ("/pg1", "/pg2"), ("", "-prior")
+_EPOCHS_OF_MEMORY, _MAX_AUTO_DECAY = 50, 1.0
+# Ends of the names under which the learning rates of networks and prior are recorded: by Lightning, and here. The third
+# group has the rate of the first.
+_OF_GROUPS, _OF_PARTS, _OF_THIRD_GROUP = ("/pg1", "/pg2"), ("", "-prior"), "/pg3"
 
 
 def auto_kl_warmup(n_steps: float) -> int:
     """Length of the KL warm-up, in steps of the optimizer, that ``n_epochs_kl_warmup="auto"`` stands for."""
     return round(_AUTO_WARMUP_SHARE * n_steps) if 0 < n_steps < math.inf else _AUTO_WARMUP_STEPS
+
+
+def auto_weight_decay(lr: float, n_steps: float) -> float:
+    """Weight decay of AdamW that ``weight_decay="auto"`` stands for, with so many steps an epoch."""
+    if not (lr > 0 and 0 < n_steps < math.inf):
+        return 0.0
+    return min(1.0 / (_EPOCHS_OF_MEMORY * lr * n_steps), _MAX_AUTO_DECAY)
 
 
 class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
@@ -49,6 +59,8 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
         Sampler of the prior: ``"gibbs"``, ``"simulated_annealing"``, ``"exact"``, or an instance.
     schedule
         When to sample; None for :class:`~qbmscvi.SamplingSchedule` with its defaults.
+    optimizer
+        As in scVI, whose default is ``"Adam"``.
     lr
         Learning rate of the networks, twice scVI's. Chosen among three rates in at most two runs on each data set
         that judges it. ``benchmarks/LEVERS.md`` has scVI's rate beside it, ``benchmarks/RESULTS.md`` scVI at this one.
@@ -58,8 +70,14 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
         first, but reaches a higher held-out ELBO (``benchmarks/LEVERS.md``). Chosen among four rates in a few runs on
         the data sets that judge it. At this rate a run of 2,000 steps is over before the couplings are learned to the
         end (they move by some 0.1 at most), so results may change with the length of training.
+    weight_decay
+        Weight decay of the networks' linear layers; biases, normalization and dispersions have none. ``"auto"`` is,
+        with ``"AdamW"``, ``1 / (50 lr n)`` at ``n`` steps an epoch, and at most 1: whatever the number of cells, a weight
+        that is not renewed fades within 50 epochs. With ``"Adam"`` it is scVI's 1e-6, and none at all where a part of the networks
+        is frozen, as after ``load_query_data``. Without it the held-out ELBO of a few thousand cells falls after some
+        100 epochs, as scVI's does (``benchmarks/LEVERS.md``).
     prior_weight_decay
-        Weight decay of the prior's parameters; None for ``weight_decay``.
+        Weight decay of the prior's parameters; none by default.
     n_epochs_kl_warmup
         Epochs until the KL weight is reached. ``"auto"`` takes ``n_steps_kl_warmup`` if that is given, and otherwise
         the first tenth of all steps. No comparison of schedules has set that share yet; scVI's 400 epochs would leave
@@ -74,14 +92,16 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
         *,
         sampler: str | Sampler = "gibbs",
         schedule: SamplingSchedule | None = None,
+        optimizer: Literal["Adam", "AdamW", "Custom"] = "AdamW",
         lr: float = 2e-3,
+        weight_decay: float | Literal["auto"] = "auto",
         prior_lr: float | None = None,
         prior_weight_decay: float | None = None,
         n_epochs_kl_warmup: int | Literal["auto"] | None = "auto",
         eps: float = 1e-8,
         **kwargs: Any,
     ) -> None:
-        own = {"sampler", "schedule", "lr", "prior_lr", "prior_weight_decay", "n_epochs_kl_warmup", "eps"}
+        own = {"sampler", "schedule", "prior_lr", "prior_weight_decay"}
         known = own | set(signature(TrainingPlan.__init__).parameters) | set(signature(module.loss).parameters)
         known -= {"self", "module", "tensors", "inference_outputs", "generative_outputs", "loss_kwargs"}
         unknown = sorted(set(kwargs) - known)
@@ -105,7 +125,16 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
                 raise ValueError(msg)
         self._is_auto_warmup = n_epochs_kl_warmup == "auto" and kwargs.get("n_steps_kl_warmup") is None
         n_epochs = None if n_epochs_kl_warmup == "auto" else n_epochs_kl_warmup
-        super().__init__(module, lr=lr, n_epochs_kl_warmup=n_epochs, eps=eps, **kwargs)
+        self._is_auto_decay = weight_decay == "auto"
+        super().__init__(
+            module,
+            optimizer=optimizer,
+            lr=lr,
+            weight_decay=_scvis_decay() if self._is_auto_decay else weight_decay,
+            n_epochs_kl_warmup=n_epochs,
+            eps=eps,
+            **kwargs,
+        )
         if prior_lr is None and self.optimizer_name != "Custom":
             prior_lr = _PRIOR_LR_SHARE * self.lr
         self.prior_lr = prior_lr
@@ -139,24 +168,54 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
             trained = [parameter.sum() for parameter in self.module.parameters() if parameter.requires_grad]
             return float("nan") * sum(trained)
 
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Fix the weight decay, now that the number of steps is known."""
+        if self._is_auto_decay and self.optimizer_name == "AdamW":
+            of_prior = {id(parameter) for parameter in self.sampling.prior.parameters()}
+            is_frozen = any(not p.requires_grad and id(p) not in of_prior for p in self.module.parameters())
+            n_steps = self.trainer.estimated_stepping_batches / max(1, self.trainer.max_epochs)
+            self.weight_decay = 0.0 if is_frozen else auto_weight_decay(self.lr, n_steps)
+        return super().configure_optimizers()
+
     def get_optimizer_creator(self) -> Callable[[Iterable[torch.Tensor]], torch.optim.Optimizer]:
-        """Give the prior a parameter group of its own, and Adam its fused kernel."""
+        """Give the prior and what has no weight decay groups of their own, and Adam its fused kernel."""
         create = super().get_optimizer_creator()
-        shared = {}
-        if self.optimizer_name in ("Adam", "AdamW") and self.device.type in ("cpu", "cuda"):
-            shared["fused"] = True
         own = {"lr": self.prior_lr, "weight_decay": self.prior_weight_decay}
         own = {key: value for key, value in own.items() if value is not None}
         prior_ids = {id(parameter) for parameter in self.sampling.prior.parameters()}
+        if self.optimizer_name == "Custom":
 
-        def create_grouped(parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
-            parameters = list(parameters)
-            prior = [p for p in parameters if id(p) in prior_ids]
-            rest = [p for p in parameters if id(p) not in prior_ids]
-            groups = [{"params": rest, **shared}, {"params": prior, **shared, **own}]
-            return create(groups if own else [{"params": parameters, **shared}])
+            def create_grouped(parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
+                parameters = list(parameters)
+                rest, prior = _split(parameters, prior_ids)
+                return create([{"params": rest}, {"params": prior, **own}] if own else [{"params": parameters}])
 
-        return create_grouped
+            return create_grouped
+
+        shared = {"fused": True} if self.device.type in ("cpu", "cuda") else {}
+        linear_ids = {id(layer.weight) for layer in self.module.modules() if isinstance(layer, Linear)}
+
+        def create_decayed(parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
+            rest, prior = _split(parameters, prior_ids)
+            others, linear = _split(rest, linear_ids)
+            groups = [
+                {"params": linear, **shared},
+                {"params": prior, "weight_decay": 0.0, **shared, **own},
+                {"params": others, "weight_decay": 0.0, **shared},
+            ]
+            return create(groups)
+
+        return create_decayed
+
+
+def _scvis_decay() -> float:
+    return signature(TrainingPlan.__init__).parameters["weight_decay"].default
+
+
+def _split(parameters: Iterable[torch.Tensor], ids: set[int]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Parameters whose identity is not in ``ids``, and those whose is."""
+    parameters = list(parameters)  # scVI hands over an iterator
+    return [p for p in parameters if id(p) not in ids], [p for p in parameters if id(p) in ids]
 
 
 class QBMTrainRunner(TrainRunner):
@@ -197,6 +256,9 @@ class QBMTrainRunner(TrainRunner):
         self.model.is_trained_ = self.model.is_trained_ and bool(self.model.history_)
         super()._update_history()
         _rename_rates(self.model.history_, _OF_GROUPS, _OF_PARTS)
+        if isinstance(self.model.history_, dict):
+            for key in [key for key in self.model.history_ if key.startswith("lr-") and key.endswith(_OF_THIRD_GROUP)]:
+                del self.model.history_[key]
 
 
 def _rename_rates(history: Any, old: tuple[str, str], new: tuple[str, str]) -> None:

@@ -119,13 +119,13 @@ def score_latent(
 
     x, y = classifiable("labels", latent, labels, n_neighbors, minimum_groups=2)
     scores = {
-        **cross_validate(_knn(n_neighbors), x, y, seed, "knn"),
-        **cross_validate(_logistic(), x, y, seed, "logistic"),
+        **cross_validate(knn_classifier(n_neighbors), x, y, seed, "knn"),
+        **cross_validate(logistic_classifier(), x, y, seed, "logistic"),
         **_cluster_scores(latent, labels, seed),
     }
     if batches is not None:
         x, y = classifiable("batches", latent, batches, n_neighbors, minimum_groups=1)
-        scores["batch_knn_accuracy"] = cross_validate(_knn(n_neighbors), x, y, seed, "knn")["knn_accuracy"]
+        scores["batch_knn_accuracy"] = cross_validate(knn_classifier(n_neighbors), x, y, seed, "knn")["knn_accuracy"]
         scores["batch_chance"] = float(np.bincount(y).max() / len(y))
     if order is not None:
         scores |= pseudotime_scores(latent, order, roots, n_neighbors, seed)
@@ -272,13 +272,15 @@ def cross_validate(classifier: object, x: np.ndarray, y: np.ndarray, seed: int, 
     return {f"{name}_{metric}": float(results[f"test_{metric}"].mean()) for metric in scoring}
 
 
-def _knn(n_neighbors: int) -> object:
+def knn_classifier(n_neighbors: int) -> object:
+    """Nearest-neighbor classifier of the scores."""
     from sklearn.neighbors import KNeighborsClassifier
 
     return KNeighborsClassifier(n_neighbors)
 
 
-def _logistic() -> object:
+def logistic_classifier() -> object:
+    """Logistic regression of the scores, on the standardized latent."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler

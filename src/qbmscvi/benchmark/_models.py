@@ -19,11 +19,11 @@ from scvi.external import SysVI
 from scvi.model import SCVI
 
 from qbmscvi._model import QBMSCVI
-from qbmscvi._training_plan import QBMTrainingPlan, auto_kl_warmup
+from qbmscvi._training_plan import QBMTrainingPlan, auto_kl_warmup, auto_weight_decay
 from qbmscvi.diagnostics import estimate_log_z
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from anndata import AnnData
     from scvi.model.base import BaseModelClass
@@ -244,14 +244,29 @@ def _same_width(task: Task) -> dict[str, int]:
 
 def same_schedule(task: Task) -> dict[str, Any]:
     """Arguments of scVI's training plan that give it QBMSCVI's KL warm-up and Adam's epsilon."""
-    n_batches = math.ceil(math.ceil(_TRAIN_SIZE * task.adata.n_obs) / _BATCH_SIZE)
-    n_steps = auto_kl_warmup(task.max_epochs * n_batches)
+    n_steps = auto_kl_warmup(task.max_epochs * _n_batches(task))
     return {"n_epochs_kl_warmup": None, "n_steps_kl_warmup": n_steps, "eps": _plan_default("eps")}
 
 
 def same_optimizer(task: Task) -> dict[str, Any]:
-    """Those of :func:`same_schedule`, and QBMSCVI's learning rate."""
-    return {**same_schedule(task), "lr": _plan_default("lr")}
+    """Those of :func:`same_schedule`, and QBMSCVI's optimizer with its learning rate and weight decay."""
+    lr = _plan_default("lr")
+    plan = {**same_schedule(task), "lr": lr, "weight_decay": auto_weight_decay(lr, _n_batches(task))}
+
+    def create(parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
+        parameters = list(parameters)
+        # With scVI's other defaults the only matrices are the weights of linear layers.
+        groups = [
+            {"params": [p for p in parameters if p.ndim == 2]},
+            {"params": [p for p in parameters if p.ndim != 2], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=lr, eps=plan["eps"], weight_decay=plan["weight_decay"])
+
+    return {**plan, "optimizer": "Custom", "optimizer_creator": create}
+
+
+def _n_batches(task: Task) -> int:
+    return math.ceil(math.ceil(_TRAIN_SIZE * task.adata.n_obs) / _BATCH_SIZE)
 
 
 def _plan_default(name: str) -> float:

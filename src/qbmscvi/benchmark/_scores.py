@@ -18,6 +18,7 @@ from qbmscvi.benchmark._metrics import choose_roots, classifiable, cross_validat
 if TYPE_CHECKING:
     from anndata import AnnData
     from scib_metrics.nearest_neighbors import NeighborsResults
+    from sklearn.ensemble import HistGradientBoostingClassifier
 
 N_NEIGHBORS = 15
 LEIDEN_RESOLUTIONS = tuple(round(0.2 * i, 1) for i in range(1, 11))  # 0.2 to 2.0
@@ -147,16 +148,20 @@ def _leiden_clusters(adata: AnnData, resolution: float, seed: int) -> np.ndarray
     return adata.obs["leiden"].to_numpy()
 
 
-def _boosting(latent: np.ndarray, labels: np.ndarray, seed: int) -> dict[str, float]:
+def boosting_classifier(seed: int) -> HistGradientBoostingClassifier:
+    """Gradient boosting of the scores: small trees and few of them, as it is fitted five times."""
     from sklearn.ensemble import HistGradientBoostingClassifier
 
-    # Small trees and few of them, fitted five times. Without the penalty labels of a dozen cells make it diverge.
-    classifier = HistGradientBoostingClassifier(
+    # Without the penalty labels of a dozen cells make it diverge.
+    return HistGradientBoostingClassifier(
         max_iter=50, max_leaf_nodes=8, l2_regularization=1.0, early_stopping=False, random_state=seed
     )
+
+
+def _boosting(latent: np.ndarray, labels: np.ndarray, seed: int) -> dict[str, float]:
     codes = np.unique(labels, return_inverse=True)[1]
     x, y = classifiable("labels", latent, codes, N_NEIGHBORS, minimum_groups=2)
-    return cross_validate(classifier, x, y, seed, "boosting")
+    return cross_validate(boosting_classifier(seed), x, y, seed, "boosting")
 
 
 def _transfer(latent: np.ndarray, labels: np.ndarray, batches: np.ndarray) -> dict[str, float]:
