@@ -197,7 +197,7 @@ def test_query_goes_on_learning_the_prior_if_asked(latent, options):
     reference = trained(latent)
     model = query(reference, **options)
     before = prior_state(model)
-    train(model)
+    train(model, plan_kwargs={"prior_lr": 0.01})  # at the default three steps may leave log Z as it is, rounded
     unchanged = {name for name in equal_names(before, prior_state(model)) if before[name].numel()}
     assert not unchanged & {"h", "J", "W", "a", "chains", "log_z", "n_updates"}
 

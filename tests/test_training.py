@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import threading
 import zipfile
@@ -17,6 +18,7 @@ from faulty import FAULTS, Faulty, Pace
 from lightning.pytorch.callbacks import Callback
 
 from qbmscvi import QBMSCVI, SamplingSchedule
+from qbmscvi._training_plan import auto_weight_decay
 from qbmscvi.datasets import synthetic_counts
 from qbmscvi.exceptions import SamplerTimeout, TrainingDivergedError
 from qbmscvi.samplers import BlockGibbsSampler, DimodSampler, ExactSampler, Sampler, build_sampler
@@ -405,7 +407,7 @@ def test_clipped_gradients_include_those_of_the_prior(adata):
 
 def test_plan_config_reaches_the_plan(adata):
     model = train(build(adata), max_epochs=1, plan_config={"lr": 0.03, "prior_lr": 0.5}, plan_kwargs={"prior_lr": 0.2})
-    assert [group["lr"] for group in model.trainer.optimizers[0].param_groups] == [0.03, 0.2]
+    assert [group["lr"] for group in model.trainer.optimizers[0].param_groups] == [0.03, 0.2, 0.03]
 
 
 @pytest.mark.parametrize("optimizer", ["Adam", "AdamW"])
@@ -420,13 +422,15 @@ def test_fused_optimizer_makes_the_steps_of_scvis(adata, optimizer):
         return model.history["train_loss"].to_numpy(float), [group["fused"] for group in groups]
 
     def create(params):
-        groups = [{key: value for key, value in group.items() if key != "fused"} for group in params]
+        rest, prior = params
+        linear, others = ([p for p in rest["params"] if (p.ndim == 2) is is_matrix] for is_matrix in (True, False))
+        groups = [{"params": linear}, prior | {"weight_decay": 0.0}, {"params": others, "weight_decay": 0.0}]
         return getattr(torch.optim, optimizer)(groups, lr=2e-3, eps=1e-8, weight_decay=1e-3)
 
     fused, flags = losses()
     plain, plain_flags = losses(optimizer="Custom", optimizer_creator=create)
-    assert flags == [True, True]
-    assert plain_flags == [None, None]
+    assert flags == [True] * 3
+    assert plain_flags == [None] * 3
     np.testing.assert_allclose(fused, plain, rtol=1e-7)
 
 
@@ -588,29 +592,79 @@ def test_own_optimizer_is_left_one_group_without_settings_of_the_prior(adata):
 @pytest.mark.parametrize(
     ("plan_kwargs", "lr", "decay"),
     [
-        pytest.param({}, 5e-5, 1e-6, id="defaults"),
-        pytest.param({"lr": 4e-3}, 1e-4, 1e-6, id="a-fortieth"),
-        pytest.param({"prior_lr": 0.02}, 0.02, 1e-6, id="lr"),
-        pytest.param({"prior_weight_decay": 0.1}, 5e-5, 0.1, id="decay"),
-        pytest.param({"prior_lr": 0.02, "prior_weight_decay": 0.0, "lr": 5e-3}, 0.02, 0.0, id="both"),
+        pytest.param({"weight_decay": 0.2}, 5e-5, 0.0, id="defaults"),
+        pytest.param({"weight_decay": 0.2, "lr": 4e-3}, 1e-4, 0.0, id="a-fortieth"),
+        pytest.param({"weight_decay": 0.2, "prior_lr": 0.02}, 0.02, 0.0, id="lr"),
+        pytest.param({"weight_decay": 0.2, "prior_weight_decay": 0.1}, 5e-5, 0.1, id="decay"),
+        pytest.param({"weight_decay": 0.2, "prior_lr": 0.02, "prior_weight_decay": 0.3}, 0.02, 0.3, id="both"),
     ],
 )
-def test_the_prior_has_a_group_of_its_own(adata, plan_kwargs, lr, decay):
+def test_prior_and_what_does_not_decay_have_groups_of_their_own(adata, plan_kwargs, lr, decay):
     model = train(build(adata), max_epochs=1, plan_kwargs=plan_kwargs)
-    rest, prior = groups_of(model)
-    own = {id(p) for p in model.module.prior.parameters()}
-    assert {id(p) for p in prior["params"]} == own
-    everything = {id(p) for p in model.module.parameters() if p.requires_grad}
-    assert {id(p) for p in rest["params"]} == everything - own
+    linear, prior, others = groups_of(model)
+    names = {id(p): name for name, p in model.module.named_parameters()}
+    of_linear = {id(m.weight) for m in model.module.modules() if isinstance(m, torch.nn.Linear)}
+    assert {id(p) for p in prior["params"]} == {id(p) for p in model.module.prior.parameters()}
+    assert {id(p) for p in linear["params"]} == of_linear
+    assert len(linear["params"]) + len(prior["params"]) + len(others["params"]) == len(names)
+    assert {names[id(p)].rpartition(".")[2] for p in others["params"]} == {"bias", "weight", "px_r"}  # of BatchNorm
     assert (prior["lr"], prior["weight_decay"]) == pytest.approx((lr, decay))
-    assert (rest["lr"], rest["weight_decay"]) == (plan_kwargs.get("lr", 2e-3), 1e-6)
+    rate = plan_kwargs.get("lr", 2e-3)
+    assert [(group["lr"], group["weight_decay"]) for group in (linear, others)] == [(rate, 0.2), (rate, 0.0)]
+
+
+@pytest.mark.parametrize(("batch_size", "lr"), [(16, 2e-3), (16, 4e-3), (10, 2e-3)])
+def test_weights_that_nothing_renews_fade_within_50_epochs(adata, batch_size, lr):
+    """Those of a gene without counts; AdamW multiplies them by one less learning rate times decay at each step."""
+    adata = adata.copy()
+    adata.X[:, 3] = 0
+    QBMSCVI.setup_anndata(adata, batch_key="batch")
+    model = build(adata)
+    layers = (m for m in model.module.z_encoder.modules() if isinstance(m, torch.nn.Linear))
+    weight = next(layers).weight
+    before = weight[:, 3].detach().clone()
+    train(model, max_epochs=2, batch_size=batch_size, plan_kwargs={"lr": lr})
+    assert lr * model.trainer.lightning_module.weight_decay < 0.01
+    np.testing.assert_allclose((weight[:, 3] / before).detach(), np.exp(-2 / 50), rtol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("plan_kwargs", "decay"),
+    [
+        pytest.param({"optimizer": "Adam"}, 1e-6, id="scvis-with-adam"),
+        pytest.param({"lr": 1e-4}, 1.0, id="bounded"),
+        pytest.param({"weight_decay": 0.0}, 0.0, id="given"),
+    ],
+)
+def test_weight_decay(adata, plan_kwargs, decay):
+    model = train(build(adata), max_epochs=1, plan_kwargs=plan_kwargs)
+    assert model.trainer.lightning_module.weight_decay == decay
+    assert groups_of(model)[0]["weight_decay"] == decay
+
+
+def test_weight_decay_is_zero_beside_frozen_networks(adata):
+    """Decay would change what a hook keeps from being changed by gradients, as in query models."""
+    model = build(adata)
+    model.module.z_encoder.requires_grad_(False)
+    train(model, max_epochs=1)
+    assert {group["weight_decay"] for group in groups_of(model)} == {0.0}
+
+
+def test_weight_decay_without_a_known_number_of_steps_is_zero():
+    assert auto_weight_decay(2e-3, math.inf) == auto_weight_decay(0.0, 20) == 0.0
+
+
+@pytest.mark.parametrize("value", ["none", -0.1])
+def test_wrong_weight_decay_is_refused(adata, value):
+    with pytest.raises(ValueError, match=r"^weight_decay=.*'auto'"):
+        train(build(adata), max_epochs=1, plan_kwargs={"weight_decay": value})
 
 
 def test_learning_rates_are_recorded_under_scvis_name_and_go_on_in_a_second_training(adata):
     model = train(build(adata), max_epochs=2, learning_rate_monitor=True)
-    n_before = len(model.history["lr-Adam"])
+    n_before = len(model.history["lr-AdamW"])
     train(model, max_epochs=3, learning_rate_monitor=True)
-    for name, rate in (("lr-Adam", 2e-3), ("lr-Adam-prior", 5e-5)):
+    for name, rate in (("lr-AdamW", 2e-3), ("lr-AdamW-prior", 5e-5)):
         table = model.history[name]
         assert list(table.columns) == [name]
         np.testing.assert_allclose(table[name].to_numpy(float), rate)

@@ -60,7 +60,7 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
     schedule
         When to sample; None for :class:`~qbmscvi.SamplingSchedule` with its defaults.
     optimizer
-        As in scVI, whose default is ``"Adam"``.
+        As in scVI, where it is ``"Adam"`` unless given.
     lr
         Learning rate of the networks, twice scVI's. Chosen among three rates in at most two runs on each data set
         that judges it. ``benchmarks/LEVERS.md`` has scVI's rate beside it, ``benchmarks/RESULTS.md`` scVI at this one.
@@ -72,10 +72,10 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
         end (they move by some 0.1 at most), so results may change with the length of training.
     weight_decay
         Weight decay of the networks' linear layers; biases, normalization and dispersions have none. ``"auto"`` is,
-        with ``"AdamW"``, ``1 / (50 lr n)`` at ``n`` steps an epoch, and at most 1: whatever the number of cells, a weight
-        that is not renewed fades within 50 epochs. With ``"Adam"`` it is scVI's 1e-6, and none at all where a part of the networks
-        is frozen, as after ``load_query_data``. Without it the held-out ELBO of a few thousand cells falls after some
-        100 epochs, as scVI's does (``benchmarks/LEVERS.md``).
+        with ``"AdamW"``, ``1 / (50 lr n)`` at ``n`` steps an epoch, and at most 1: a weight that is not renewed fades
+        within 50 epochs, whatever the number of cells. With ``"Adam"`` it is scVI's 1e-6. It is zero where a part of
+        the networks is frozen, as after ``load_query_data``. Without it the held-out ELBO of a few thousand cells falls
+        after some 100 epochs, as scVI's does (``benchmarks/LEVERS.md``).
     prior_weight_decay
         Weight decay of the prior's parameters; none by default.
     n_epochs_kl_warmup
@@ -123,6 +123,10 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
             if value is not None and not value >= 0:
                 msg = f"{name}={value} must not be negative. Leave it out for the usual one."
                 raise ValueError(msg)
+        is_number = isinstance(weight_decay, Real) and weight_decay >= 0
+        if not is_number and weight_decay != "auto":
+            msg = f"weight_decay={weight_decay!r} is no weight decay. Use a number of at least 0, or 'auto'."
+            raise ValueError(msg)
         self._is_auto_warmup = n_epochs_kl_warmup == "auto" and kwargs.get("n_steps_kl_warmup") is None
         n_epochs = None if n_epochs_kl_warmup == "auto" else n_epochs_kl_warmup
         self._is_auto_decay = weight_decay == "auto"
