@@ -7,10 +7,13 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from scvi.model import SCVI
 
 from qbmscvi import benchmark
+from qbmscvi.benchmark import Task, _compare, _report, compare, prepare, read_records, write_report
 from qbmscvi.benchmark import __main__ as command_line
-from qbmscvi.benchmark import _compare, _report, compare, prepare, read_records, write_report
+from qbmscvi.benchmark._models import same_optimizer
 from qbmscvi.datasets import synthetic_counts
 
 KEYS = {"label_key": "cell_type", "batch_key": "batch"}
@@ -83,6 +86,8 @@ def test_neural_models_share_split_and_epochs_and_keep_their_schedules(adata, qu
     own, *same = ([training[name][key] for key in settings] for name in compared)
     assert same == [own, own]
     assert [training[name]["lr"] for name in ("SCVI", *compared)] == [1e-3, 2e-3, 1e-3, 2e-3]
+    decay = [training[name]["weight_decay"] for name in ("QBMSCVI", "SCVI, same optimizer", "SCVI, same schedule")]
+    assert decay == [pytest.approx(decay[1]), pytest.approx(decay[0]), 1e-6]
     assert (own[0], own[2]) == (None, 1e-8)
     assert own[1] > 0
     fit = {name: record["scores"] for name, record in by_name.items()}
@@ -93,6 +98,17 @@ def test_neural_models_share_split_and_epochs_and_keep_their_schedules(adata, qu
     assert fit["QBMSCVI, J shuffled"].keys() == {"elbo", "elbo_low", "elbo_high"}
     pd.testing.assert_frame_equal(adata.obs, before.obs)
     assert (adata.X != before.X).nnz == 0
+
+
+def test_same_optimizer_decays_the_linear_layers_and_nothing_else(adata):
+    SCVI.setup_anndata(adata, batch_key="batch")
+    module = SCVI(adata).module
+    plan = same_optimizer(Task(adata, "batch", 0, 6))
+    linear, others = plan["optimizer_creator"](module.parameters()).param_groups
+    of_linear = {id(layer.weight) for layer in module.modules() if isinstance(layer, torch.nn.Linear)}
+    assert {id(parameter) for parameter in linear["params"]} == of_linear
+    assert len(linear["params"]) + len(others["params"]) == len(list(module.parameters()))
+    assert (linear["weight_decay"], others["weight_decay"]) == (plan["weight_decay"], 0.0)
 
 
 @pytest.mark.parametrize(("schedule", "warmup"), [("default", 400), ("half", 3)])
