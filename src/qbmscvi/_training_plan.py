@@ -153,10 +153,19 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
         return [self.sampling, self.guard, StreamKeeper()]
 
     def on_fit_start(self) -> None:
-        """Fix the length of the KL warm-up, now that the number of steps is known."""
+        """Fix the length of the KL warm-up and the weight decay, now that the number of steps is known.
+
+        Not earlier: asking for that number makes the data loaders, which would miss what a checkpoint restores.
+        """
         super().on_fit_start()
         if self._is_auto_warmup:
             self.n_steps_kl_warmup = auto_kl_warmup(self.trainer.estimated_stepping_batches)
+        if self._is_auto_decay and self.optimizer_name == "AdamW":
+            of_prior = {id(parameter) for parameter in self.sampling.prior.parameters()}
+            is_frozen = any(not p.requires_grad and id(p) not in of_prior for p in self.module.parameters())
+            n_steps = self.trainer.estimated_stepping_batches / max(1, self.trainer.max_epochs)
+            self.weight_decay = 0.0 if is_frozen else auto_weight_decay(self.lr, n_steps)
+            self.optimizers().param_groups[0]["weight_decay"] = self.weight_decay
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         """Compute the loss; on several ranks, one that cannot be computed is NaN instead of an error.
@@ -171,15 +180,6 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
                 raise
             trained = [parameter.sum() for parameter in self.module.parameters() if parameter.requires_grad]
             return float("nan") * sum(trained)
-
-    def configure_optimizers(self) -> dict[str, Any]:
-        """Fix the weight decay, now that the number of steps is known."""
-        if self._is_auto_decay and self.optimizer_name == "AdamW":
-            of_prior = {id(parameter) for parameter in self.sampling.prior.parameters()}
-            is_frozen = any(not p.requires_grad and id(p) not in of_prior for p in self.module.parameters())
-            n_steps = self.trainer.estimated_stepping_batches / max(1, self.trainer.max_epochs)
-            self.weight_decay = 0.0 if is_frozen else auto_weight_decay(self.lr, n_steps)
-        return super().configure_optimizers()
 
     def get_optimizer_creator(self) -> Callable[[Iterable[torch.Tensor]], torch.optim.Optimizer]:
         """Give the prior and what has no weight decay groups of their own, and Adam its fused kernel."""
