@@ -5,7 +5,10 @@
 
 Each setting changes one thing of QBMSCVI. Runs are added to ``levers.jsonl`` and not repeated. ``LEVERS.md`` has the
 difference of each to the default, seed by seed, from the runs in ``results.jsonl``, or to the setting beside which it
-was tried.
+was tried. ``long.jsonl`` has runs of 400 epochs, scVI's own number for so few cells: the default, SCVI, one setting.
+
+    python benchmarks/levers.py --epochs 400 --max-cells 4000 --records benchmarks/long.jsonl \\
+        --models QBMSCVI SCVI "Adam, without weight decay"
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from results import DATA_SETS, load
 from qbmscvi import QBMSCVI, SamplingSchedule
 from qbmscvi.benchmark import METRICS, compare, paired_difference, read_records
 from qbmscvi.benchmark.__main__ import add_options, arguments
-from qbmscvi.benchmark._models import NeuralModel
+from qbmscvi.benchmark._models import MODELS, NeuralModel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -95,9 +98,8 @@ def named(name: str) -> Callable[[Task], Fit]:
     return lever
 
 
-def to_markdown(records: list[dict], defaults: list[dict]) -> str:
+def to_markdown(records: list[dict], defaults: list[dict], long: list[dict]) -> str:
     """Text of ``LEVERS.md``."""
-    scores = {(r["data"], r["model"], r["seed"]): r["scores"] for r in defaults + records if r["schedule"] == "native"}
     lines = [
         "# What else was tried",
         "",
@@ -106,28 +108,28 @@ def to_markdown(records: list[dict], defaults: list[dict]) -> str:
         "and many scores are shown: one interval in twenty misses zero by chance alone. Held-out ELBO in nats per "
         "cell.",
         "",
-        f"Commits {', '.join(sorted({r['commit'] or 'none' for r in records}))}.",
+        f"Commits {', '.join(sorted({r['commit'] or 'none' for r in records + long}))}.",
     ]
-    for data in dict.fromkeys(r["data"] for r in records):
-        if not any(
-            (data, REFERENCES.get(r["model"], "QBMSCVI"), r["seed"]) in scores for r in records if r["data"] == data
-        ):
-            continue
-        shown = [metric for metric in SHOWN if any(metric in r["scores"] for r in records if r["data"] == data)]
-        titles = ["setting", "minus", "seeds", *(METRICS[metric].title for metric in shown)]
-        lines += ["", f"## {data}", "", _row(titles), _row(["---"] * len(titles))]
-        for name in LEVERS:
-            runs = [r for r in records if (r["data"], r["model"]) == (data, name)]
-            reference = REFERENCES.get(name, "QBMSCVI")
-            pairs = [
-                (r["scores"], scores[data, reference, r["seed"]])
-                for r in runs
-                if (data, reference, r["seed"]) in scores
-            ]
-            if pairs:
-                what = [name, REFERENCES.get(name, "the default"), str(len(pairs))]
-                lines.append(_row(what + [_difference(pairs, metric) for metric in shown]))
+    for heading, tried, beside in (("", records, defaults), (", 400 epochs", long, long)):
+        for data in dict.fromkeys(r["data"] for r in tried):
+            lines += _section(f"{data}{heading}", [r for r in tried if r["data"] == data], data, beside)
     return "\n".join(lines) + "\n"
+
+
+def _section(heading: str, tried: list[dict], data: str, beside: list[dict]) -> list[str]:
+    known = [r for r in beside + tried if r["schedule"] == "native" and r["data"] == data]
+    scores = {(r["model"], r["seed"]): r["scores"] for r in known}
+    shown = [metric for metric in SHOWN if any(metric in r["scores"] for r in tried)]
+    rows = []
+    for name in [*LEVERS, "SCVI"]:
+        reference = REFERENCES.get(name, "QBMSCVI")
+        runs = [r for r in tried if r["model"] == name and (reference, r["seed"]) in scores]
+        if runs:
+            pairs = [(r["scores"], scores[reference, r["seed"]]) for r in runs]
+            what = [name, REFERENCES.get(name, "the default"), str(len(pairs))]
+            rows.append(_row(what + [_difference(pairs, metric) for metric in shown]))
+    titles = ["setting", "minus", "seeds", *(METRICS[metric].title for metric in shown)]
+    return ["", f"## {heading}", "", _row(titles), _row(["---"] * len(titles)), *rows] if rows else []
 
 
 def _row(cells: list[str]) -> str:
@@ -151,15 +153,14 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", choices=DATA_SETS, default=list(DATA_SETS))
     add_options(parser)
     parser.add_argument("--records", type=Path, default=HERE / "levers.jsonl")
-    parser.add_argument("--defaults", type=Path, default=HERE / "results.jsonl", help="records of the defaults")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of LEVERS.md")
     parser.add_argument("--table-only", action="store_true", help="write the table from existing records")
     options = parser.parse_args()
     for name in [] if options.table_only else options.sets:
         given = {**DATA_SETS[name], "name": name, **arguments(options)}
-        given["models"] = [named(lever) for lever in options.models or LEVERS]
+        given["models"] = [m if m in MODELS else named(m) for m in options.models or LEVERS]
         compare(load(name, options.data, options.n_genes, options.max_cells), records=options.records, **given)
-    text = to_markdown(read_records(options.records), read_records(options.defaults))
+    text = to_markdown(*(read_records(HERE / name) for name in ("levers.jsonl", "results.jsonl", "long.jsonl")))
     (options.out / "LEVERS.md").write_text(text)
     print(f"wrote {options.out / 'LEVERS.md'}")
 
