@@ -74,14 +74,15 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
         Weight decay of the networks' linear layers; biases, normalization and dispersions have none. ``"auto"`` is,
         with ``"AdamW"``, ``1 / (50 lr n)`` at ``n`` steps an epoch, and at most 1: a weight that is not renewed fades
         within 50 epochs, whatever the number of cells. With ``"Adam"`` it is scVI's 1e-6. It is zero where a part of
-        the networks is frozen, as after ``load_query_data``. Without it the held-out ELBO of a few thousand cells falls
-        after some 100 epochs, as scVI's does (``benchmarks/LEVERS.md``).
+        the networks is frozen, as after ``load_query_data``. Without it more held-out ELBO is lost in long training on
+        a few thousand cells (400 epochs, one seed, ``benchmarks/LEVERS.md``). Chosen among three constants in runs of
+        one or two seeds on the data sets that judge it.
     prior_weight_decay
         Weight decay of the prior's parameters; none by default.
     n_epochs_kl_warmup
         Epochs until the KL weight is reached. ``"auto"`` takes ``n_steps_kl_warmup`` if that is given, and otherwise
-        the first tenth of all steps. No comparison of schedules has set that share yet; scVI's 400 epochs would leave
-        the weight below one in any shorter run.
+        the first tenth of all steps. Half of them gave the same on ``kang_ifnb`` (five seeds, both schedules in
+        ``benchmarks/RESULTS.md``); scVI's 400 epochs would leave the weight below one in any shorter run.
     eps
         Adam's epsilon. scVI's 0.01 exceeds the gradients of the prior and would freeze them.
     """
