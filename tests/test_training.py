@@ -662,9 +662,9 @@ def test_wrong_weight_decay_is_refused(adata, value):
 
 def test_learning_rates_are_recorded_under_scvis_name_and_go_on_in_a_second_training(adata):
     model = train(build(adata), max_epochs=2, learning_rate_monitor=True)
-    n_before = len(model.history["lr-AdamW"])
+    n_before = len(model.history["lr-Adam"])
     train(model, max_epochs=3, learning_rate_monitor=True)
-    for name, rate in (("lr-AdamW", 2e-3), ("lr-AdamW-prior", 5e-5)):
+    for name, rate in (("lr-Adam", 2e-3), ("lr-Adam-prior", 5e-5)):
         table = model.history[name]
         assert list(table.columns) == [name]
         np.testing.assert_allclose(table[name].to_numpy(float), rate)

@@ -257,6 +257,9 @@ class QBMTrainRunner(TrainRunner):
         Learning rates have the names that they have in scVI, with ``-prior`` for that of the prior; Lightning numbers
         the parameter groups.
         """
+        is_adamw = self.training_plan.optimizer_name == "AdamW"
+        if is_adamw:
+            _rename_optimizer(self.model.history_, "lr-Adam", "lr-AdamW")
         _rename_rates(self.model.history_, _OF_PARTS, _OF_GROUPS)
         self.model.is_trained_ = self.model.is_trained_ and bool(self.model.history_)
         super()._update_history()
@@ -264,6 +267,17 @@ class QBMTrainRunner(TrainRunner):
         if isinstance(self.model.history_, dict):
             for key in [key for key in self.model.history_ if key.startswith("lr-") and key.endswith(_OF_THIRD_GROUP)]:
                 del self.model.history_[key]
+        if is_adamw:
+            _rename_optimizer(self.model.history_, "lr-AdamW", "lr-Adam")
+
+
+def _rename_optimizer(history: Any, old: str, new: str) -> None:
+    """Rename the learning rates of an optimizer in a history: those of AdamW have the names of scVI's Adam."""
+    if not isinstance(history, dict):
+        return
+    for part in _OF_PARTS:
+        if old + part in history:
+            history[new + part] = history.pop(old + part).rename(columns={old + part: new + part})
 
 
 def _rename_rates(history: Any, old: tuple[str, str], new: tuple[str, str]) -> None:
