@@ -633,13 +633,14 @@ def test_weights_that_nothing_renews_fade_within_50_epochs(batch_size, lr):
     [
         pytest.param({"optimizer": "Adam"}, 1e-6, id="scvis-with-adam"),
         pytest.param({"lr": 1e-4}, 1.0, id="bounded"),
+        pytest.param({"lr": 0.1}, 1 / (50 * 0.1 * N_STEPS), id="by-the-steps-of-an-epoch"),
         pytest.param({"weight_decay": 0.0}, 0.0, id="given"),
     ],
 )
 def test_weight_decay(adata, plan_kwargs, decay):
-    model = train(build(adata), max_epochs=1, plan_kwargs=plan_kwargs)
-    assert model.trainer.lightning_module.weight_decay == decay
-    assert groups_of(model)[0]["weight_decay"] == decay
+    model = train(build(adata), max_epochs=3, max_steps=2, plan_kwargs=plan_kwargs)
+    assert model.trainer.lightning_module.weight_decay == pytest.approx(decay)
+    assert groups_of(model)[0]["weight_decay"] == pytest.approx(decay)
 
 
 def test_weight_decay_is_zero_beside_frozen_networks(adata):

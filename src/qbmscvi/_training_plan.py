@@ -164,7 +164,8 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
         if self._is_auto_decay and self.optimizer_name == "AdamW":
             of_prior = {id(parameter) for parameter in self.sampling.prior.parameters()}
             is_frozen = any(not p.requires_grad and id(p) not in of_prior for p in self.module.parameters())
-            n_steps = self.trainer.estimated_stepping_batches / max(1, self.trainer.max_epochs)
+            _ = self.trainer.estimated_stepping_batches  # makes the data loaders
+            n_steps = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches  # also with `max_steps`
             self.weight_decay = 0.0 if is_frozen else auto_weight_decay(self.lr, n_steps)
             self.optimizers().param_groups[0]["weight_decay"] = self.weight_decay
 
