@@ -29,9 +29,6 @@ _AUTO_WARMUP_SHARE = 0.1
 _AUTO_WARMUP_STEPS = 1_000  # where the number of steps is not known
 _PRIOR_LR_SHARE = 0.025
 _EPOCHS_OF_MEMORY, _MAX_AUTO_DECAY = 50, 1.0
-# Ends of the names under which the learning rates of networks and prior are recorded: by Lightning, and here. The third
-# group has the rate of the first.
-_OF_GROUPS, _OF_PARTS, _OF_THIRD_GROUP = ("/pg1", "/pg2"), ("", "-prior"), "/pg3"
 
 
 def auto_kl_warmup(n_steps: float) -> int:
@@ -255,38 +252,25 @@ class QBMTrainRunner(TrainRunner):
     def _update_history(self) -> None:
         """Extend the history; scVI's version needs one that is not empty, as after divergence in the first epoch.
 
-        Learning rates have the names that they have in scVI, with ``-prior`` for that of the prior; Lightning numbers
-        the parameter groups.
+        Learning rates have the names that they have in scVI, whose Adam lends its name to AdamW, with ``-prior`` for
+        that of the prior; Lightning numbers the parameter groups.
         """
-        is_adamw = self.training_plan.optimizer_name == "AdamW"
-        if is_adamw:
-            _rename_optimizer(self.model.history_, "lr-Adam", "lr-AdamW")
-        _rename_rates(self.model.history_, _OF_PARTS, _OF_GROUPS)
+        optimizer = type(self.trainer.optimizers[0]).__name__
+        ours = "lr-Adam" if optimizer == "AdamW" else f"lr-{optimizer}"
+        linear, prior, others = (f"lr-{optimizer}/pg{group}" for group in (1, 2, 3))
+        names = {linear: ours, prior: f"{ours}-prior"}
+        _rename(self.model.history_, {new: old for old, new in names.items()})
         self.model.is_trained_ = self.model.is_trained_ and bool(self.model.history_)
         super()._update_history()
-        _rename_rates(self.model.history_, _OF_GROUPS, _OF_PARTS)
+        _rename(self.model.history_, names)
         if isinstance(self.model.history_, dict):
-            for key in [key for key in self.model.history_ if key.startswith("lr-") and key.endswith(_OF_THIRD_GROUP)]:
-                del self.model.history_[key]
-        if is_adamw:
-            _rename_optimizer(self.model.history_, "lr-AdamW", "lr-Adam")
+            self.model.history_.pop(others, None)  # as for linear layers
 
 
-def _rename_optimizer(history: Any, old: str, new: str) -> None:
-    """Rename the learning rates of an optimizer in a history: those of AdamW have the names of scVI's Adam."""
-    if not isinstance(history, dict):
-        return
-    for part in _OF_PARTS:
-        if old + part in history:
-            history[new + part] = history.pop(old + part).rename(columns={old + part: new + part})
-
-
-def _rename_rates(history: Any, old: tuple[str, str], new: tuple[str, str]) -> None:
-    """Rename the learning rates of networks and prior in a history, those of an optimizer that has both."""
+def _rename(history: Any, names: dict[str, str]) -> None:
+    """Rename entries of a history and the columns that have their names; it need not have all of them."""
     if not isinstance(history, dict):  # None before the first training; another logger's
         return
-    for key in [key for key in history if key.startswith("lr-") and key.endswith(old[1])]:
-        optimizer = key.removesuffix(old[1])
-        for suffix, renamed in zip(old, new, strict=True):
-            table = history.pop(optimizer + suffix)
-            history[optimizer + renamed] = table.rename(columns={optimizer + suffix: optimizer + renamed})
+    for old, new in names.items():
+        if old in history:
+            history[new] = history.pop(old).rename(columns={old: new})
