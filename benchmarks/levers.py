@@ -20,13 +20,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 from results import DATA_SETS, load
 
-from qbmscvi import QBMSCVI, SamplingSchedule
+from qbmscvi import QBMSCVI, QBMTrainingPlan, SamplingSchedule
 from qbmscvi.benchmark import METRICS, compare, paired_difference, read_records
 from qbmscvi.benchmark.__main__ import add_options, arguments
 from qbmscvi.benchmark._models import MODELS, NeuralModel
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
+
+    from torch import Tensor
+    from torch.optim import Optimizer
 
     from qbmscvi.benchmark import Fit, Task
 
@@ -56,18 +59,44 @@ def at_every_step(**plan: float) -> NeuralModel:
     return NeuralModel(QBMSCVI, plan=lambda task: {**SLOW, **plan}, training=every_step)
 
 
+class DecayingPlan(QBMTrainingPlan):
+    """Weight decay of all that the networks have but the dispersions: of biases and normalization, too."""
+
+    def get_optimizer_creator(self) -> Callable[[Iterable[Tensor]], Optimizer]:
+        """See :class:`~qbmscvi.QBMTrainingPlan`."""
+        create = super().get_optimizer_creator()
+
+        def create_decaying(parameters: Iterable[Tensor]) -> Optimizer:
+            optimizer = create(parameters)
+            linear, _, others = optimizer.param_groups
+            linear["params"] += [p for p in others["params"] if p is not self.module.px_r]
+            others["params"] = [self.module.px_r]
+            return optimizer
+
+        return create_decaying
+
+
+class DecayingQBMSCVI(QBMSCVI):
+    """QBMSCVI with that training plan."""
+
+    _training_plan_cls = DecayingPlan
+
+
 LEVERS = {
     "32 spins": with_arguments(n_latent=32),
+    "128 spins": with_arguments(n_latent=128),
     "complete graph": with_arguments(prior_graph="complete"),
     "ReinMax": with_arguments(smoothing="reinmax"),
     "DisARM": with_arguments(smoothing="disarm"),
     "Gumbel": with_arguments(smoothing="gumbel"),
+    "spike and exponential": with_arguments(smoothing="spike-exponential"),
     "no dropout": with_arguments(dropout_rate=0.0),
     "scVI's epsilon": with_plan(eps=0.01),
     "KL weight one half": with_plan(max_kl_weight=0.5),
     "prior twice as fast": with_plan(prior_lr=1e-4),
     "prior half as fast as the networks, with weight decay": with_plan(prior_lr=1e-3, prior_weight_decay=0.3),
     "three times scVI's learning rate": with_plan(lr=3e-3, prior_lr=5e-5),
+    "weight decay of biases and normalization, too": NeuralModel(DecayingQBMSCVI),
     ADAM: with_plan(optimizer="Adam"),
     SCVIS_RATE: with_plan(**SLOW),
     "128 spins, scVI's rate": NeuralModel(QBMSCVI, lambda task: {"n_latent": 128}, lambda task: dict(SLOW)),
