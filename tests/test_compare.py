@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -235,6 +236,13 @@ def test_report_compares_with_every_scvi_and_with_the_best(tmp_path):
     in_short = text.split("## In short")[1].split("## first")[0]
     assert "| held-out ELBO | QBMSCVI, J = 0 |" in in_short
     assert "| score | against | first | second | all |" in in_short
+    by_variant = in_short.split("variant by variant")[1]
+    assert [row.split(" | ")[0] for row in by_variant.splitlines() if row.startswith("| ")] == [
+        "| against",
+        "| ---",
+        "| SCVI",
+        "| SCVI, same schedule",
+    ]
     summary = pd.read_csv(tmp_path / "results.csv").set_index(["data", "model", "metric"])
     assert summary.loc["first", "SCVI", "elbo"]["mean"] == -9.0
     assert summary.loc["first", "PCA", "knn_accuracy"]["count"] == 3
@@ -259,6 +267,9 @@ def test_command_line_writes_records_and_report_and_repeats_a_cell(adata, quick_
     command_line.main([*given, "--cell", "SCVI", "1"])
     assert "largest distance to the record: 0\n" in capsys.readouterr().out
     assert read_records(out / "comparison.jsonl") == records
+    shutil.rmtree(out / "comparison.latents")
+    command_line.main(given)
+    assert "](umap_cells_native.png)" in (out / "RESULTS.md").read_text()  # figures of cells stay
     with pytest.raises(SystemExit, match="Unknown model"):
         command_line.main([*given, "--models", "none"])
     with pytest.raises(SystemExit):

@@ -69,7 +69,7 @@ def write_report(records: str | Path | Iterable[Record], folder: str | Path, *, 
     ----------
     records
         File of the records, or the records; figures of cells are drawn from a file only, beside which their
-        representations lie.
+        representations lie. Without these the report shows figures of cells that ``folder`` has from before.
     folder
         Where to write ``RESULTS.md``, ``results.csv`` (mean and standard deviation over seeds of every score),
         ``differences.csv`` (paired differences of every score) and the figures.
@@ -216,14 +216,14 @@ def _summary_lines(differences: pd.DataFrame) -> list[str]:
         (differences["model"] == _MODEL)
         & (differences["schedule"] == "native")
         & differences["metric"].isin(_HEADLINES)
-        & differences["reference"].isin(_HEADLINE_REFERENCES)
     ]
-    if part.empty:
+    headlines = part[part["reference"].isin(_HEADLINE_REFERENCES)]
+    if headlines.empty:
         return []
-    sets = list(dict.fromkeys(part["data"]))
+    sets = list(dict.fromkeys(headlines["data"]))
     cells = {
         key: _interval(row.set_index("metric").iloc[0])
-        for key, row in part.groupby(["metric", "reference", "data"], sort=False)
+        for key, row in headlines.groupby(["metric", "reference", "data"], sort=False)
     }
     rows = [
         [METRICS[metric].title, reference, *(cells.get((metric, reference, data), "") for data in sets)]
@@ -231,7 +231,7 @@ def _summary_lines(differences: pd.DataFrame) -> list[str]:
         for reference in _HEADLINE_REFERENCES
         if any((metric, reference, data) in cells for data in sets)
     ]
-    return [
+    lines = [
         "",
         "## In short",
         "",
@@ -240,26 +240,34 @@ def _summary_lines(differences: pd.DataFrame) -> list[str]:
         "",
         *_markdown_table(["score", "against", *sets], rows),
     ]
+    pooled = part[(part["data"] == "all") & part["reference"].str.startswith("SCVI")]
+    if pooled["reference"].nunique() > 1:
+        shown, rows = _pair_rows(pooled)
+        table = _markdown_table(["against", *(METRICS[m].title for m in shown)], [row[1:] for row in rows])
+        lines += ["", "The same over all data sets, variant by variant of scVI:", "", *table]
+    return lines
 
 
 def _difference_lines(differences: pd.DataFrame, data: str, schedule: str) -> list[str]:
     if differences.empty:
         return []
     part = differences[(differences["data"] == data) & (differences["schedule"] == schedule)]
-    shown = [metric for metric in METRICS if metric in set(part["metric"])]
+    shown, rows = _pair_rows(part)
     if not shown:
         return []
+    table = _markdown_table(["model", "against", *(METRICS[m].title for m in shown)], rows)
+    return ["", "Paired differences:", "", *table]
+
+
+def _pair_rows(part: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Scores that have a difference, and a row per pair of models: both names and the differences."""
+    shown = [metric for metric in METRICS if metric in set(part["metric"])]
     rows = []
     for (model, reference), of_pair in part.groupby(["model", "reference"], sort=False):
         by_metric = of_pair.set_index("metric")
         cells = [_interval(by_metric.loc[metric]) if metric in by_metric.index else "" for metric in shown]
         rows.append([model, reference, *cells])
-    return [
-        "",
-        "Paired differences:",
-        "",
-        *_markdown_table(["model", "against", *(METRICS[m].title for m in shown)], rows),
-    ]
+    return shown, rows
 
 
 def _markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
@@ -352,8 +360,9 @@ def _draw_cells(data: str, schedule: str, records: list[Record], path: Path, fol
     first = min(record["seed"] for record in own)
     files = {r["model"]: latent_path(path, r) for r in own if r["seed"] == first and r["model"] != SHUFFLED}
     files = {model: file for model, file in files.items() if file.exists()}
-    if not files:
-        return []
+    figure_file = folder / f"umap_{data}_{schedule}.png"
+    if not files:  # they take much room and may be gone, but a figure of them stays
+        return [figure_file] if figure_file.exists() else []
     panels = {model: _umap(file) for model, file in files.items()}
     columns = [key for key in ("labels", "batches") if key in next(iter(panels.values()))]
     figure, axes = plt.subplots(
@@ -367,7 +376,7 @@ def _draw_cells(data: str, schedule: str, records: list[Record], path: Path, fol
         for ax, (model, cells) in zip(row, panels.items(), strict=True):
             is_last = ax is row[-1]
             pl.embedding(cells["umap"], cells[column], title=model, axis_name="UMAP", legend=is_last, ax=ax)
-    return [_save(axes[0, 0], folder / f"umap_{data}_{schedule}.png")]
+    return [_save(axes[0, 0], figure_file)]
 
 
 def _umap(file: Path) -> dict[str, np.ndarray]:
