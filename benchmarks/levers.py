@@ -114,7 +114,16 @@ REFERENCES = {
     "prior at a tenth of their rate": AT_EVERY_STEP,
     "prior at a fiftieth": AT_EVERY_STEP,
 }
-SHOWN = ("scib_bio", "scib_batch", "scib_total", "knn_macro_f1", "boosting_macro_f1", "pseudotime_tau", "elbo")
+SHOWN = (
+    "scib_bio",
+    "scib_batch",
+    "scib_total",
+    "silhouette",
+    "knn_macro_f1",
+    "boosting_macro_f1",
+    "pseudotime_tau",
+    "elbo",
+)
 
 
 def named(name: str) -> Callable[[Task], Fit]:

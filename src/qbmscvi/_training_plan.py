@@ -73,7 +73,8 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
         within 50 epochs, whatever the number of cells. With ``"Adam"`` it is scVI's 1e-6. It is zero where a part of
         the networks is frozen, as after ``load_query_data``. Without it more held-out ELBO is lost in long training on
         a few thousand cells (400 epochs, one seed, ``benchmarks/LEVERS.md``). Chosen among three constants in runs of
-        one or two seeds on the data sets that judge it.
+        one or two seeds on the data sets that judge it. Biases and normalization have none because decay of them, too,
+        costs the mixing of batches, though it gains one to three nats of held-out ELBO (``benchmarks/LEVERS.md``).
     prior_weight_decay
         Weight decay of the prior's parameters; none by default.
     n_epochs_kl_warmup
