@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from results import DATA_SETS, load
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
+    from qbmscvi._model import Representation
     from qbmscvi.benchmark import Fit, Task
 
 HERE = Path(__file__).parent
@@ -57,6 +58,16 @@ def with_plan(**plan: float | str) -> NeuralModel:
 def at_every_step(**plan: float) -> NeuralModel:
     """QBMSCVI with Adam at scVI's learning rate, its chains moved on at each step."""
     return NeuralModel(QBMSCVI, plan=lambda task: {**SLOW, **plan}, training=every_step)
+
+
+def read_as(representation: Representation) -> NeuralModel:
+    """QBMSCVI whose cells are represented in another way."""
+
+    class Reading(QBMSCVI):
+        def get_latent_representation(self, *args: Any, **kwargs: Any) -> np.ndarray:
+            return super().get_latent_representation(*args, representation=representation, **kwargs)
+
+    return NeuralModel(Reading)
 
 
 class DecayingPlan(QBMTrainingPlan):
@@ -97,6 +108,8 @@ LEVERS = {
     "prior half as fast as the networks, with weight decay": with_plan(prior_lr=1e-3, prior_weight_decay=0.3),
     "three times scVI's learning rate": with_plan(lr=3e-3, prior_lr=5e-5),
     "weight decay of biases and normalization, too": NeuralModel(DecayingQBMSCVI),
+    "represented by mean spins": read_as("mean"),
+    "represented by logits": read_as("logits"),
     ADAM: with_plan(optimizer="Adam"),
     SCVIS_RATE: with_plan(**SLOW),
     "128 spins, scVI's rate": NeuralModel(QBMSCVI, lambda task: {"n_latent": 128}, lambda task: dict(SLOW)),
