@@ -54,8 +54,8 @@ class QBMSCVI(LikelihoodMixin, InterpretationMixin, SCVI, DeferredInitialization
         Registry of a data module.
     n_latent
         Number of spins (``latent="spins"``, default 64) or width of the Gaussian layer (``latent="gaussian-spins"``,
-        default 10). Twice the spins show no gain in types or integration (``benchmarks/LEVERS.md``, two or more runs on
-        each of four data sets).
+        default 10). Twice the spins integrate batches less well, and find types no better (``benchmarks/LEVERS.md``, three
+        seeds on each of four data sets).
     latent_distribution
         Kept for scVI's signature; must be ``"normal"``.
     latent
@@ -74,8 +74,8 @@ class QBMSCVI(LikelihoodMixin, InterpretationMixin, SCVI, DeferredInitialization
     smoothing
         What the decoder sees of a spin in training: ``"straight-through"``, ``"reinmax"``, ``"disarm"``,
         ``"gumbel"``, ``"spike-exponential"``, or an instance from :mod:`qbmscvi.distributions`.
-        In two or more runs on each of four data sets (``benchmarks/LEVERS.md``) ReinMax and Gumbel are behind the
-        default in scIB total, silhouette and held-out ELBO, or level with it. DisARM was not compared.
+        ReinMax and Gumbel are behind the default in scIB total, silhouette and macro-F1 of neighbors, Gumbel in
+        held-out ELBO, too (``benchmarks/LEVERS.md``, three seeds on each of four data sets). DisARM was not compared.
     n_chains
         Persistent chains of the prior. With 512, of which 448 give the moments, the sampling
         error of a moment is at most 0.05, half of that of the 128 cells of a batch.

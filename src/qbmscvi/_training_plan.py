@@ -74,7 +74,8 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
         the networks is frozen, as after ``load_query_data``. Without it more held-out ELBO is lost in long training on
         a few thousand cells (400 epochs, one seed, ``benchmarks/LEVERS.md``). Chosen among three constants in runs of
         one or two seeds on the data sets that judge it. Biases and normalization have none because decay of them, too,
-        costs the mixing of batches, though it gains one to three nats of held-out ELBO (``benchmarks/LEVERS.md``).
+        costs macro-F1 and the mixing of batches, though it gains some two nats of held-out ELBO
+        (``benchmarks/LEVERS.md``).
     prior_weight_decay
         Weight decay of the prior's parameters; none by default.
     n_epochs_kl_warmup
