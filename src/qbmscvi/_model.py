@@ -54,8 +54,8 @@ class QBMSCVI(LikelihoodMixin, InterpretationMixin, SCVI, DeferredInitialization
         Registry of a data module.
     n_latent
         Number of spins (``latent="spins"``, default 64) or width of the Gaussian layer (``latent="gaussian-spins"``,
-        default 10). Twice the spins integrate batches less well, and find types no better (``benchmarks/LEVERS.md``, three
-        seeds on each of four data sets).
+        default 10). Twice the spins integrate batches less well and find types no better (``benchmarks/LEVERS.md``,
+        three seeds on each of four data sets).
     latent_distribution
         Kept for scVI's signature; must be ``"normal"``.
     latent
