@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from results import DATA_SETS, load
 
 from qbmscvi import QBMSCVI, QBMTrainingPlan, SamplingSchedule
@@ -70,6 +71,20 @@ def read_as(representation: Representation) -> NeuralModel:
     return NeuralModel(Reading)
 
 
+class RepeatingPlan(QBMTrainingPlan):
+    """Four draws of the spins of each cell in every step, and of dropout, in place of one."""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """See :class:`~qbmscvi.QBMTrainingPlan`."""
+        return super().training_step({key: torch.cat([values] * 4) for key, values in batch.items()}, batch_idx)
+
+
+class RepeatingQBMSCVI(QBMSCVI):
+    """QBMSCVI with that training plan."""
+
+    _training_plan_cls = RepeatingPlan
+
+
 class DecayingPlan(QBMTrainingPlan):
     """Weight decay of all that the networks have but the dispersions: of biases and normalization, too."""
 
@@ -108,6 +123,7 @@ LEVERS = {
     "prior half as fast as the networks, with weight decay": with_plan(prior_lr=1e-3, prior_weight_decay=0.3),
     "three times scVI's learning rate": with_plan(lr=3e-3, prior_lr=5e-5),
     "weight decay of biases and normalization, too": NeuralModel(DecayingQBMSCVI),
+    "four draws of each cell": NeuralModel(RepeatingQBMSCVI),
     "represented by mean spins": read_as("mean"),
     "represented by logits": read_as("logits"),
     ADAM: with_plan(optimizer="Adam"),
