@@ -35,9 +35,9 @@ def f1_per_type(latent: np.ndarray, labels: np.ndarray, types: np.ndarray, seed:
     return np.mean([f1_score(labels, p, labels=types, average=None, zero_division=0.0) for p in predictions], axis=0)
 
 
-def scores_of(records: Path) -> dict[tuple[str, str], dict[int, dict[str, tuple[int, float]]]]:
-    """Cells and F1 by data set and model, seed, and type."""
-    scores = {}
+def scores_of(records: Path) -> tuple[dict[tuple[str, str], dict[int, dict[str, tuple[int, float]]]], set[str]]:
+    """Cells and F1 by data set and model, seed, and type; and the commits of the runs."""
+    scores, commits = {}, set()
     for record in read_records(records):
         path = latent_path(records, record)
         if record["schedule"] != "native" or record["model"] not in (MODEL, *REFERENCES) or not path.exists():
@@ -50,11 +50,12 @@ def scores_of(records: Path) -> dict[tuple[str, str], dict[int, dict[str, tuple[
         f1 = f1_per_type(latent, labels, types, record["seed"])
         by_type = dict(zip(types, zip(sizes.tolist(), f1.tolist(), strict=True), strict=True))
         scores.setdefault((record["data"], record["model"]), {})[record["seed"]] = by_type
+        commits.add(record["commit"] or "none")
         print(record["data"], record["model"], record["seed"], f"{f1.mean():.3f}", flush=True)
-    return scores
+    return scores, commits
 
 
-def to_markdown(scores: dict) -> str:
+def to_markdown(scores: dict, commits: set[str]) -> str:
     """Text of ``PER_TYPE.md``."""
     lines = [
         "# Which cell types gain and which lose",
@@ -63,6 +64,8 @@ def to_markdown(scores: dict) -> str:
         "gradient boosting) in five folds, and over seeds; then QBMSCVI minus the model named, mean of paired "
         "differences with Student's 95 % interval. Types of the same data set share cells and runs, and there are "
         "many: one interval in twenty misses zero by chance alone.",
+        "",
+        f"Commits {', '.join(sorted(commits))}.",
     ]
     for data in dict.fromkeys(data for data, _ in scores):
         ours = scores[data, MODEL]
@@ -92,10 +95,10 @@ def main() -> None:
     parser.add_argument("--records", type=Path, default=HERE / "results.jsonl")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of PER_TYPE.md")
     options = parser.parse_args()
-    scores = scores_of(options.records)
+    scores, commits = scores_of(options.records)
     if not scores:
         parser.error(f"no representations beside {options.records.name}: run results.py with --save-latents")
-    (options.out / "PER_TYPE.md").write_text(to_markdown(scores))
+    (options.out / "PER_TYPE.md").write_text(to_markdown(scores, commits))
     print(f"wrote {options.out / 'PER_TYPE.md'}")
 
 
