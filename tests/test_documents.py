@@ -5,6 +5,7 @@ Fences marked ``no-run`` are commands for a shell, or say why they cannot run; t
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -19,6 +20,7 @@ NOTEBOOKS = [
     pytest.param(path, id=path.stem, marks=[] if path.stem == "quickstart" else pytest.mark.slow)
     for path in sorted((ROOT / "tutorials").glob("*.ipynb"))
 ]
+INTERVAL = re.compile(r"([-+]?\d+\.\d+)[^().\d]*\(([-+]?\d+\.\d+)\s+to\s+([-+]?\d+\.\d+)\)")
 FENCE = re.compile(r"^```(?P<info>[^\n]*)\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -76,6 +78,35 @@ def test_relative_links_of_a_page_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text())
     missing = [target for target in targets if not (page.parent / target).exists()]
     assert missing == []
+
+
+def intervals_without_a_source(text: str) -> list[tuple[str, ...]]:
+    """Differences with an interval that no table of the benchmarks has, in either direction, to the stated digits."""
+    folder = ROOT / "benchmarks"
+    tables = [(folder / name).read_text() for name in ("LEVERS.md", "PER_TYPE.md")]
+    known = [[float(number) for number in match] for table in tables for match in INTERVAL.findall(table)]
+    for row in csv.DictReader((folder / "results" / "differences.csv").open()):
+        names = ("mean", "bootstrap_low", "bootstrap_high") if row["data"] == "all" else ("mean", "t_low", "t_high")
+        if all(row[name] for name in names):
+            known.append([float(row[name]) for name in names])
+    known += [[-mean, -high, -low] for mean, low, high in known]
+
+    def is_known(stated: tuple[str, ...]) -> bool:
+        half_a_digit = 0.5001 * 10 ** -len(stated[0].partition(".")[2])
+        return any(all(abs(float(a) - b) <= half_a_digit for a, b in zip(stated, row, strict=True)) for row in known)
+
+    return [stated for stated in INTERVAL.findall(text) if not is_known(stated)]
+
+
+def test_intervals_of_the_comparison_are_those_of_its_tables() -> None:
+    text = (ROOT / "docs" / "comparison.md").read_text()
+    stated = INTERVAL.findall(text)
+    assert len(stated) >= 8
+    assert intervals_without_a_source(text) == []
+    first = INTERVAL.search(text)[0]
+    for number in stated[0]:
+        wrong = first.replace(number, f"{number[:-1]}{(int(number[-1]) + 5) % 10}", 1)
+        assert len(intervals_without_a_source(wrong)) == 1
 
 
 def test_every_citation_has_an_entry() -> None:
