@@ -251,6 +251,20 @@ def test_report_compares_with_every_scvi_and_with_the_best(tmp_path):
         write_report([], tmp_path)
 
 
+def test_report_pairs_the_seeds_that_both_models_have(tmp_path):
+    records = [r for r in fake_records() if r["seed"] < 2 or r["model"].startswith("QBMSCVI")]
+    text = write_report(records, tmp_path).read_text()
+    assert "10 cells, 5 genes, 2 epochs, 2 to 3 seeds; differences are of those that both" in text
+    differences = pd.read_csv(tmp_path / "differences.csv")
+    is_of_first = (differences[["data", "metric", "model"]] == ["first", "knn_accuracy", "QBMSCVI"]).all(axis=1)
+    of_first = differences[is_of_first].set_index("reference")
+    assert of_first.loc["SCVI"]["n"] == of_first.loc["best SCVI"]["n"] == 2
+    assert of_first.loc["QBMSCVI, J = 0"]["n"] == 3
+    by_run = {(r["model"], r["seed"]): r["scores"].get("knn_accuracy") for r in records if r["data"] == "first"}
+    expected = np.mean([by_run["QBMSCVI", seed] - by_run["SCVI", seed] for seed in range(2)])
+    assert of_first.loc["SCVI"]["mean"] == pytest.approx(expected)
+
+
 def test_command_line_writes_records_and_report_and_repeats_a_cell(adata, quick_scores, tmp_path, capsys):
     file, out = tmp_path / "cells.h5ad", tmp_path / "out"
     adata.write_h5ad(file)

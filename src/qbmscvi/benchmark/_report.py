@@ -6,6 +6,7 @@ beside them.
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -292,11 +293,12 @@ def _interval(row: pd.Series) -> str:
 
 
 def _facts(records: list[Record]) -> str:
-    first, seeds = records[0], {record["seed"] for record in records}
-    return (
-        f"{first['n_cells']} cells, {first['n_genes']} genes, {first['max_epochs']} epochs, "
-        f"{len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'}."
-    )
+    first, n_seeds = records[0], Counter(record["model"] for record in records)
+    fewest, most = min(n_seeds.values()), max(n_seeds.values())
+    seeds = f"{fewest} {'seed' if fewest == 1 else 'seeds'}"
+    if fewest < most:
+        seeds = f"{fewest} to {most} seeds; differences are of those that both models have"
+    return f"{first['n_cells']} cells, {first['n_genes']} genes, {first['max_epochs']} epochs, {seeds}."
 
 
 def _cost(records: list[Record], model: str) -> str:
