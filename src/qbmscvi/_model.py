@@ -55,7 +55,7 @@ class QBMSCVI(LikelihoodMixin, InterpretationMixin, SCVI, DeferredInitialization
     n_latent
         Number of spins (``latent="spins"``, default 64) or width of the Gaussian layer (``latent="gaussian-spins"``,
         default 10). Twice the spins integrate batches less well and find types no better (``benchmarks/LEVERS.md``,
-        three seeds on each of four data sets).
+        three seeds on each of four data sets); half of them predict unseen cells less well (two seeds on two).
     latent_distribution
         Kept for scVI's signature; must be ``"normal"``.
     latent
@@ -70,12 +70,14 @@ class QBMSCVI(LikelihoodMixin, InterpretationMixin, SCVI, DeferredInitialization
         Couplings of the prior. ``"bipartite"``: a restricted Boltzmann machine, whose layers are two halves of the
         spins, or the Gaussian layer and the spins. ``"complete"``, ``"chimera"``, ``"pegasus"``, ``"zephyr"`` or any
         :class:`networkx.Graph`: couplings between the spins. ``"independent"``: none, the J = 0 control, which is in
-        ``benchmarks/RESULTS.md``. No comparison has chosen among the graphs; the default is the published one.
+        ``benchmarks/RESULTS.md``. The default is the published one; ``"complete"`` takes longer and finds types no
+        better (``benchmarks/LEVERS.md``, two seeds on each of two data sets). The others were not compared.
     smoothing
         What the decoder sees of a spin in training: ``"straight-through"``, ``"reinmax"``, ``"disarm"``,
         ``"gumbel"``, ``"spike-exponential"``, or an instance from :mod:`qbmscvi.distributions`.
         ReinMax and Gumbel are behind the default in scIB total, silhouette and macro-F1 of neighbors, Gumbel in
-        held-out ELBO, too (``benchmarks/LEVERS.md``, three seeds on each of four data sets). DisARM was not compared.
+        held-out ELBO, too (``benchmarks/LEVERS.md``, three seeds on each of four data sets); the published
+        spike-and-exponential in macro-F1 and held-out ELBO (two seeds on two). DisARM was not compared.
     n_chains
         Persistent chains of the prior. With 512, of which 448 give the moments, the sampling
         error of a moment is at most 0.05, half of that of the 128 cells of a batch.

@@ -74,14 +74,13 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
         the networks is frozen, as after ``load_query_data``. Without it more held-out ELBO is lost in long training on
         a few thousand cells (400 epochs, one seed, ``benchmarks/LEVERS.md``). Chosen among three constants in runs of
         one or two seeds on the data sets that judge it. Biases and normalization have none because decay of them, too,
-        costs macro-F1 and the mixing of batches, though it gains some two nats of held-out ELBO
-        (``benchmarks/LEVERS.md``).
+        mixes batches less, though it gains some two nats of held-out ELBO (``benchmarks/LEVERS.md``).
     prior_weight_decay
         Weight decay of the prior's parameters; none by default.
     n_epochs_kl_warmup
         Epochs until the KL weight is reached. ``"auto"`` takes ``n_steps_kl_warmup`` if that is given, and otherwise
-        the first tenth of all steps. Half of them gave the same on ``kang_ifnb`` (five seeds, both schedules in
-        ``benchmarks/RESULTS.md``); scVI's 400 epochs would leave the weight below one in any shorter run.
+        the first tenth of all steps. Half of them gave the same on four data sets (three seeds or five, both schedules
+        in ``benchmarks/RESULTS.md``); scVI's 400 epochs would leave the weight below one in any shorter run.
     eps
         Adam's epsilon. scVI's 0.01 exceeds the gradients of the prior and would freeze them.
     """
