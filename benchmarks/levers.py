@@ -220,7 +220,7 @@ def to_markdown(records: list[dict], defaults: list[dict], long: list[dict]) -> 
         "chance alone. Held-out ELBO in nats per cell.",
         "",
         f"Commits {', '.join(sorted({r['commit'] or 'none' for r in records + long}))}.",
-        *_section("All data sets", records, defaults, n_sets=2),
+        *_section("Several data sets", records, defaults, n_sets=2),
     ]
     for heading, tried, beside in (("", records, defaults), (", 400 epochs", long, long)):
         for data in dict.fromkeys(r["data"] for r in tried):
@@ -236,9 +236,10 @@ def _section(heading: str, tried: list[dict], beside: list[dict], n_sets: int = 
         pairs = _pairs(name, tried, beside)
         if len(pairs) >= n_sets:
             n_runs = [str(n) for n in sorted({len(of_set) for of_set in pairs.values()})]
-            what = [name, REFERENCES.get(name, "the default"), " to ".join(n_runs[:1] + n_runs[1:][-1:])]
+            what = [name, REFERENCES.get(name, "the default")]
+            what += [str(len(pairs))] * (n_sets > 1) + [" to ".join(n_runs[:1] + n_runs[1:][-1:])]
             rows.append(_row(what + [_difference(pairs, metric) for metric in shown]))
-    titles = ["setting", "minus", "seeds", *(METRICS[metric].title for metric in shown)]
+    titles = ["setting", "minus", *["sets"] * (n_sets > 1), "seeds", *(METRICS[metric].title for metric in shown)]
     return ["", f"## {heading}", "", _row(titles), _row(["---"] * len(titles)), *rows] if rows else []
 
 
