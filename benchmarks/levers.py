@@ -29,6 +29,7 @@ from qbmscvi._module import QBMVAE
 from qbmscvi.benchmark import METRICS, compare, paired_difference, pooled_difference, read_records
 from qbmscvi.benchmark.__main__ import add_options, arguments
 from qbmscvi.benchmark._models import MODELS, NeuralModel
+from qbmscvi.ising import edge_fields
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -43,6 +44,7 @@ HERE = Path(__file__).parent
 ADAM, SCVIS_RATE = "Adam, without weight decay", "Adam at scVI's learning rate"
 AT_EVERY_STEP = "chains at every step, scVI's rate"
 OTHER_NUMBERS = "other random numbers"
+FALLING = "learning rate falls to zero"
 SLOW = {"optimizer": "Adam", "lr": 1e-3, "prior_lr": 5e-5}
 
 
@@ -119,19 +121,36 @@ class DecayingQBMSCVI(QBMSCVI):
     _training_plan_cls = DecayingPlan
 
 
+class FallingPlan(QBMTrainingPlan):
+    """The networks' learning rate falls to zero over the second half of the steps."""
+
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Set the learning rate of this step."""
+        left = 1.0 - self.trainer.global_step / self.trainer.estimated_stepping_batches
+        linear, _, others = self.optimizers().param_groups
+        linear["lr"] = others["lr"] = self.lr * min(1.0, 2.0 * left)
+
+
+class FallingQBMSCVI(QBMSCVI):
+    """QBMSCVI with that training plan."""
+
+    _training_plan_cls = FallingPlan
+
+
 class FollowingVAE(QBMVAE):
     """A prior that follows the cells and does not pull them: their KL is to independent, unbiased spins."""
 
+    pull_of_fields, pull_of_couplings = 0.0, 0.0
+
     def loss(self, tensors: dict, inference_outputs: dict, *args: Any, kl_weight: float = 1.0, **kwargs: Any) -> Any:
-        """See :class:`~qbmscvi._module.QBMVAE`; in training the prior's energy has no gradient for the cells."""
+        """See :class:`~qbmscvi._module.QBMVAE`; in training the cells get a part of the gradient of the energy."""
         losses = super().loss(tensors, inference_outputs, *args, kl_weight=kl_weight, **kwargs)
         if self.training:
-            parameters = {parameter: parameter.requires_grad for parameter in self.prior.parameters()}
-            self.prior.requires_grad_(False)
-            energy = self.prior.expected_energy(inference_outputs[MODULE_KEYS.QZ_KEY]).sum(-1)
-            for parameter, requires_grad in parameters.items():
-                parameter.requires_grad_(requires_grad)
-            losses.loss = losses.loss - (kl_weight * (energy - energy.detach())).mean()
+            spins = inference_outputs[MODULE_KEYS.QZ_KEY].spin_mean
+            h, couplings = self.prior.h.detach(), self.prior.J.detach()
+            of_couplings = 0.5 * (spins * edge_fields(spins, couplings, self.prior.graph)).sum(-1)
+            excess = (1.0 - self.pull_of_fields) * (spins @ h) + (1.0 - self.pull_of_couplings) * of_couplings
+            losses.loss = losses.loss - (kl_weight * (excess - excess.detach())).mean()
         return losses
 
 
@@ -139,6 +158,30 @@ class FollowingQBMSCVI(QBMSCVI):
     """QBMSCVI with that module."""
 
     _module_cls = FollowingVAE
+
+
+class FollowingCouplingsVAE(FollowingVAE):
+    """Couplings that follow the cells and do not pull them; fields do, as in the control without couplings."""
+
+    pull_of_fields = 1.0
+
+
+class FollowingCouplingsQBMSCVI(QBMSCVI):
+    """QBMSCVI with that module."""
+
+    _module_cls = FollowingCouplingsVAE
+
+
+class HalfPullingVAE(FollowingVAE):
+    """Couplings that pull the cells half as much as the prior's energy asks."""
+
+    pull_of_fields, pull_of_couplings = 1.0, 0.5
+
+
+class HalfPullingQBMSCVI(QBMSCVI):
+    """QBMSCVI with that module."""
+
+    _module_cls = HalfPullingVAE
 
 
 LEVERS = {
@@ -166,6 +209,10 @@ LEVERS = {
         plan=lambda task: {"prior_lr": 1e-3},
         training=lambda task: {"schedule": SamplingSchedule(every_n_steps=2, n_sweeps=2)},
     ),
+    "couplings that follow": NeuralModel(FollowingCouplingsQBMSCVI),
+    "couplings that pull half": NeuralModel(HalfPullingQBMSCVI),
+    FALLING: NeuralModel(FallingQBMSCVI),
+    "J = 0, learning rate falls": NeuralModel(FallingQBMSCVI, lambda task: {"prior_graph": "independent"}),
     "represented by mean spins": read_as("mean"),
     "represented by logits": read_as("logits"),
     ADAM: with_plan(optimizer="Adam"),
@@ -179,6 +226,7 @@ LEVERS = {
 # What a setting was tried beside, where that is not the default.
 REFERENCES = {
     "J = 0, other random numbers": OTHER_NUMBERS,
+    "J = 0, learning rate falls": FALLING,
     SCVIS_RATE: ADAM,
     "128 spins, scVI's rate": SCVIS_RATE,
     AT_EVERY_STEP: SCVIS_RATE,
