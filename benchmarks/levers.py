@@ -184,6 +184,28 @@ class HalfPullingQBMSCVI(QBMSCVI):
     _module_cls = HalfPullingVAE
 
 
+class FallingHalfPullingQBMSCVI(HalfPullingQBMSCVI):
+    """Both: half the pull, and a learning rate that falls."""
+
+    _training_plan_cls = FallingPlan
+
+
+class RampedPlan(FallingPlan):
+    """The learning rate falls over the second half of the steps; the couplings begin to pull there, and end fully."""
+
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Set the learning rate and the pull of this step."""
+        super().on_train_batch_start(batch, batch_idx)
+        share = self.trainer.global_step / self.trainer.estimated_stepping_batches
+        self.module.pull_of_couplings = max(0.0, 2.0 * share - 1.0)
+
+
+class RampedQBMSCVI(FollowingCouplingsQBMSCVI):
+    """QBMSCVI with that training plan."""
+
+    _training_plan_cls = RampedPlan
+
+
 LEVERS = {
     OTHER_NUMBERS: NeuralModel(QBMSCVI, training=other_numbers),
     "J = 0, other random numbers": NeuralModel(
@@ -212,6 +234,13 @@ LEVERS = {
     "couplings that follow": NeuralModel(FollowingCouplingsQBMSCVI),
     "couplings that pull half": NeuralModel(HalfPullingQBMSCVI),
     FALLING: NeuralModel(FallingQBMSCVI),
+    "couplings that pull half, learning rate falls": NeuralModel(FallingHalfPullingQBMSCVI),
+    "couplings that pull late, learning rate falls": NeuralModel(RampedQBMSCVI),
+    "couplings that pull late, half as fast as the networks": NeuralModel(
+        RampedQBMSCVI,
+        plan=lambda task: {"prior_lr": 1e-3},
+        training=lambda task: {"schedule": SamplingSchedule(every_n_steps=2, n_sweeps=2)},
+    ),
     "J = 0, learning rate falls": NeuralModel(FallingQBMSCVI, lambda task: {"prior_graph": "independent"}),
     "represented by mean spins": read_as("mean"),
     "represented by logits": read_as("logits"),
