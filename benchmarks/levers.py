@@ -126,6 +126,7 @@ class FallingPlan(QBMTrainingPlan):
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Set the learning rate of this step."""
+        super().on_train_batch_start(batch, batch_idx)
         left = 1.0 - self.trainer.global_step / self.trainer.estimated_stepping_batches
         linear, _, others = self.optimizers().param_groups
         linear["lr"] = others["lr"] = self.lr * min(1.0, 2.0 * left)
@@ -190,22 +191,63 @@ class FallingHalfPullingQBMSCVI(HalfPullingQBMSCVI):
     _training_plan_cls = FallingPlan
 
 
-class RampedPlan(FallingPlan):
-    """The learning rate falls over the second half of the steps; the couplings begin to pull there, and end fully."""
+class LatePlan(QBMTrainingPlan):
+    """The couplings begin to pull after a share of the steps, and pull fully after another."""
+
+    pulls_from, pulls_fully_from = 0.5, 1.0
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Set the learning rate and the pull of this step."""
+        """Set the pull of this step."""
         super().on_train_batch_start(batch, batch_idx)
         share = self.trainer.global_step / self.trainer.estimated_stepping_batches
-        self.module.pull_of_couplings = max(0.0, 2.0 * share - 1.0)
+        pull = (share - self.pulls_from) / (self.pulls_fully_from - self.pulls_from)
+        self.module.pull_of_couplings = min(max(0.0, pull), 1.0)
 
 
-class RampedQBMSCVI(FollowingCouplingsQBMSCVI):
+class LateQBMSCVI(FollowingCouplingsQBMSCVI):
     """QBMSCVI with that training plan."""
 
-    _training_plan_cls = RampedPlan
+    _training_plan_cls = LatePlan
 
 
+class EarlierPlan(LatePlan):
+    """They pull fully in the last quarter of the steps."""
+
+    pulls_fully_from = 0.75
+
+
+class EarlierQBMSCVI(FollowingCouplingsQBMSCVI):
+    """QBMSCVI with that training plan."""
+
+    _training_plan_cls = EarlierPlan
+
+
+class FromTheStartPlan(LatePlan):
+    """They pull more and more from the first step to the last."""
+
+    pulls_from = 0.0
+
+
+class FromTheStartQBMSCVI(FollowingCouplingsQBMSCVI):
+    """QBMSCVI with that training plan."""
+
+    _training_plan_cls = FromTheStartPlan
+
+
+class FallingLatePlan(FallingPlan, LatePlan):
+    """Both: the learning rate falls over the second half of the steps, and the couplings begin to pull there."""
+
+
+class FallingLateQBMSCVI(FollowingCouplingsQBMSCVI):
+    """QBMSCVI with that training plan."""
+
+    _training_plan_cls = FallingLatePlan
+
+
+FAST_PRIOR = {
+    "plan": lambda task: {"prior_lr": 1e-3},
+    "training": lambda task: {"schedule": SamplingSchedule(every_n_steps=2, n_sweeps=2)},
+}
 LEVERS = {
     OTHER_NUMBERS: NeuralModel(QBMSCVI, training=other_numbers),
     "J = 0, other random numbers": NeuralModel(
@@ -226,21 +268,17 @@ LEVERS = {
     "three times scVI's learning rate": with_plan(lr=3e-3, prior_lr=5e-5),
     "weight decay of biases and normalization, too": NeuralModel(DecayingQBMSCVI),
     "four draws of each cell": NeuralModel(RepeatingQBMSCVI),
-    "prior that follows, half as fast as the networks": NeuralModel(
-        FollowingQBMSCVI,
-        plan=lambda task: {"prior_lr": 1e-3},
-        training=lambda task: {"schedule": SamplingSchedule(every_n_steps=2, n_sweeps=2)},
-    ),
+    "prior that follows, half as fast as the networks": NeuralModel(FollowingQBMSCVI, **FAST_PRIOR),
     "couplings that follow": NeuralModel(FollowingCouplingsQBMSCVI),
     "couplings that pull half": NeuralModel(HalfPullingQBMSCVI),
     FALLING: NeuralModel(FallingQBMSCVI),
     "couplings that pull half, learning rate falls": NeuralModel(FallingHalfPullingQBMSCVI),
-    "couplings that pull late, learning rate falls": NeuralModel(RampedQBMSCVI),
-    "couplings that pull late, half as fast as the networks": NeuralModel(
-        RampedQBMSCVI,
-        plan=lambda task: {"prior_lr": 1e-3},
-        training=lambda task: {"schedule": SamplingSchedule(every_n_steps=2, n_sweeps=2)},
-    ),
+    "couplings that pull late, learning rate falls": NeuralModel(FallingLateQBMSCVI),
+    "couplings that pull late, half as fast as the networks": NeuralModel(FallingLateQBMSCVI, **FAST_PRIOR),
+    "late couplings, half as fast": NeuralModel(LateQBMSCVI, **FAST_PRIOR),
+    "late couplings, a fifth as fast": NeuralModel(LateQBMSCVI, plan=lambda task: {"prior_lr": 4e-4}),
+    "late couplings, half as fast, fully in the last quarter": NeuralModel(EarlierQBMSCVI, **FAST_PRIOR),
+    "ever stronger couplings, a fifth as fast": NeuralModel(FromTheStartQBMSCVI, plan=lambda task: {"prior_lr": 4e-4}),
     "J = 0, learning rate falls": NeuralModel(FallingQBMSCVI, lambda task: {"prior_graph": "independent"}),
     "represented by mean spins": read_as("mean"),
     "represented by logits": read_as("logits"),
