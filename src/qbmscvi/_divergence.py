@@ -8,6 +8,9 @@ halved:
     \tfrac12 (\mu_a^2 + \sigma_a^2) - a_a \mu_a - \tfrac12 \mu_a (W m)_a - H_a + \frac{\log Z}{n}, \qquad
     m_i \bigl(h_i + \tfrac12 (J m)_i - \tfrac12 (W^\top \mu)_i\bigr) - H_i + \frac{\log Z}{n} .
 
+Cells may feel the couplings ``J`` and ``W`` with a weight below one: then the gradient of that mean energy to what the
+posterior is made of is so much smaller. Its value, and the gradient to the prior, are not.
+
 The gradient is written out, because as some fifty operations on small tensors it took longer than sampling; it cannot
 be differentiated again. That of log Z comes from moments of the prior, and its value from a buffer.
 """
@@ -62,7 +65,8 @@ class FactorialKL(Function):
     """KL per unit, shape ``(n_cells, n_gaussian + n_spins)``.
 
     Takes mean and scale of the Gaussian layer, logits of the spins, their means where these are known better than from
-    the logits (which alone get a gradient), the prior's ``a, h, W, J``, its log Z and :class:`Moments`, and its graph.
+    the logits (which alone get a gradient), the prior's ``a, h, W, J``, its log Z and :class:`Moments`, its graph, and the
+    weight with which cells feel the couplings.
     """
 
     @staticmethod
@@ -79,6 +83,7 @@ class FactorialKL(Function):
         log_z: Tensor,
         moments: Moments,
         graph: Graph,
+        coupling_weight: float,
     ) -> Tensor:
         n_gaussian = loc.shape[-1]
         descent = logits.abs().neg_()  # -|l|
@@ -98,14 +103,14 @@ class FactorialKL(Function):
             gaussian.addcmul_(loc, loc, value=0.5).addcmul_(scale, scale, value=0.5)
             kl = torch.cat([gaussian, kl], dim=-1)
         ctx.save_for_backward(loc, scale, logits, mean, a, h, W, J, rarer, field, drive, *moments)
-        ctx.graph = graph
+        ctx.graph, ctx.coupling_weight = graph, coupling_weight
         return kl
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         loc, scale, logits, mean, a, h, W, J, rarer, field, drive, *moments = ctx.saved_tensors
-        graph, n_gaussian = ctx.graph, loc.shape[-1]
+        graph, n_gaussian, felt = ctx.graph, loc.shape[-1], ctx.coupling_weight
         needs = dict(zip(("loc", "scale", "logits", "mean", "a", "h", "W", "J"), ctx.needs_input_grad, strict=False))
         # In training units are summed. Then both halves of a term that couples two of them have the same weight, and
         # three products are enough in place of six: a tenth of what the divergence takes (benchmarks/SPEED.md).
@@ -117,18 +122,19 @@ class FactorialKL(Function):
         if needs["logits"]:
             # dm/dl = 2 r (1 - r), r the probability of the rarer state, and dH/dl = -l r (1 - r).
             if of_sum:
-                slope = torch.add(logits, field, alpha=4.0).sub_(h, alpha=2.0).mul_(grad_s)
+                slope = torch.add(logits, field, alpha=4.0 * felt).add_(h, alpha=2.0 - 4.0 * felt).mul_(grad_s)
             else:
-                slope = torch.add(logits, field, alpha=2.0).mul_(grad_s)
-                slope = _add_fields(slope, grad_mean, J, graph, scale=1.0)
+                slope = torch.add(logits, field, alpha=2.0 * felt).add_(h, alpha=2.0 - 2.0 * felt).mul_(grad_s)
+                slope = _add_fields(slope, grad_mean, J, graph, scale=felt)
                 if n_gaussian:
-                    slope = torch.addmm(slope, weight, W, alpha=-1.0)
+                    slope = torch.addmm(slope, weight, W, alpha=-felt)
             grad_logits = torch.addcmul(rarer, rarer, rarer, value=-1.0).mul_(slope)
         if n_gaussian and needs["loc"]:
             if of_sum:
-                grad_loc = torch.add(loc, drive, alpha=-2.0).add_(a).mul_(grad_v)
+                grad_loc = torch.add(loc, drive, alpha=-2.0 * felt).add_(a, alpha=2.0 * felt - 1.0).mul_(grad_v)
             else:
-                grad_loc = torch.addcmul(weight, grad_v, drive, value=-1.0).addmm_(grad_mean, W.T, alpha=-0.5)
+                grad_loc = torch.addcmul(weight, grad_v, drive, value=-felt).sub_(grad_v * a, alpha=1.0 - felt)
+                grad_loc.addmm_(grad_mean, W.T, alpha=-0.5 * felt)
         if n_gaussian and needs["scale"]:
             grad_scale = grad_v * (scale - scale.reciprocal())
         of_prior = [None] * 4
@@ -142,7 +148,7 @@ class FactorialKL(Function):
                     of_prior[2].addmm_(weight.T, mean, alpha=-1.0)
                 else:
                     of_prior[2].addmm_(loc.T, grad_mean, alpha=-0.5).addmm_(weight.T, mean, alpha=-0.5)
-        return grad_loc, grad_scale, grad_logits, None, *of_prior, None, None, None
+        return grad_loc, grad_scale, grad_logits, None, *of_prior, None, None, None, None
 
 
 def _add_fields(base: Tensor, values: Tensor, J: Tensor, graph: Graph, scale: float) -> Tensor:

@@ -48,6 +48,8 @@ class LabeledPrior(BoltzmannPrior):
         See :class:`BoltzmannPrior`.
     """
 
+    has_coupling_weight = False
+
     def __init__(
         self, graph: Graph, n_labels: int, n_gaussian: int = 0, *, n_chains: int = 512, is_coupled: bool = True
     ) -> None:

@@ -59,13 +59,24 @@ class BoltzmannPrior(nn.Module):
     is_coupled
         If False, the Gaussian layer does not couple to the spins (``W = 0``, fixed). Together with a graph without
         edges this is the J = 0 control.
+
+    Attributes
+    ----------
+    coupling_weight
+        Weight of the couplings in the gradient that cells get from their KL divergence, between 0 (cells feel only the
+        fields, and the couplings follow them) and 1 (the gradient of the KL divergence). Training sets it step by step.
+    has_coupling_weight
+        Whether that weight can be set.
     """
+
+    has_coupling_weight: ClassVar[bool] = True
 
     def __init__(self, graph: Graph, n_gaussian: int = 0, *, n_chains: int = 512, is_coupled: bool = True) -> None:
         super().__init__()
         self.graph = graph
         self.n_gaussian = n_gaussian
         self.is_coupled = is_coupled
+        self.coupling_weight = 1.0
         n_spins, n_edges = graph.n_nodes, graph.n_edges
         self.h = nn.Parameter(torch.zeros(n_spins))
         self.J = nn.Parameter(_INITIAL_J_SCALE * torch.randn(n_edges))
@@ -216,7 +227,8 @@ def _kl_factorial_boltzmann(q: FactorialPosterior, p: BoltzmannDistribution) -> 
     if q.logits.ndim != 2:
         n_cells = q.batch_shape[:-1].numel()
         of_cells = (None if values is None else values.reshape(n_cells, values.shape[-1]) for values in of_cells)
-    kl = FactorialKL.apply(*of_cells, prior.a, prior.h, prior.W, prior.J, prior.log_z, prior.moments, prior.graph)
+    of_prior = (prior.a, prior.h, prior.W, prior.J, prior.log_z, prior.moments, prior.graph, prior.coupling_weight)
+    kl = FactorialKL.apply(*of_cells, *of_prior)
     return kl if q.logits.ndim == 2 else kl.view(q.batch_shape)
 
 

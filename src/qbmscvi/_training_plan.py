@@ -23,17 +23,19 @@ if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
 
     from qbmscvi._module import QBMVAE
+    from qbmscvi._prior import BoltzmannPrior
     from qbmscvi.samplers import Sampler
 
 _AUTO_WARMUP_SHARE = 0.1
-_AUTO_WARMUP_STEPS = 1_000  # where the number of steps is not known
-_PRIOR_LR_SHARE = 0.025
+_ASSUMED_STEPS = 10_000  # where the number of steps is not known
+_AUTO_COUPLING_WARMUP = (0.5, 1.0)
+_PRIOR_LR_SHARE, _LATE_PRIOR_LR_SHARE = 0.025, 0.5
 _EPOCHS_OF_MEMORY, _MAX_AUTO_DECAY = 50, 1.0
 
 
 def auto_kl_warmup(n_steps: float) -> int:
     """Length of the KL warm-up, in steps of the optimizer, that ``n_epochs_kl_warmup="auto"`` stands for."""
-    return round(_AUTO_WARMUP_SHARE * n_steps) if 0 < n_steps < math.inf else _AUTO_WARMUP_STEPS
+    return round(_AUTO_WARMUP_SHARE * _or_assumed(n_steps))
 
 
 def auto_weight_decay(lr: float, n_steps: float) -> float:
@@ -41,6 +43,10 @@ def auto_weight_decay(lr: float, n_steps: float) -> float:
     if not (lr > 0 and 0 < n_steps < math.inf):
         return 0.0
     return min(1.0 / (_EPOCHS_OF_MEMORY * lr * n_steps), _MAX_AUTO_DECAY)
+
+
+def _or_assumed(n_steps: float) -> float:
+    return n_steps if 0 < n_steps < math.inf else _ASSUMED_STEPS
 
 
 class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
@@ -97,10 +103,11 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
         prior_lr: float | None = None,
         prior_weight_decay: float | None = None,
         n_epochs_kl_warmup: int | Literal["auto"] | None = "auto",
+        coupling_warmup: tuple[float, float] | Literal["auto"] | None = "auto",
         eps: float = 1e-8,
         **kwargs: Any,
     ) -> None:
-        own = {"sampler", "schedule", "prior_lr", "prior_weight_decay"}
+        own = {"sampler", "schedule", "prior_lr", "prior_weight_decay", "coupling_warmup"}
         known = own | set(signature(TrainingPlan.__init__).parameters) | set(signature(module.loss).parameters)
         known -= {"self", "module", "tensors", "inference_outputs", "generative_outputs", "loss_kwargs"}
         unknown = sorted(set(kwargs) - known)
@@ -126,6 +133,7 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
         if not is_number and weight_decay != "auto":
             msg = f"weight_decay={weight_decay!r} is no weight decay. Use a number of at least 0, or 'auto'."
             raise ValueError(msg)
+        self.coupling_warmup = _resolve_coupling_warmup(coupling_warmup, module.prior)
         self._is_auto_warmup = n_epochs_kl_warmup == "auto" and kwargs.get("n_steps_kl_warmup") is None
         n_epochs = None if n_epochs_kl_warmup == "auto" else n_epochs_kl_warmup
         self._is_auto_decay = weight_decay == "auto"
@@ -139,7 +147,7 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
             **kwargs,
         )
         if prior_lr is None and self.optimizer_name != "Custom":
-            prior_lr = _PRIOR_LR_SHARE * self.lr
+            prior_lr = (_PRIOR_LR_SHARE if self.coupling_warmup is None else _LATE_PRIOR_LR_SHARE) * self.lr
         self.prior_lr = prior_lr
         self.prior_weight_decay = prior_weight_decay
         sampler = build_sampler(sampler)
@@ -167,19 +175,34 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
             self.weight_decay = 0.0 if is_frozen else auto_weight_decay(self.lr, n_steps)
             self.optimizers().param_groups[0]["weight_decay"] = self.weight_decay
 
+    @property
+    def coupling_weight(self) -> float:
+        """Weight with which cells feel the couplings of the prior at this step, between 0 and 1."""
+        prior = self.sampling.prior
+        if self.coupling_warmup is None or not (prior.J.requires_grad or prior.W.requires_grad):
+            return 1.0
+        start, end = (share * _or_assumed(self.trainer.estimated_stepping_batches) for share in self.coupling_warmup)
+        if self.global_step >= end:
+            return 1.0
+        return max(0.0, self.global_step - start) / (end - start) if end > start else 0.0
+
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         """Compute the loss; on several ranks, one that cannot be computed is NaN instead of an error.
 
         A rank that raised alone would leave the others waiting for its gradient. As NaN it reaches them all, and
         :class:`~qbmscvi._guards.FiniteStateGuard` stops them together.
         """
+        prior = self.sampling.prior
         try:
+            prior.coupling_weight = self.coupling_weight
             return super().training_step(batch, batch_idx)
         except ValueError as error:
             if self.trainer.world_size == 1 or not is_refusal(error):
                 raise
             trained = [parameter.sum() for parameter in self.module.parameters() if parameter.requires_grad]
             return float("nan") * sum(trained)
+        finally:
+            prior.coupling_weight = 1.0  # for whoever else asks for a gradient; that of this step is decided
 
     def get_optimizer_creator(self) -> Callable[[Iterable[torch.Tensor]], torch.optim.Optimizer]:
         """Give the prior and what has no weight decay groups of their own, and Adam its fused kernel."""
@@ -210,6 +233,28 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
             return create(groups)
 
         return create_decayed
+
+
+def _resolve_coupling_warmup(given: Any, prior: BoltzmannPrior) -> tuple[float, float] | None:
+    """Shares of all steps between which the couplings come to be felt; None if they are from the first step."""
+    if isinstance(given, str) and given == "auto":
+        return _AUTO_COUPLING_WARMUP if prior.has_coupling_weight and not prior.n_gaussian else None
+    if given is None:
+        return None
+    is_pair = isinstance(given, list | tuple) and len(given) == 2 and all(isinstance(share, Real) for share in given)
+    if not (is_pair and 0.0 <= given[0] <= given[1] <= 1.0):
+        msg = (
+            f"coupling_warmup={given!r} is no pair of shares of all steps. Use two numbers from 0 to 1, the smaller one "
+            "first, None or 'auto'."
+        )
+        raise ValueError(msg)
+    if not prior.has_coupling_weight:
+        msg = (
+            f"coupling_warmup={given!r}, but where labels are spins of the prior, cells feel its couplings from the "
+            "first step. Leave it out."
+        )
+        raise ValueError(msg)
+    return tuple(given)
 
 
 def _scvis_decay() -> float:
