@@ -65,8 +65,8 @@ class FactorialKL(Function):
     """KL per unit, shape ``(n_cells, n_gaussian + n_spins)``.
 
     Takes mean and scale of the Gaussian layer, logits of the spins, their means where these are known better than from
-    the logits (which alone get a gradient), the prior's ``a, h, W, J``, its log Z and :class:`Moments`, its graph, and the
-    weight with which cells feel the couplings.
+    the logits (which alone get a gradient), the prior's ``a, h, W, J``, its log Z and :class:`Moments`, its graph, and
+    the weight with which cells feel the couplings.
     """
 
     @staticmethod

@@ -244,8 +244,8 @@ def _resolve_coupling_warmup(given: Any, prior: BoltzmannPrior) -> tuple[float, 
     is_pair = isinstance(given, list | tuple) and len(given) == 2 and all(isinstance(share, Real) for share in given)
     if not (is_pair and 0.0 <= given[0] <= given[1] <= 1.0):
         msg = (
-            f"coupling_warmup={given!r} is no pair of shares of all steps. Use two numbers from 0 to 1, the smaller one "
-            "first, None or 'auto'."
+            f"coupling_warmup={given!r} is no pair of shares of all steps. Use two numbers from 0 to 1, the smaller "
+            "one first, None or 'auto'."
         )
         raise ValueError(msg)
     if not prior.has_coupling_weight:
