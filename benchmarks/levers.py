@@ -29,7 +29,6 @@ from qbmscvi._module import QBMVAE
 from qbmscvi.benchmark import METRICS, compare, paired_difference, pooled_difference, read_records
 from qbmscvi.benchmark.__main__ import add_options, arguments
 from qbmscvi.benchmark._models import MODELS, NeuralModel
-from qbmscvi.ising import edge_fields
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -45,12 +44,22 @@ ADAM, SCVIS_RATE = "Adam, without weight decay", "Adam at scVI's learning rate"
 AT_EVERY_STEP = "chains at every step, scVI's rate"
 OTHER_NUMBERS = "other random numbers"
 FALLING = "learning rate falls to zero"
-SLOW = {"optimizer": "Adam", "lr": 1e-3, "prior_lr": 5e-5}
+EARLIER, OFTEN, FIFTH = (
+    "couplings felt from the first step",
+    "chains at every other step",
+    "prior at a fifth of the rate",
+)
+SLOW = {"optimizer": "Adam", "lr": 1e-3}
 
 
 def every_step(task: Task) -> dict:
     """Persistent chains that move on by two sweeps at each step, not by four at every eighth."""
     return {"schedule": SamplingSchedule(every_n_steps=1, n_sweeps=2)}
+
+
+def every_other_step(task: Task) -> dict:
+    """Chains that move on by two sweeps at every other step."""
+    return {"schedule": SamplingSchedule(every_n_steps=2, n_sweeps=2)}
 
 
 def other_numbers(task: Task) -> dict:
@@ -59,29 +68,34 @@ def other_numbers(task: Task) -> dict:
     return {}
 
 
+def earlier(**plan: Any) -> Callable[[Task], dict]:
+    """Arguments of the training plan with which the couplings were felt from the first step, the default before."""
+    return lambda task: {"coupling_warmup": None, "prior_lr": 5e-5, **plan}
+
+
 def with_arguments(**arguments: object) -> NeuralModel:
-    """QBMSCVI with arguments of its constructor."""
-    return NeuralModel(QBMSCVI, lambda task: dict(arguments))
+    """The earlier default with arguments of the constructor."""
+    return NeuralModel(QBMSCVI, lambda task: dict(arguments), earlier())
 
 
-def with_plan(**plan: float | str) -> NeuralModel:
-    """QBMSCVI with arguments of its training plan."""
-    return NeuralModel(QBMSCVI, plan=lambda task: dict(plan))
+def with_plan(**plan: Any) -> NeuralModel:
+    """The earlier default with arguments of the training plan."""
+    return NeuralModel(QBMSCVI, plan=earlier(**plan))
 
 
 def at_every_step(**plan: float) -> NeuralModel:
-    """QBMSCVI with Adam at scVI's learning rate, its chains moved on at each step."""
-    return NeuralModel(QBMSCVI, plan=lambda task: {**SLOW, **plan}, training=every_step)
+    """The earlier default with Adam at scVI's learning rate, its chains moved on at each step."""
+    return NeuralModel(QBMSCVI, plan=earlier(**SLOW, **plan), training=every_step)
 
 
 def read_as(representation: Representation) -> NeuralModel:
-    """QBMSCVI whose cells are represented in another way."""
+    """The earlier default, its cells represented in another way."""
 
     class Reading(QBMSCVI):
         def get_latent_representation(self, *args: Any, **kwargs: Any) -> np.ndarray:
             return super().get_latent_representation(*args, representation=representation, **kwargs)
 
-    return NeuralModel(Reading)
+    return NeuralModel(Reading, plan=earlier())
 
 
 class RepeatingPlan(QBMTrainingPlan):
@@ -138,168 +152,114 @@ class FallingQBMSCVI(QBMSCVI):
     _training_plan_cls = FallingPlan
 
 
-class FollowingVAE(QBMVAE):
-    """A prior that follows the cells and does not pull them: their KL is to independent, unbiased spins."""
-
-    pull_of_fields, pull_of_couplings = 0.0, 0.0
+class FieldlessVAE(QBMVAE):
+    """The fields of the prior follow the cells and do not pull them."""
 
     def loss(self, tensors: dict, inference_outputs: dict, *args: Any, kl_weight: float = 1.0, **kwargs: Any) -> Any:
-        """See :class:`~qbmscvi._module.QBMVAE`; in training the cells get a part of the gradient of the energy."""
+        """See :class:`~qbmscvi._module.QBMVAE`; in training the energy of the fields has no gradient for the cells."""
         losses = super().loss(tensors, inference_outputs, *args, kl_weight=kl_weight, **kwargs)
         if self.training:
-            spins = inference_outputs[MODULE_KEYS.QZ_KEY].spin_mean
-            h, couplings = self.prior.h.detach(), self.prior.J.detach()
-            of_couplings = 0.5 * (spins * edge_fields(spins, couplings, self.prior.graph)).sum(-1)
-            excess = (1.0 - self.pull_of_fields) * (spins @ h) + (1.0 - self.pull_of_couplings) * of_couplings
-            losses.loss = losses.loss - (kl_weight * (excess - excess.detach())).mean()
+            energy = inference_outputs[MODULE_KEYS.QZ_KEY].spin_mean @ self.prior.h.detach()
+            losses.loss = losses.loss - (kl_weight * (energy - energy.detach())).mean()
         return losses
 
 
-class FollowingQBMSCVI(QBMSCVI):
+class FieldlessQBMSCVI(QBMSCVI):
     """QBMSCVI with that module."""
 
-    _module_cls = FollowingVAE
+    _module_cls = FieldlessVAE
 
 
-class FollowingCouplingsVAE(FollowingVAE):
-    """Couplings that follow the cells and do not pull them; fields do, as in the control without couplings."""
+class HalfFeltPlan(QBMTrainingPlan):
+    """Couplings that are half felt, from the first step to the last."""
 
-    pull_of_fields = 1.0
-
-
-class FollowingCouplingsQBMSCVI(QBMSCVI):
-    """QBMSCVI with that module."""
-
-    _module_cls = FollowingCouplingsVAE
+    coupling_weight = 0.5
 
 
-class HalfPullingVAE(FollowingVAE):
-    """Couplings that pull the cells half as much as the prior's energy asks."""
-
-    pull_of_fields, pull_of_couplings = 1.0, 0.5
-
-
-class HalfPullingQBMSCVI(QBMSCVI):
-    """QBMSCVI with that module."""
-
-    _module_cls = HalfPullingVAE
-
-
-class FallingHalfPullingQBMSCVI(HalfPullingQBMSCVI):
-    """Both: half the pull, and a learning rate that falls."""
-
-    _training_plan_cls = FallingPlan
-
-
-class LatePlan(QBMTrainingPlan):
-    """The couplings begin to pull after a share of the steps, and pull fully after another."""
-
-    pulls_from, pulls_fully_from = 0.5, 1.0
-
-    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Set the pull of this step."""
-        super().on_train_batch_start(batch, batch_idx)
-        share = self.trainer.global_step / self.trainer.estimated_stepping_batches
-        pull = (share - self.pulls_from) / (self.pulls_fully_from - self.pulls_from)
-        self.module.pull_of_couplings = min(max(0.0, pull), 1.0)
-
-
-class LateQBMSCVI(FollowingCouplingsQBMSCVI):
+class HalfFeltQBMSCVI(QBMSCVI):
     """QBMSCVI with that training plan."""
 
-    _training_plan_cls = LatePlan
+    _training_plan_cls = HalfFeltPlan
 
 
-class EarlierPlan(LatePlan):
-    """They pull fully in the last quarter of the steps."""
-
-    pulls_fully_from = 0.75
+class FallingHalfFeltPlan(FallingPlan, HalfFeltPlan):
+    """Both."""
 
 
-class EarlierQBMSCVI(FollowingCouplingsQBMSCVI):
+class FallingHalfFeltQBMSCVI(QBMSCVI):
     """QBMSCVI with that training plan."""
 
-    _training_plan_cls = EarlierPlan
+    _training_plan_cls = FallingHalfFeltPlan
 
 
-class FromTheStartPlan(LatePlan):
-    """They pull more and more from the first step to the last."""
-
-    pulls_from = 0.0
-
-
-class FromTheStartQBMSCVI(FollowingCouplingsQBMSCVI):
-    """QBMSCVI with that training plan."""
-
-    _training_plan_cls = FromTheStartPlan
-
-
-class FallingLatePlan(FallingPlan, LatePlan):
-    """Both: the learning rate falls over the second half of the steps, and the couplings begin to pull there."""
-
-
-class FallingLateQBMSCVI(FollowingCouplingsQBMSCVI):
-    """QBMSCVI with that training plan."""
-
-    _training_plan_cls = FallingLatePlan
-
-
-FAST_PRIOR = {
-    "plan": lambda task: {"prior_lr": 1e-3},
-    "training": lambda task: {"schedule": SamplingSchedule(every_n_steps=2, n_sweeps=2)},
-}
-LEVERS = {
-    OTHER_NUMBERS: NeuralModel(QBMSCVI, training=other_numbers),
+# Tried beside the earlier default.
+OF_EARLIER = {
+    OTHER_NUMBERS: NeuralModel(QBMSCVI, plan=earlier(), training=other_numbers),
+    "J = 0, slow prior": with_arguments(prior_graph="independent"),
     "J = 0, other random numbers": NeuralModel(
-        QBMSCVI, lambda task: {"prior_graph": "independent"}, training=other_numbers
+        QBMSCVI, lambda task: {"prior_graph": "independent"}, earlier(), training=other_numbers
     ),
     "32 spins": with_arguments(n_latent=32),
     "128 spins": with_arguments(n_latent=128),
     "complete graph": with_arguments(prior_graph="complete"),
     "ReinMax": with_arguments(smoothing="reinmax"),
-    "DisARM": with_arguments(smoothing="disarm"),
     "Gumbel": with_arguments(smoothing="gumbel"),
     "spike and exponential": with_arguments(smoothing="spike-exponential"),
     "no dropout": with_arguments(dropout_rate=0.0),
     "scVI's epsilon": with_plan(eps=0.01),
     "KL weight one half": with_plan(max_kl_weight=0.5),
     "prior twice as fast": with_plan(prior_lr=1e-4),
-    "prior half as fast as the networks, with weight decay": with_plan(prior_lr=1e-3, prior_weight_decay=0.3),
-    "three times scVI's learning rate": with_plan(lr=3e-3, prior_lr=5e-5),
-    "weight decay of biases and normalization, too": NeuralModel(DecayingQBMSCVI),
-    "four draws of each cell": NeuralModel(RepeatingQBMSCVI),
-    "prior that follows, half as fast as the networks": NeuralModel(FollowingQBMSCVI, **FAST_PRIOR),
-    "couplings that follow": NeuralModel(FollowingCouplingsQBMSCVI),
-    "couplings that pull half": NeuralModel(HalfPullingQBMSCVI),
-    FALLING: NeuralModel(FallingQBMSCVI),
-    "couplings that pull half, learning rate falls": NeuralModel(FallingHalfPullingQBMSCVI),
-    "couplings that pull late, learning rate falls": NeuralModel(FallingLateQBMSCVI),
-    "couplings that pull late, half as fast as the networks": NeuralModel(FallingLateQBMSCVI, **FAST_PRIOR),
-    "late couplings, half as fast": NeuralModel(LateQBMSCVI, **FAST_PRIOR),
-    "late couplings, a fifth as fast": NeuralModel(LateQBMSCVI, plan=lambda task: {"prior_lr": 4e-4}),
-    "late couplings, half as fast, fully in the last quarter": NeuralModel(EarlierQBMSCVI, **FAST_PRIOR),
-    "ever stronger couplings, a fifth as fast": NeuralModel(FromTheStartQBMSCVI, plan=lambda task: {"prior_lr": 4e-4}),
-    "J = 0, learning rate falls": NeuralModel(FallingQBMSCVI, lambda task: {"prior_graph": "independent"}),
+    "three times scVI's learning rate": with_plan(lr=3e-3),
+    "weight decay of biases and normalization, too": NeuralModel(DecayingQBMSCVI, plan=earlier()),
     "represented by mean spins": read_as("mean"),
     "represented by logits": read_as("logits"),
+    "couplings half felt": NeuralModel(HalfFeltQBMSCVI, plan=earlier()),
+    "couplings never felt": with_plan(coupling_warmup=(1.0, 1.0)),
+    FALLING: NeuralModel(FallingQBMSCVI, plan=earlier()),
+    "couplings half felt, learning rate falls": NeuralModel(FallingHalfFeltQBMSCVI, plan=earlier()),
+    "late couplings, learning rate falls": NeuralModel(FallingQBMSCVI, plan=earlier(coupling_warmup=(0.5, 1.0))),
     ADAM: with_plan(optimizer="Adam"),
     SCVIS_RATE: with_plan(**SLOW),
-    "128 spins, scVI's rate": NeuralModel(QBMSCVI, lambda task: {"n_latent": 128}, lambda task: dict(SLOW)),
+    "128 spins, scVI's rate": NeuralModel(QBMSCVI, lambda task: {"n_latent": 128}, earlier(**SLOW)),
     AT_EVERY_STEP: at_every_step(),
     "prior as fast as the networks": at_every_step(prior_lr=1e-3),
     "prior at a tenth of their rate": at_every_step(prior_lr=1e-4),
     "prior at a fiftieth": at_every_step(prior_lr=2e-5),
 }
+# Tried beside the default.
+OF_DEFAULT = {
+    EARLIER: with_plan(),
+    OFTEN: NeuralModel(QBMSCVI, training=every_other_step),
+    "fully felt in the last quarter": NeuralModel(
+        QBMSCVI, plan=lambda task: {"coupling_warmup": (0.5, 0.75)}, training=every_other_step
+    ),
+    "neither fields nor couplings felt": NeuralModel(
+        FieldlessQBMSCVI, plan=lambda task: {"coupling_warmup": (1.0, 1.0)}, training=every_other_step
+    ),
+    "late couplings at every other step, learning rate falls": NeuralModel(FallingQBMSCVI, training=every_other_step),
+    FIFTH: NeuralModel(QBMSCVI, plan=lambda task: {"prior_lr": 4e-4}),
+    "felt more and more from the first step": NeuralModel(
+        QBMSCVI, plan=lambda task: {"prior_lr": 4e-4, "coupling_warmup": (0.0, 1.0)}
+    ),
+    "DisARM": NeuralModel(QBMSCVI, lambda task: {"smoothing": "disarm"}),
+    "four draws of each cell": NeuralModel(RepeatingQBMSCVI),
+}
+LEVERS = OF_DEFAULT | OF_EARLIER
 # What a setting was tried beside, where that is not the default.
-REFERENCES = {
+REFERENCES = dict.fromkeys(OF_EARLIER, EARLIER) | {
     "J = 0, other random numbers": OTHER_NUMBERS,
-    "J = 0, learning rate falls": FALLING,
     SCVIS_RATE: ADAM,
     "128 spins, scVI's rate": SCVIS_RATE,
     AT_EVERY_STEP: SCVIS_RATE,
     "prior as fast as the networks": AT_EVERY_STEP,
     "prior at a tenth of their rate": AT_EVERY_STEP,
     "prior at a fiftieth": AT_EVERY_STEP,
+    "couplings half felt, learning rate falls": FALLING,
+    "late couplings, learning rate falls": FALLING,
+    "fully felt in the last quarter": OFTEN,
+    "neither fields nor couplings felt": OFTEN,
+    "late couplings at every other step, learning rate falls": OFTEN,
+    "felt more and more from the first step": FIFTH,
 }
 SHOWN = (
     "scib_bio",

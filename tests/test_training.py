@@ -808,9 +808,9 @@ def test_couplings_of_a_prior_that_is_not_learned_are_felt_from_the_first_step(a
 @pytest.mark.parametrize(
     ("plan_kwargs", "share"),
     [
-        pytest.param({}, 0.5, id="late"),
+        pytest.param({}, 0.2, id="late"),
         pytest.param({"coupling_warmup": None}, 0.025, id="from-the-start"),
-        pytest.param({"lr": 0.01}, 0.5, id="lr"),
+        pytest.param({"lr": 0.01}, 0.2, id="lr"),
     ],
 )
 def test_a_prior_whose_couplings_are_felt_late_learns_faster(adata, plan_kwargs, share):
