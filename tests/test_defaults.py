@@ -17,7 +17,13 @@ from qbmscvi._callbacks import _MAX_STALENESS
 from qbmscvi._module import resolve_latent_sizes
 from qbmscvi._prior import _TRACKING_SHARE
 from qbmscvi._scanvae import QBMSCANVAE
-from qbmscvi._training_plan import _PRIOR_LR_SHARE, QBMTrainingPlan, auto_kl_warmup
+from qbmscvi._training_plan import (
+    _AUTO_COUPLING_WARMUP,
+    _LATE_PRIOR_LR_SHARE,
+    _PRIOR_LR_SHARE,
+    QBMTrainingPlan,
+    auto_kl_warmup,
+)
 from qbmscvi.diagnostics._partition import _MAX_ENUMERATED, _MAX_TREEWIDTH
 from qbmscvi.enumeration import MAX_ENUMERATED_SPINS
 from qbmscvi.samplers import SamplerTraits, Vetted, build_kaiwu_sampler
@@ -86,9 +92,16 @@ def wrong_in_source(source: str) -> list[str]:
     return wrong
 
 
-ORDINAL = {Fraction(1, 8): "one chain in eight", Fraction(1, 10): "tenth", Fraction(1, 40): "fortieth"}
+ORDINAL = {
+    Fraction(1, 5): "fifth",
+    Fraction(1, 8): "one chain in eight",
+    Fraction(1, 10): "tenth",
+    Fraction(1, 40): "fortieth",
+}
 WARMUP = ORDINAL[Fraction(auto_kl_warmup(10_000), 10_000)]
-PRIOR_RATE = ORDINAL[Fraction(_PRIOR_LR_SHARE).limit_denominator(100)]
+PRIOR_RATE, SLOW_PRIOR_RATE = (
+    ORDINAL[Fraction(share).limit_denominator(100)] for share in (_LATE_PRIOR_LR_SHARE, _PRIOR_LR_SHARE)
+)
 NUMBER = {2: "two", 4: "four", 20: "twenty"}
 schedule = qbmscvi.SamplingSchedule()
 # What pages say of the code's numbers, with these filled in.
@@ -117,6 +130,8 @@ CLAIMS = [
     ),
     ("docs/model.md", f"learns at a {PRIOR_RATE} of the networks'"),
     ("docs/settings.md", f"by default a {PRIOR_RATE} of `lr`"),
+    ("docs/settings.md", f"by a prior at a {SLOW_PRIOR_RATE} of `lr`"),
+    ("docs/model.md", f"(`coupling_warmup={_AUTO_COUPLING_WARMUP}` of the training plan)"),
     ("docs/settings.md", f'`"{default(QBMTrainingPlan, "n_epochs_kl_warmup")}"` is the first {WARMUP} of the steps'),
     ("docs/samplers.md", f"older than `max_staleness` steps: {_MAX_STALENESS}, and without limit"),
     ("docs/samplers.md", f"off by more than a factor of {NUMBER[int(default(Vetted, 'max_ratio'))]},"),

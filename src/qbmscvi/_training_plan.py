@@ -68,11 +68,11 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
         Learning rate of the networks, twice scVI's. Chosen among three rates in at most two runs on each data set
         that judges it. ``benchmarks/LEVERS.md`` has scVI's rate beside it, ``benchmarks/RESULTS.md`` scVI at this one.
     prior_lr
-        Learning rate of the prior's parameters; None for a fortieth of ``lr``, and for that of the rest with an
-        optimizer of your own. A prior as fast as the networks may settle on the few directions in which cells differ at
-        first, but reaches a higher held-out ELBO (``benchmarks/LEVERS.md``). Chosen among four rates in a few runs on
-        the data sets that judge it. At this rate a run of 2,000 steps is over before the couplings are learned to the
-        end (they move by some 0.1 at most), so results may change with the length of training.
+        Learning rate of the prior's parameters; None for a fifth of ``lr``, for a fortieth where cells feel the
+        couplings from the first step, and for that of the rest with an optimizer of your own. A fast prior that is felt
+        from the first step may settle on the few directions in which cells differ at first. Chosen among four rates in
+        two runs on up to three of the data sets that judge it: half of ``lr`` mixed batches and found types as well,
+        but kept less of the order of development (``benchmarks/LEVERS.md``).
     weight_decay
         Weight decay of the networks' linear layers; biases, normalization and dispersions have none. ``"auto"`` is,
         with ``"AdamW"``, ``1 / (50 lr n)`` at ``n`` steps an epoch, and at most 1: a weight that is not renewed fades
@@ -87,6 +87,13 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
         Epochs until the KL weight is reached. ``"auto"`` takes ``n_steps_kl_warmup`` if that is given, and otherwise
         the first tenth of all steps. Half of them gave the same on four data sets (three seeds or five, both schedules
         in ``benchmarks/RESULTS.md``); scVI's 400 epochs would leave the weight below one in any shorter run.
+    coupling_warmup
+        Two shares of all steps. Before the first, cells feel of the prior its fields only: the couplings follow the
+        cells and do not pull them. From the second on the gradient is that of the ELBO; between the two the weight of
+        the couplings in it rises. The loss that is logged is that of the ELBO throughout. None: felt from the first
+        step. ``"auto"`` is ``(0.5, 1.0)`` for a prior of spins alone, and None beside a Gaussian layer and with labels,
+        where nothing else was measured. A prior that is not learned is felt from the first step in any case. Felt from
+        the first step, couplings cost rare types (``benchmarks/LEVERS.md``).
     eps
         Adam's epsilon. scVI's 0.01 exceeds the gradients of the prior and would freeze them.
     """
