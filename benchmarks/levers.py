@@ -22,7 +22,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from results import DATA_SETS, load
+from scvi.model import SCVI
 from scvi.module._constants import MODULE_KEYS
+from scvi.train import TrainingPlan
 
 from qbmscvi import QBMSCVI, QBMTrainingPlan, SamplingSchedule
 from qbmscvi._module import QBMVAE
@@ -44,8 +46,11 @@ ADAM, SCVIS_RATE = "Adam, without weight decay", "Adam at scVI's learning rate"
 AT_EVERY_STEP = "chains at every step, scVI's rate"
 OTHER_NUMBERS = "other random numbers"
 FALLING = "learning rate falls to zero"
-EARLIER, OFTEN = "couplings felt from the first step", "half as fast, chains at every other step"
-SLOW = {"optimizer": "Adam", "lr": 1e-3}
+SAME = "SCVI, same optimizer and width"
+FALLING_SCVI = f"{SAME}, learning rate falls"
+LATE, HALF_AS_FAST = "couplings felt late", "felt late, prior half as fast as the networks"
+OFTEN = "felt late, half as fast, chains at every other step"
+SLOW = {"optimizer": "Adam", "lr": 1e-3, "prior_lr": 5e-5}
 
 
 def every_step(task: Task) -> dict:
@@ -64,39 +69,35 @@ def other_numbers(task: Task) -> dict:
     return {}
 
 
-def earlier(**plan: Any) -> Callable[[Task], dict]:
-    """Arguments of the training plan with which the couplings were felt from the first step, the default before."""
-    return lambda task: {"coupling_warmup": None, "prior_lr": 5e-5, **plan}
-
-
 def with_arguments(**arguments: object) -> NeuralModel:
-    """The earlier default with arguments of the constructor."""
-    return NeuralModel(QBMSCVI, lambda task: dict(arguments), earlier())
+    """QBMSCVI with arguments of its constructor."""
+    return NeuralModel(QBMSCVI, lambda task: dict(arguments))
 
 
 def with_plan(**plan: Any) -> NeuralModel:
-    """The earlier default with arguments of the training plan."""
-    return NeuralModel(QBMSCVI, plan=earlier(**plan))
+    """QBMSCVI with arguments of its training plan."""
+    return NeuralModel(QBMSCVI, plan=lambda task: dict(plan))
 
 
-def with_late(training: Callable[[Task], dict] = lambda task: {}, **plan: Any) -> NeuralModel:
-    """QBMSCVI with arguments of the training plan, whose couplings are felt late unless they say otherwise."""
-    return NeuralModel(QBMSCVI, plan=lambda task: dict(plan), training=training)
+def often_sampled(model_class: type[QBMSCVI] = QBMSCVI, **plan: Any) -> NeuralModel:
+    """Couplings felt late, of a prior half as fast as the networks, with chains that move on at every other step."""
+    plan = {"coupling_warmup": (0.5, 1.0), "prior_lr": 1e-3, **plan}
+    return NeuralModel(model_class, plan=lambda task: dict(plan), training=every_other_step)
 
 
 def at_every_step(**plan: float) -> NeuralModel:
-    """The earlier default with Adam at scVI's learning rate, its chains moved on at each step."""
-    return NeuralModel(QBMSCVI, plan=earlier(**SLOW, **plan), training=every_step)
+    """QBMSCVI with Adam at scVI's learning rate, its chains moved on at each step."""
+    return NeuralModel(QBMSCVI, plan=lambda task: {**SLOW, **plan}, training=every_step)
 
 
 def read_as(representation: Representation) -> NeuralModel:
-    """The earlier default, its cells represented in another way."""
+    """QBMSCVI whose cells are represented in another way."""
 
     class Reading(QBMSCVI):
         def get_latent_representation(self, *args: Any, **kwargs: Any) -> np.ndarray:
             return super().get_latent_representation(*args, representation=representation, **kwargs)
 
-    return NeuralModel(Reading, plan=earlier())
+    return NeuralModel(Reading)
 
 
 class RepeatingPlan(QBMTrainingPlan):
@@ -136,21 +137,37 @@ class DecayingQBMSCVI(QBMSCVI):
     _training_plan_cls = DecayingPlan
 
 
-class FallingPlan(QBMTrainingPlan):
+class Falling:
     """The networks' learning rate falls to zero over the second half of the steps."""
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Set the learning rate of this step."""
         super().on_train_batch_start(batch, batch_idx)
         left = 1.0 - self.trainer.global_step / self.trainer.estimated_stepping_batches
-        linear, _, others = self.optimizers().param_groups
-        linear["lr"] = others["lr"] = self.lr * min(1.0, 2.0 * left)
+        of_prior = {id(p) for p in self.sampling.prior.parameters()} if isinstance(self, QBMTrainingPlan) else set()
+        for group in self.optimizers().param_groups:
+            if not any(id(p) in of_prior for p in group["params"]):
+                group["lr"] = self.lr * min(1.0, 2.0 * left)
+
+
+class FallingPlan(Falling, QBMTrainingPlan):
+    """QBMSCVI's training plan with that."""
 
 
 class FallingQBMSCVI(QBMSCVI):
     """QBMSCVI with that training plan."""
 
     _training_plan_cls = FallingPlan
+
+
+class FallingSCVIPlan(Falling, TrainingPlan):
+    """scVI's training plan with that."""
+
+
+class FallingSCVI(SCVI):
+    """scVI with that training plan."""
+
+    _training_plan_cls = FallingSCVIPlan
 
 
 class FieldlessVAE(QBMVAE):
@@ -193,66 +210,56 @@ class FallingHalfFeltQBMSCVI(QBMSCVI):
     _training_plan_cls = FallingHalfFeltPlan
 
 
-# Tried beside the earlier default.
-OF_EARLIER = {
-    OTHER_NUMBERS: NeuralModel(QBMSCVI, plan=earlier(), training=other_numbers),
-    "J = 0, slow prior": with_arguments(prior_graph="independent"),
+LEVERS: dict[str, NeuralModel] = {
+    OTHER_NUMBERS: NeuralModel(QBMSCVI, training=other_numbers),
     "J = 0, other random numbers": NeuralModel(
-        QBMSCVI, lambda task: {"prior_graph": "independent"}, earlier(), training=other_numbers
+        QBMSCVI, lambda task: {"prior_graph": "independent"}, training=other_numbers
     ),
     "32 spins": with_arguments(n_latent=32),
     "128 spins": with_arguments(n_latent=128),
     "complete graph": with_arguments(prior_graph="complete"),
     "ReinMax": with_arguments(smoothing="reinmax"),
+    "DisARM": with_arguments(smoothing="disarm"),
     "Gumbel": with_arguments(smoothing="gumbel"),
     "spike and exponential": with_arguments(smoothing="spike-exponential"),
     "no dropout": with_arguments(dropout_rate=0.0),
-    "scVI's epsilon": with_plan(eps=0.01),
     "KL weight one half": with_plan(max_kl_weight=0.5),
-    "prior twice as fast": with_plan(prior_lr=1e-4),
-    "three times scVI's learning rate": with_plan(lr=3e-3),
-    "weight decay of biases and normalization, too": NeuralModel(DecayingQBMSCVI, plan=earlier()),
+    "weight decay of biases and normalization, too": NeuralModel(DecayingQBMSCVI),
+    "four draws of each cell": NeuralModel(RepeatingQBMSCVI),
     "represented by mean spins": read_as("mean"),
     "represented by logits": read_as("logits"),
-    "couplings half felt": NeuralModel(HalfFeltQBMSCVI, plan=earlier()),
-    "couplings never felt": with_plan(coupling_warmup=(1.0, 1.0)),
-    FALLING: NeuralModel(FallingQBMSCVI, plan=earlier()),
-    "couplings half felt, learning rate falls": NeuralModel(FallingHalfFeltQBMSCVI, plan=earlier()),
-    "late couplings, learning rate falls": NeuralModel(FallingQBMSCVI, plan=earlier(coupling_warmup=(0.5, 1.0))),
+    LATE: with_plan(coupling_warmup=(0.5, 1.0)),
+    "J = 0, prior at a fifth of the networks' rate": NeuralModel(
+        QBMSCVI, lambda task: {"prior_graph": "independent"}, lambda task: {"prior_lr": 4e-4}
+    ),
+    "felt more and more from the first step": with_plan(coupling_warmup=(0.0, 1.0)),
+    "felt late, prior at a twentieth of their rate": with_plan(coupling_warmup=(0.5, 1.0), prior_lr=1e-4),
+    "felt late, prior at a fortieth": with_plan(coupling_warmup=(0.5, 1.0), prior_lr=5e-5),
+    HALF_AS_FAST: with_plan(coupling_warmup=(0.5, 1.0), prior_lr=1e-3),
+    OFTEN: often_sampled(),
+    f"{OFTEN}, fully in the last quarter": often_sampled(coupling_warmup=(0.5, 0.75)),
+    f"{OFTEN}, learning rate falls": often_sampled(FallingQBMSCVI),
+    f"{OFTEN}, but neither they nor fields ever": often_sampled(FieldlessQBMSCVI, coupling_warmup=(1.0, 1.0)),
+    "never felt, prior half as fast": with_plan(coupling_warmup=(1.0, 1.0), prior_lr=1e-3),
+    "never felt, prior at a fortieth": with_plan(coupling_warmup=(1.0, 1.0), prior_lr=5e-5),
+    "half felt": NeuralModel(HalfFeltQBMSCVI),
+    FALLING: NeuralModel(FallingQBMSCVI),
+    "half felt, learning rate falls": NeuralModel(FallingHalfFeltQBMSCVI),
+    "felt late, prior at a fortieth, learning rate falls": NeuralModel(
+        FallingQBMSCVI, plan=lambda task: {"coupling_warmup": (0.5, 1.0), "prior_lr": 5e-5}
+    ),
+    "felt late, learning rate falls": NeuralModel(FallingQBMSCVI, plan=lambda task: {"coupling_warmup": (0.5, 1.0)}),
+    FALLING_SCVI: NeuralModel(FallingSCVI, MODELS[SAME].arguments, MODELS[SAME].plan),
     ADAM: with_plan(optimizer="Adam"),
     SCVIS_RATE: with_plan(**SLOW),
-    "128 spins, scVI's rate": NeuralModel(QBMSCVI, lambda task: {"n_latent": 128}, earlier(**SLOW)),
+    "128 spins, scVI's rate": NeuralModel(QBMSCVI, lambda task: {"n_latent": 128}, lambda task: dict(SLOW)),
     AT_EVERY_STEP: at_every_step(),
     "prior as fast as the networks": at_every_step(prior_lr=1e-3),
     "prior at a tenth of their rate": at_every_step(prior_lr=1e-4),
     "prior at a fiftieth": at_every_step(prior_lr=2e-5),
 }
-# Tried beside the default.
-OF_DEFAULT = {
-    EARLIER: with_plan(),
-    "felt more and more from the first step": with_late(coupling_warmup=(0.0, 1.0)),
-    "prior at a twentieth of the networks' rate": with_late(prior_lr=1e-4),
-    "prior at a fortieth of the networks' rate": with_late(prior_lr=5e-5),
-    "prior half as fast as the networks": with_late(prior_lr=1e-3),
-    OFTEN: with_late(every_other_step, prior_lr=1e-3),
-    "half as fast, fully felt in the last quarter": with_late(
-        every_other_step, prior_lr=1e-3, coupling_warmup=(0.5, 0.75)
-    ),
-    "half as fast, learning rate falls": NeuralModel(
-        FallingQBMSCVI, plan=lambda task: {"prior_lr": 1e-3}, training=every_other_step
-    ),
-    "half as fast, couplings never felt": with_late(prior_lr=1e-3, coupling_warmup=(1.0, 1.0)),
-    "half as fast, neither couplings nor fields felt": NeuralModel(
-        FieldlessQBMSCVI,
-        plan=lambda task: {"prior_lr": 1e-3, "coupling_warmup": (1.0, 1.0)},
-        training=every_other_step,
-    ),
-    "DisARM": NeuralModel(QBMSCVI, lambda task: {"smoothing": "disarm"}),
-    "four draws of each cell": NeuralModel(RepeatingQBMSCVI),
-}
-LEVERS = OF_DEFAULT | OF_EARLIER
 # What a setting was tried beside, where that is not the default.
-REFERENCES = dict.fromkeys(OF_EARLIER, EARLIER) | {
+REFERENCES = {
     "J = 0, other random numbers": OTHER_NUMBERS,
     SCVIS_RATE: ADAM,
     "128 spins, scVI's rate": SCVIS_RATE,
@@ -260,12 +267,12 @@ REFERENCES = dict.fromkeys(OF_EARLIER, EARLIER) | {
     "prior as fast as the networks": AT_EVERY_STEP,
     "prior at a tenth of their rate": AT_EVERY_STEP,
     "prior at a fiftieth": AT_EVERY_STEP,
-    "couplings half felt, learning rate falls": FALLING,
-    "late couplings, learning rate falls": FALLING,
-    "half as fast, fully felt in the last quarter": OFTEN,
-    "half as fast, learning rate falls": OFTEN,
-    "half as fast, couplings never felt": "prior half as fast as the networks",
-    "half as fast, neither couplings nor fields felt": OFTEN,
+    "J = 0, prior at a fifth of the networks' rate": LATE,
+    "felt more and more from the first step": LATE,
+    f"{OFTEN}, fully in the last quarter": OFTEN,
+    f"{OFTEN}, learning rate falls": OFTEN,
+    f"{OFTEN}, but neither they nor fields ever": OFTEN,
+    FALLING_SCVI: SAME,
 }
 SHOWN = (
     "scib_bio",

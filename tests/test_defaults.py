@@ -17,13 +17,7 @@ from qbmscvi._callbacks import _MAX_STALENESS
 from qbmscvi._module import resolve_latent_sizes
 from qbmscvi._prior import _TRACKING_SHARE
 from qbmscvi._scanvae import QBMSCANVAE
-from qbmscvi._training_plan import (
-    _AUTO_COUPLING_WARMUP,
-    _LATE_PRIOR_LR_SHARE,
-    _PRIOR_LR_SHARE,
-    QBMTrainingPlan,
-    auto_kl_warmup,
-)
+from qbmscvi._training_plan import _LATE_PRIOR_LR_SHARE, _PRIOR_LR_SHARE, QBMTrainingPlan, auto_kl_warmup
 from qbmscvi.diagnostics._partition import _MAX_ENUMERATED, _MAX_TREEWIDTH
 from qbmscvi.enumeration import MAX_ENUMERATED_SPINS
 from qbmscvi.samplers import SamplerTraits, Vetted, build_kaiwu_sampler
@@ -99,8 +93,8 @@ ORDINAL = {
     Fraction(1, 40): "fortieth",
 }
 WARMUP = ORDINAL[Fraction(auto_kl_warmup(10_000), 10_000)]
-PRIOR_RATE, SLOW_PRIOR_RATE = (
-    ORDINAL[Fraction(share).limit_denominator(100)] for share in (_LATE_PRIOR_LR_SHARE, _PRIOR_LR_SHARE)
+PRIOR_RATE, LATE_PRIOR_RATE = (
+    ORDINAL[Fraction(share).limit_denominator(100)] for share in (_PRIOR_LR_SHARE, _LATE_PRIOR_LR_SHARE)
 )
 NUMBER = {2: "two", 4: "four", 20: "twenty"}
 schedule = qbmscvi.SamplingSchedule()
@@ -130,8 +124,7 @@ CLAIMS = [
     ),
     ("docs/model.md", f"learns at a {PRIOR_RATE} of the networks'"),
     ("docs/settings.md", f"by default a {PRIOR_RATE} of `lr`"),
-    ("docs/settings.md", f"by a prior at a {SLOW_PRIOR_RATE} of `lr`"),
-    ("docs/model.md", f"(`coupling_warmup={_AUTO_COUPLING_WARMUP}` of the training plan)"),
+    ("docs/settings.md", f"of a prior at a {LATE_PRIOR_RATE} of `lr`"),
     ("docs/settings.md", f'`"{default(QBMTrainingPlan, "n_epochs_kl_warmup")}"` is the first {WARMUP} of the steps'),
     ("docs/samplers.md", f"older than `max_staleness` steps: {_MAX_STALENESS}, and without limit"),
     ("docs/samplers.md", f"off by more than a factor of {NUMBER[int(default(Vetted, 'max_ratio'))]},"),

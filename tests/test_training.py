@@ -781,10 +781,9 @@ SECOND_HALF = [0] * 8 + [k / 8 for k in range(8)]  # of 16 steps
 @pytest.mark.parametrize(
     ("latent", "plan_kwargs", "expected"),
     [
-        pytest.param("spins", {}, SECOND_HALF, id="default"),
-        pytest.param("gaussian-spins", {}, [1.0] * 16, id="beside-a-gaussian-layer"),
-        pytest.param("gaussian-spins", {"coupling_warmup": [0.5, 1]}, SECOND_HALF, id="asked-for"),
-        pytest.param("spins", {"coupling_warmup": None}, [1.0] * 16, id="none"),
+        pytest.param("spins", {}, [1.0] * 16, id="default"),
+        pytest.param("spins", {"coupling_warmup": (0.5, 1.0)}, SECOND_HALF, id="late"),
+        pytest.param("gaussian-spins", {"coupling_warmup": [0.5, 1]}, SECOND_HALF, id="beside-a-gaussian-layer"),
         pytest.param("spins", {"coupling_warmup": (0.25, 0.5)}, [0] * 4 + [0, 0.25, 0.5, 0.75] + [1] * 8, id="own"),
         pytest.param("spins", {"coupling_warmup": (0.5, 0.5)}, [0] * 8 + [1] * 8, id="at-once"),
     ],
@@ -801,16 +800,16 @@ def test_couplings_of_a_prior_that_is_not_learned_are_felt_from_the_first_step(a
     model = build(adata, "spins")
     model.module.prior.requires_grad_(False)
     recorder = CouplingWeights(model.module.prior)
-    train(model, max_epochs=4, callbacks=[recorder])
+    train(model, max_epochs=4, plan_kwargs={"coupling_warmup": (0.5, 1.0)}, callbacks=[recorder])
     assert recorder.weights == [1.0] * 16
 
 
 @pytest.mark.parametrize(
     ("plan_kwargs", "share"),
     [
-        pytest.param({}, 0.2, id="late"),
-        pytest.param({"coupling_warmup": None}, 0.025, id="from-the-start"),
-        pytest.param({"lr": 0.01}, 0.2, id="lr"),
+        pytest.param({}, 0.025, id="default"),
+        pytest.param({"coupling_warmup": (0.5, 1.0)}, 0.2, id="late"),
+        pytest.param({"coupling_warmup": (0.5, 1.0), "lr": 0.01}, 0.2, id="lr"),
     ],
 )
 def test_a_prior_whose_couplings_are_felt_late_learns_faster(adata, plan_kwargs, share):

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 _AUTO_WARMUP_SHARE = 0.1
 _ASSUMED_STEPS = 10_000  # where the number of steps is not known
-_AUTO_COUPLING_WARMUP = (0.5, 1.0)
 _PRIOR_LR_SHARE, _LATE_PRIOR_LR_SHARE = 0.025, 0.2
 _EPOCHS_OF_MEMORY, _MAX_AUTO_DECAY = 50, 1.0
 
@@ -68,11 +67,12 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
         Learning rate of the networks, twice scVI's. Chosen among three rates in at most two runs on each data set
         that judges it. ``benchmarks/LEVERS.md`` has scVI's rate beside it, ``benchmarks/RESULTS.md`` scVI at this one.
     prior_lr
-        Learning rate of the prior's parameters; None for a fifth of ``lr``, for a fortieth where cells feel the
-        couplings from the first step, and for that of the rest with an optimizer of your own. A fast prior that is felt
-        from the first step may settle on the few directions in which cells differ at first. Chosen among four rates in
-        two runs on up to three of the data sets that judge it: half of ``lr`` mixed batches and found types as well,
-        but kept less of the order of development (``benchmarks/LEVERS.md``).
+        Learning rate of the prior's parameters; None for a fortieth of ``lr``, for a fifth with ``coupling_warmup``,
+        and for that of the rest with an optimizer of your own. A prior as fast as the networks may settle on the few
+        directions in which cells differ at first, but reaches a higher held-out ELBO (``benchmarks/LEVERS.md``). Chosen
+        among four rates in a few runs on the data sets that judge it. At a fortieth a run of 2,000 steps is over before
+        the couplings are learned to the end (they move by some 0.1 at most), so results may change with the length of
+        training.
     weight_decay
         Weight decay of the networks' linear layers; biases, normalization and dispersions have none. ``"auto"`` is,
         with ``"AdamW"``, ``1 / (50 lr n)`` at ``n`` steps an epoch, and at most 1: a weight that is not renewed fades
@@ -88,12 +88,13 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
         the first tenth of all steps. Half of them gave the same on four data sets (three seeds or five, both schedules
         in ``benchmarks/RESULTS.md``); scVI's 400 epochs would leave the weight below one in any shorter run.
     coupling_warmup
-        Two shares of all steps. Before the first, cells feel of the prior its fields only: the couplings follow the
-        cells and do not pull them. From the second on the gradient is that of the ELBO; between the two the weight of
-        the couplings in it rises. The loss that is logged is that of the ELBO throughout. None: felt from the first
-        step. ``"auto"`` is ``(0.5, 1.0)`` for a prior of spins alone, and None beside a Gaussian layer and with labels,
-        where nothing else was measured. A prior that is not learned is felt from the first step in any case. Felt from
-        the first step, couplings cost rare types (``benchmarks/LEVERS.md``).
+        Two shares of all steps, such as ``(0.5, 1.0)``. Before the first, cells feel of the prior its fields only: the
+        couplings follow the cells and do not pull them. From the second on the gradient is that of the ELBO; between
+        the two the weight of the couplings in it rises. The loss that is logged is that of the ELBO throughout. None:
+        felt from the first step, and the only choice with labels. A prior that is not learned is felt from the first
+        step in any case. In 20 runs on the four data sets that judge it ``(0.5, 1.0)`` had the same held-out ELBO and
+        found more cells of rare types where there are batches, but types were less compact and the order of development
+        was kept less well (``benchmarks/LEVERS.md``): it is not the default.
     eps
         Adam's epsilon. scVI's 0.01 exceeds the gradients of the prior and would freeze them.
     """
@@ -110,7 +111,7 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
         prior_lr: float | None = None,
         prior_weight_decay: float | None = None,
         n_epochs_kl_warmup: int | Literal["auto"] | None = "auto",
-        coupling_warmup: tuple[float, float] | Literal["auto"] | None = "auto",
+        coupling_warmup: tuple[float, float] | None = None,
         eps: float = 1e-8,
         **kwargs: Any,
     ) -> None:
@@ -244,15 +245,13 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
 
 def _resolve_coupling_warmup(given: Any, prior: BoltzmannPrior) -> tuple[float, float] | None:
     """Shares of all steps between which the couplings come to be felt; None if they are from the first step."""
-    if isinstance(given, str) and given == "auto":
-        return _AUTO_COUPLING_WARMUP if prior.has_coupling_weight and not prior.n_gaussian else None
     if given is None:
         return None
     is_pair = isinstance(given, list | tuple) and len(given) == 2 and all(isinstance(share, Real) for share in given)
     if not (is_pair and 0.0 <= given[0] <= given[1] <= 1.0):
         msg = (
             f"coupling_warmup={given!r} is no pair of shares of all steps. Use two numbers from 0 to 1, the smaller "
-            "one first, None or 'auto'."
+            "one first, or None."
         )
         raise ValueError(msg)
     if not prior.has_coupling_weight:
