@@ -342,21 +342,25 @@ def _beside_scvi(tried: list[dict], beside: list[dict]) -> list[str]:
     names = [n for n in LEVERS if full <= {(r["data"], r["seed"]) for r in tried if r["model"] == n}]
     runs = [{**r, "model": f"QBMSCVI, {r['model']}"} for r in tried if r["model"] in names]
     differences = compute_differences(as_table(native + runs))
-    best = differences[differences["reference"] == "best SCVI"].set_index(["model", "metric", "data"]).sort_index()
-    shown = [metric for metric in SHOWN if metric in set(differences["metric"])]
+    differences = differences.set_index(["model", "reference", "metric", "data"]).sort_index()
+    shown = [metric for metric in SHOWN if metric in differences.index.levels[2]]
     rows = []
     for name in ["QBMSCVI", *(f"QBMSCVI, {name}" for name in ["J = 0", *names])]:
-        cells = ["the default" if name == "QBMSCVI" else name.removeprefix("QBMSCVI, ")]
-        for metric in shown:
-            of_sets = best.loc[(name, metric)]
-            if "all" in of_sets.index:
-                mean, low, high = of_sets.loc["all", ["mean", "bootstrap_low", "bootstrap_high"]]
-            else:
-                mean, low, high = of_sets[["mean", "t_low", "t_high"]].iloc[0]
-            cells.append(_interval(metric, mean, low, high))
-        rows.append(_row(cells))
-    titles = ["setting", *(METRICS[metric].title for metric in shown)]
-    text = "Over all data sets, minus the variant of scVI that is best in that very score, which is chosen afterwards."
+        for reference in ("best SCVI of other seeds", "best SCVI"):
+            cells = ["the default" if name == "QBMSCVI" else name.removeprefix("QBMSCVI, "), reference]
+            for metric in shown:
+                of_sets = differences.loc[(name, reference, metric)]
+                if "all" in of_sets.index:
+                    mean, low, high = of_sets.loc["all", ["mean", "bootstrap_low", "bootstrap_high"]]
+                else:
+                    mean, low, high = of_sets[["mean", "t_low", "t_high"]].iloc[0]
+                cells.append(_interval(metric, mean, low, high))
+            rows.append(_row(cells))
+    titles = ["setting", "minus", *(METRICS[metric].title for metric in shown)]
+    text = (
+        "Over all data sets. *best SCVI* is the variant that is best in that very score, chosen afterwards, which "
+        "flatters it; *best SCVI of other seeds* is chosen for each seed by the others."
+    )
     return ["", "## Beside the best variant of scVI", "", text, "", _row(titles), _row(["---"] * len(titles)), *rows]
 
 

@@ -15,6 +15,7 @@ from qbmscvi import benchmark
 from qbmscvi.benchmark import Task, _compare, _report, compare, prepare, read_records, write_report
 from qbmscvi.benchmark import __main__ as command_line
 from qbmscvi.benchmark._models import same_optimizer
+from qbmscvi.benchmark._report import compute_differences
 from qbmscvi.datasets import synthetic_counts
 
 KEYS = {"label_key": "cell_type", "batch_key": "batch"}
@@ -249,6 +250,37 @@ def test_report_compares_with_every_scvi_and_with_the_best(tmp_path):
     assert {file.name for file in tmp_path.glob("*.png")} >= {"scores_first_native.png", "differences_types_native.png"}
     with pytest.raises(ValueError, match="no records"):
         write_report([], tmp_path)
+
+
+def equal_models(rng, n_variants: int = 5, n_seeds: int = 5) -> pd.DataFrame:
+    """Scores of models of which none is better than another."""
+    names = ["QBMSCVI", *(f"SCVI, variant {k}" for k in range(n_variants))]
+    key = {"data": "first", "schedule": "native", "metric": "knn_accuracy"}
+    return pd.DataFrame([{**key, "model": m, "seed": s, "value": rng.normal()} for m in names for s in range(n_seeds)])
+
+
+def test_the_best_of_equals_is_above_them_unless_it_is_chosen_on_other_seeds():
+    rng, found = np.random.default_rng(0), []
+    for _ in range(100):
+        differences = compute_differences(equal_models(rng)).set_index("reference")
+        found.append(differences.loc[["best SCVI", "best SCVI of other seeds"], "mean"].to_numpy())
+    z_scores = np.mean(found, axis=0) / (np.std(found, axis=0) / np.sqrt(len(found)))
+    assert z_scores[0] < -5  # by 1.16 / sqrt(5) standard deviations of a score
+    assert abs(z_scores[1]) < 4
+
+
+def test_the_best_of_other_seeds_is_chosen_for_each_seed_by_the_others():
+    table = equal_models(np.random.default_rng(1))
+    (row,) = compute_differences(table).query("reference == 'best SCVI of other seeds'").itertuples()
+    scores = table.pivot(index="seed", columns="model", values="value")
+    expected = []
+    for seed in scores.index:
+        others = scores.drop(index=seed).filter(like="SCVI, ").mean()
+        expected.append(scores.loc[seed, "QBMSCVI"] - scores.loc[seed, others.idxmax()])
+    assert row.n == 5
+    assert row.mean == pytest.approx(np.mean(expected))
+    one_seed = compute_differences(table[table["seed"] == 0])
+    assert "best SCVI of other seeds" not in set(one_seed["reference"])
 
 
 def test_report_pairs_the_seeds_that_both_models_have(tmp_path):
