@@ -206,9 +206,8 @@ def test_couplings_that_are_felt_less_move_cells_less_and_the_prior_as_ever(make
     without = divergence_and_gradients(1.0, of_cells)[1]
     for a, some, none in zip(found[:3], whole[:3], without, strict=True):
         assert torch.allclose(a, felt * some + (1.0 - felt) * none, rtol=0, atol=1e-12)
-    is_coupled_layer = torch.tensor([values.numel() > 0 for values in of_cells])
-    moved = torch.tensor([not torch.allclose(a, b, atol=1e-6) for a, b in zip(found[:3], whole[:3], strict=True)])
-    assert moved[2] and torch.equal(moved[0], is_coupled_layer[0])  # the test is not of couplings that are zero
+    for layer in (0, 2):  # the couplings of each layer that there is are not zero, or this would test nothing
+        assert not of_cells[layer].numel() or (found[layer] - whole[layer]).abs().max() > 1e-3
 
 
 @each_prior
