@@ -327,7 +327,7 @@ class LikelihoodMixin:
         log_proposal = log_target.clone()
         loader = self._get_batches(adata, indices[anchors.numpy()], 1, None, **data_loader_kwargs)
         for k, tensors in enumerate(loader):
-            log_px_z = [module.log_likelihood(tensors, part[:, None])[:, 0] for part in zs.split(_CODES_PER_PASS)]
+            log_px_z = [module.log_likelihood(tensors, part) for part in zs.split(_CODES_PER_PASS)]
             log_target = torch.logaddexp(log_target, torch.cat(log_px_z) - log_px[k])
             log_qz = FactorialPosterior(*(p[k] for p in parameters)).log_prob(hard).sum(-1)
             log_proposal = torch.logaddexp(log_proposal, log_qz)

@@ -339,29 +339,36 @@ class QBMVAE(VAE):
     @torch.inference_mode()
     @auto_move_data
     def log_likelihood(self, tensors: dict[str, Tensor], z: Tensor) -> Tensor:
-        r"""Log likelihood :math:`\log p(x \mid z)` of cells at given codes.
+        r"""Log likelihood :math:`\log p(x \mid z)` of one cell at given codes.
 
         A latent library size is integrated out by Gauss-Hermite quadrature around its posterior.
 
         Parameters
         ----------
         tensors
-            One batch of ``n_cells``, as a data loader gives it.
+            A batch of one cell, as a data loader gives it.
         z
-            Codes as the decoder sees them, shape ``(n_codes, n_cells, n_units)``.
+            Codes as the decoder sees them, shape ``(n_codes, n_units)``.
 
         Returns
         -------
-        Shape ``(n_codes, n_cells)``, in nats.
+        Shape ``(n_codes,)``, in nats.
         """
         outputs = self.inference(**self._get_inference_input(tensors, full_forward_pass=True))
         ql, library = outputs[MODULE_KEYS.QL_KEY], outputs[MODULE_KEYS.LIBRARY_KEY]
+        # Codes are rows of the decoder, for which scVI's layers are much faster than for a third dimension.
+        covariates = {
+            key: value.expand(len(z), -1)
+            for key, value in tensors.items()
+            if isinstance(value, Tensor) and key != REGISTRY_KEYS.X_KEY
+        }
+        rows = {**tensors, **covariates}
         if ql is None:
-            return self._decode(tensors, z, library.expand(len(z), *library.shape))[0]
-        total = z.new_full(z.shape[:-1], -math.inf)
+            return self._decode(rows, z, library.expand(len(z), -1))[0]
+        total = z.new_full(z.shape[:1], -math.inf)
         for node, weight in zip(*np.polynomial.hermite_e.hermegauss(_N_LIBRARY_NODES), strict=True):
-            library = ql.mean + ql.stddev * node
-            log_px, pl = self._decode(tensors, z, library.expand(len(z), *library.shape))
+            library = (ql.mean + ql.stddev * node).expand(len(z), -1)
+            log_px, pl = self._decode(rows, z, library)
             log_ratio = (pl.log_prob(library) - ql.log_prob(library)).sum(-1)
             total = torch.logaddexp(total, log_px + log_ratio + math.log(weight / math.sqrt(2.0 * math.pi)))
         return total

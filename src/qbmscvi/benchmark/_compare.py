@@ -128,9 +128,7 @@ def compare(
     --------
     >>> import qbmscvi
     >>> adata = qbmscvi.datasets.synthetic_counts(n_cells=300, n_genes=100)
-    >>> records = qbmscvi.benchmark.compare(
-    ...     adata, label_key="cell_type", batch_key="batch", models=["PCA"], n_seeds=1, records=None
-    ... )
+    >>> records = qbmscvi.benchmark.compare(adata, label_key="cell_type", models=["PCA"], n_seeds=1, records=None)
     >>> records[0]["scores"]["knn_accuracy"] > 0.5
     True
     """
