@@ -221,6 +221,28 @@ def fake_records():
     return records
 
 
+def test_panels_share_colors_and_a_legend_that_names_every_model(monkeypatch, tmp_path):
+    """One model has the first score only, and the panel with the legend is that of the last."""
+    records = fake_records()
+    for record in records:
+        if record["model"] == "QBMSCVI, J = 0":
+            del record["scores"]["elbo"]
+    differences = compute_differences(_report.as_table(records))
+    shown = differences[differences["reference"] == "best SCVI"]
+    assert shown["metric"].unique().tolist() == ["knn_accuracy", "elbo"]
+    drawn = []
+    monkeypatch.setattr(_report, "_save", lambda ax, file: drawn.append(ax.figure))
+    _report._draw_forests(shown, tmp_path / "forest.png")
+    first, last = drawn[0].axes
+    legend = last.get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["QBMSCVI", "QBMSCVI, J = 0"]
+    colors = [[bar.lines[0].get_color() for bar in ax.containers] for ax in (first, last)]
+    assert colors[0] == colors[1]
+    assert len(set(colors[0])) == 2
+    has_points = [[bool(np.isfinite(bar.lines[0].get_xdata()).any()) for bar in ax.containers] for ax in (first, last)]
+    assert has_points == [[True, True], [True, False]]
+
+
 def test_report_compares_with_every_scvi_and_with_the_best(tmp_path):
     text = write_report(fake_records(), tmp_path).read_text()
     assert "## first, native schedule" in text

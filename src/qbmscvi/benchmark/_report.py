@@ -353,7 +353,7 @@ def _draw_forests(differences: pd.DataFrame, file: Path) -> Path:
 
     from qbmscvi import pl
 
-    metrics = list(dict.fromkeys(differences["metric"]))
+    metrics, models = (list(dict.fromkeys(differences[key])) for key in ("metric", "model"))
     n_rows = len(differences.groupby(["data", "model"]))
     size = (3.2 * len(metrics) + 2.0, 1.4 + 0.2 * n_rows)
     figure, axes = plt.subplots(1, len(metrics), figsize=size, squeeze=False, layout="constrained")
@@ -361,7 +361,9 @@ def _draw_forests(differences: pd.DataFrame, file: Path) -> Path:
         rows: dict[str, dict] = {}
         for _, row in differences[differences["metric"] == metric].iterrows():
             low, high = ("bootstrap_low", "bootstrap_high") if row["data"] == "all" else ("t_low", "t_high")
-            rows.setdefault(row["data"], {})[row["model"]] = (row["mean"], row[low], row[high])
+            # All models have a place in every panel: their colors are the same in all, and one legend has them.
+            of_set = rows.setdefault(row["data"], dict.fromkeys(models, (np.nan, np.nan, np.nan)))
+            of_set[row["model"]] = (row["mean"], row[low], row[high])
         label = f"{METRICS[metric].title}:\ndifference to the best SCVI variant"
         pl.difference_forest(rows, xlabel=label, legend=ax is axes[0, -1], ax=ax)
     return _save(axes[0, 0], file)
