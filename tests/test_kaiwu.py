@@ -181,7 +181,10 @@ def test_a_restarted_run_finds_the_job_of_its_question(platform, problem):
     assert gain == pytest.approx(np.log(2 / 3), abs=0.1)
     wait_until(lambda: len(platform.jobs) == 2)
     state = pickle.loads(pickle.dumps(broker.state_dict()))
+    trip = broker._trip
     broker.close()
+    with pytest.raises(SamplerUnavailable, match="was canceled"):
+        trip.future.result(timeout=20.0)
     platform.finish_jobs()
     workers = {call["pid"] for call in platform.calls()}
 

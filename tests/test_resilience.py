@@ -126,6 +126,30 @@ def test_every_attempt_asks_the_same_question():
     assert None not in [seed for _, _, seed in asked[0]]
 
 
+def test_a_canceled_question_is_not_asked_again():
+    """Neither when the call under way fails, nor when the cancel comes in a pause; the next question is another one."""
+
+    class GivesUp(Unreliable):
+        def _sample_batch(self, requests, seeds):
+            if self.errors:
+                sampler.cancel()  # by whoever no longer wants the answer
+            return super()._sample_batch(requests, seeds)
+
+    child = GivesUp(SamplerUnavailable("was canceled"))
+    sampler = Retrying(child, 3, sleep=lambda seconds: None)
+    with pytest.raises(SamplerUnavailable, match="was canceled"):
+        ask(sampler)
+    assert len(child.requests) == 1
+    assert ask(sampler).info["n_attempts"] == 1
+
+    child = Unreliable(SamplerUnavailable("busy"))
+    sampler = Retrying(child, 3, sleep=lambda seconds: sampler.cancel())
+    with pytest.raises(SamplerUnavailable, match="busy"):
+        ask(sampler)
+    assert len(child.requests) == 1
+    assert ask(sampler).info["n_attempts"] == 1
+
+
 def test_a_spent_budget_is_not_asked_again():
     clock, child = Clock(), Unreliable(BudgetExceeded("no more"), SamplerError("never seen"))
     with pytest.raises(BudgetExceeded, match="no more"):

@@ -20,7 +20,7 @@ _MAX_GIVEN_UP = 4  # each is a thread
 
 
 class Retrying(Composite):
-    """Ask again when the child fails, with growing pauses, until a deadline.
+    """Ask again when the child fails, with growing pauses, until a deadline; not a question that was canceled.
 
     Parameters
     ----------
@@ -56,22 +56,31 @@ class Retrying(Composite):
         self.pause = pause
         self.deadline = deadline
         self._sleep = sleep
+        self._n_canceled = 0
+
+    def cancel(self) -> None:
+        """Let the child give up its question, and do not ask it again."""
+        self._n_canceled += 1
+        super().cancel()
 
     def _sample_batch(self, requests: list[SamplingRequest], seeds: list[int]) -> list[Draw]:
         asked = [replace(request, seed=seed) for request, seed in zip(requests, seeds, strict=True)]
-        started, pause = time.monotonic(), self.pause
+        started, pause, n_canceled = time.monotonic(), self.pause, self._n_canceled
         for attempt in range(1, self.n_attempts + 1):
             try:
                 return [pass_on(batch, n_attempts=attempt) for batch in self.child.sample_batch(asked)]
             except BudgetExceeded:
                 raise
             except SamplerError as error:
-                if attempt == self.n_attempts:
+                if attempt == self.n_attempts or self._n_canceled > n_canceled:
                     raise
+                failure = error
                 if self.deadline is not None and time.monotonic() - started + pause > self.deadline:
                     msg = f"{self.child.name} did not answer within {self.deadline:g} s ({attempt} attempts): {error}"
                     raise SamplerTimeout(msg) from error
             self._sleep(pause)
+            if self._n_canceled > n_canceled:
+                raise failure
             pause *= 2.0
         raise AssertionError  # the loop returns or raises
 
