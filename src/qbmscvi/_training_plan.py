@@ -94,9 +94,10 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
         the two the weight of the couplings in it rises. The loss that is logged is that of the ELBO throughout. None:
         felt from the first step, as those of a prior that is not learned are in any case. ``"auto"`` is
         ``(0.5, 1.0)``, and None with labels, where nothing else is possible. In ten runs on each of the four data sets
-        that judge it this mixed batches better than couplings felt from the first step, and classified as well as no
-        couplings; but types were less compact and the order of development was kept a little less well
-        (``benchmarks/LEVERS.md``). The rule by which it was chosen was fixed before half of these runs.
+        that judge it this mixed batches better than no couplings and classified as well; types were less compact and
+        the order of development was kept a little less well than by couplings felt from the first step
+        (``benchmarks/RESULTS.md``, ``benchmarks/LEVERS.md``). The rule that chose it was fixed before the last of the
+        runs of scVI that it was held against.
     eps
         Adam's epsilon. scVI's 0.01 exceeds the gradients of the prior and would freeze them.
     """
