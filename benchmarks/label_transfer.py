@@ -35,7 +35,7 @@ DATA_SETS = {"kang_ifnb": "batch", "pbmc_facs": None}
 SHARE_KNOWN = 0.2
 EPOCHS = 100
 SAME = {"n_epochs_kl_warmup": EPOCHS // 10, "eps": 1e-8}, {"n_epochs_kl_warmup": None, "eps": 1e-8}
-SCVIS_RATE = {"optimizer": "Adam", "lr": 1e-3, "prior_lr": 5e-5, "coupling_warmup": None}
+SCVIS_RATE = {"optimizer": "Adam", "lr": 1e-3, "prior_lr": 5e-5}
 # Class, arguments of its constructor, of its training plan without labels, and with them.
 MODELS = {
     "SCANVI": (scvi.model.SCVI, {}, {}, {}),

@@ -4,14 +4,13 @@
     python benchmarks/levers.py --table-only
 
 Each setting changes what its name says. Runs are added to ``levers.jsonl`` and not repeated. ``LEVERS.md`` has the
-difference of each, seed by seed, to the setting beside which it was tried: mostly to couplings that are felt from the
-first step, of a prior at a fortieth of the networks' rate, which were the default before; some to the default, whose
-runs are in ``results.jsonl``. *Other random numbers*, and *the default, on another machine*, are a setting again: what
-they differ by, chance alone does, for the rounding of another machine is enough to make other runs of the same seeds.
-``long.jsonl`` has runs of 400 epochs, scVI's own number for so few cells.
+difference of each to the default, seed by seed, from the runs in ``results.jsonl``, or to the setting beside which it
+was tried. *Other random numbers* are the default again: what they differ by, chance alone does. The runs recorded under
+that name were made at commit 542d4f5 and on another machine, whose rounding is enough to make other runs of the same
+seeds. ``long.jsonl`` has runs of 400 epochs, scVI's own number for so few cells: the default, SCVI, one setting.
 
     python benchmarks/levers.py --epochs 400 --max-cells 4000 --records benchmarks/long.jsonl \\
-        --models "felt from the first step, prior at a fortieth" SCVI "Adam, without weight decay"
+        --models QBMSCVI SCVI "Adam, without weight decay"
 """
 
 from __future__ import annotations
@@ -45,7 +44,6 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 N_SEEDS = 5
-DEFAULT = "QBMSCVI"
 ADAM, SCVIS_RATE = "Adam, without weight decay", "Adam at scVI's learning rate"
 AT_EVERY_STEP = "chains at every step, scVI's rate"
 OTHER_NUMBERS = "other random numbers"
@@ -53,9 +51,7 @@ FALLING = "learning rate falls to zero"
 SAME = "SCVI, same optimizer"
 SAME_AND_WIDTH = f"{SAME} and width"
 FALLING_SCVIS = {f"{name}, learning rate falls": name for name in (SAME, SAME_AND_WIDTH)}
-FIRST = "felt from the first step, prior at a fortieth"
-FIRST_WITHOUT = "J = 0, prior at a fortieth"
-OTHER_MACHINE = "the default, on another machine"
+LATE = "couplings felt late"
 FAST = "couplings at a fifth and felt late, fields at a fortieth, learning rate falls"
 OFTEN = "felt late, half as fast, chains at every other step"
 SLOW = {"optimizer": "Adam", "lr": 1e-3, "prior_lr": 5e-5}
@@ -77,24 +73,14 @@ def other_numbers(task: Task) -> dict:
     return {}
 
 
-def from_the_first_step(task: Task) -> dict:
-    """Couplings that are felt from the first step, of a prior at a fortieth of the networks' rate."""
-    return {"coupling_warmup": None}
-
-
-def without_couplings(task: Task) -> dict:
-    """The control J = 0."""
-    return {"prior_graph": "independent"}
-
-
 def with_arguments(**arguments: object) -> NeuralModel:
-    """QBMSCVI with arguments of its constructor, its couplings felt from the first step."""
-    return NeuralModel(QBMSCVI, lambda task: dict(arguments), from_the_first_step)
+    """QBMSCVI with arguments of its constructor."""
+    return NeuralModel(QBMSCVI, lambda task: dict(arguments))
 
 
-def with_plan(model_class: type[QBMSCVI] = QBMSCVI, **plan: Any) -> NeuralModel:
-    """QBMSCVI with arguments of its training plan, its couplings felt from the first step unless these say other."""
-    return NeuralModel(model_class, plan=lambda task: {**from_the_first_step(task), **plan})
+def with_plan(**plan: Any) -> NeuralModel:
+    """QBMSCVI with arguments of its training plan."""
+    return NeuralModel(QBMSCVI, plan=lambda task: dict(plan))
 
 
 def often_sampled(model_class: type[QBMSCVI] = QBMSCVI, **plan: Any) -> NeuralModel:
@@ -104,8 +90,8 @@ def often_sampled(model_class: type[QBMSCVI] = QBMSCVI, **plan: Any) -> NeuralMo
 
 
 def at_every_step(**plan: float) -> NeuralModel:
-    """The couplings felt from the first step, Adam at scVI's learning rate, chains that move on at each step."""
-    return NeuralModel(QBMSCVI, plan=lambda task: {**from_the_first_step(task), **SLOW, **plan}, training=every_step)
+    """QBMSCVI with Adam at scVI's learning rate, its chains moved on at each step."""
+    return NeuralModel(QBMSCVI, plan=lambda task: {**SLOW, **plan}, training=every_step)
 
 
 def read_as(representation: Representation) -> NeuralModel:
@@ -115,7 +101,7 @@ def read_as(representation: Representation) -> NeuralModel:
         def get_latent_representation(self, *args: Any, **kwargs: Any) -> np.ndarray:
             return super().get_latent_representation(*args, representation=representation, **kwargs)
 
-    return NeuralModel(Reading, plan=from_the_first_step)
+    return NeuralModel(Reading)
 
 
 class RepeatingPlan(QBMTrainingPlan):
@@ -253,11 +239,10 @@ class FallingHalfFeltQBMSCVI(QBMSCVI):
 
 
 LEVERS: dict[str, NeuralModel] = {
-    OTHER_MACHINE: NeuralModel(QBMSCVI),
-    FIRST: with_plan(),
-    FIRST_WITHOUT: with_arguments(prior_graph="independent"),
-    OTHER_NUMBERS: NeuralModel(QBMSCVI, plan=from_the_first_step, training=other_numbers),
-    f"J = 0, {OTHER_NUMBERS}": NeuralModel(QBMSCVI, without_couplings, from_the_first_step, other_numbers),
+    OTHER_NUMBERS: NeuralModel(QBMSCVI, training=other_numbers),
+    "J = 0, other random numbers": NeuralModel(
+        QBMSCVI, lambda task: {"prior_graph": "independent"}, training=other_numbers
+    ),
     "32 spins": with_arguments(n_latent=32),
     "128 spins": with_arguments(n_latent=128),
     "complete graph": with_arguments(prior_graph="complete"),
@@ -267,10 +252,14 @@ LEVERS: dict[str, NeuralModel] = {
     "spike and exponential": with_arguments(smoothing="spike-exponential"),
     "no dropout": with_arguments(dropout_rate=0.0),
     "KL weight one half": with_plan(max_kl_weight=0.5),
-    "weight decay of biases and normalization, too": with_plan(DecayingQBMSCVI),
-    "four draws of each cell": with_plan(RepeatingQBMSCVI),
+    "weight decay of biases and normalization, too": NeuralModel(DecayingQBMSCVI),
+    "four draws of each cell": NeuralModel(RepeatingQBMSCVI),
     "represented by mean spins": read_as("mean"),
     "represented by logits": read_as("logits"),
+    LATE: with_plan(coupling_warmup=(0.5, 1.0)),
+    "J = 0, prior at a fifth of the networks' rate": NeuralModel(
+        QBMSCVI, lambda task: {"prior_graph": "independent"}, lambda task: {"prior_lr": 4e-4}
+    ),
     "felt more and more from the first step": with_plan(coupling_warmup=(0.0, 1.0)),
     "felt late, prior at a twentieth of their rate": with_plan(coupling_warmup=(0.5, 1.0), prior_lr=1e-4),
     "felt late, prior at a fortieth": with_plan(coupling_warmup=(0.5, 1.0), prior_lr=5e-5),
@@ -281,46 +270,39 @@ LEVERS: dict[str, NeuralModel] = {
     f"{OFTEN}, but neither they nor fields ever": often_sampled(FieldlessQBMSCVI, coupling_warmup=(1.0, 1.0)),
     "never felt, prior half as fast": with_plan(coupling_warmup=(1.0, 1.0), prior_lr=1e-3),
     "never felt, prior at a fortieth": with_plan(coupling_warmup=(1.0, 1.0), prior_lr=5e-5),
-    "half felt": with_plan(HalfFeltQBMSCVI),
-    FALLING: with_plan(FallingQBMSCVI),
-    "J = 0, learning rate falls": NeuralModel(FallingQBMSCVI, without_couplings, from_the_first_step),
-    "half felt, learning rate falls": with_plan(FallingHalfFeltQBMSCVI),
-    "felt late, prior at a fortieth, learning rate falls": with_plan(
-        FallingQBMSCVI, coupling_warmup=(0.5, 1.0), prior_lr=5e-5
+    "half felt": NeuralModel(HalfFeltQBMSCVI),
+    FALLING: NeuralModel(FallingQBMSCVI),
+    "J = 0, learning rate falls": NeuralModel(FallingQBMSCVI, lambda task: {"prior_graph": "independent"}),
+    "half felt, learning rate falls": NeuralModel(FallingHalfFeltQBMSCVI),
+    "felt late, prior at a fortieth, learning rate falls": NeuralModel(
+        FallingQBMSCVI, plan=lambda task: {"coupling_warmup": (0.5, 1.0), "prior_lr": 5e-5}
     ),
-    FAST: with_plan(FastCouplingsQBMSCVI, coupling_warmup=(0.5, 1.0), prior_lr=5e-5),
-    "felt late, learning rate falls": with_plan(FallingQBMSCVI, coupling_warmup=(0.5, 1.0)),
+    FAST: NeuralModel(FastCouplingsQBMSCVI, plan=lambda task: {"coupling_warmup": (0.5, 1.0), "prior_lr": 5e-5}),
+    "felt late, learning rate falls": NeuralModel(FallingQBMSCVI, plan=lambda task: {"coupling_warmup": (0.5, 1.0)}),
     **{
         name: NeuralModel(FallingSCVI, MODELS[beside].arguments, MODELS[beside].plan)
         for name, beside in FALLING_SCVIS.items()
     },
     ADAM: with_plan(optimizer="Adam"),
     SCVIS_RATE: with_plan(**SLOW),
-    "128 spins, scVI's rate": NeuralModel(
-        QBMSCVI, lambda task: {"n_latent": 128}, lambda task: {**from_the_first_step(task), **SLOW}
-    ),
+    "128 spins, scVI's rate": NeuralModel(QBMSCVI, lambda task: {"n_latent": 128}, lambda task: dict(SLOW)),
     AT_EVERY_STEP: at_every_step(),
     "prior as fast as the networks": at_every_step(prior_lr=1e-3),
     "prior at a tenth of their rate": at_every_step(prior_lr=1e-4),
     "prior at a fiftieth": at_every_step(prior_lr=2e-5),
 }
-# What a setting was tried beside, where that is not ``FIRST``.
+# What a setting was tried beside, where that is not the default.
 REFERENCES = {
-    OTHER_MACHINE: DEFAULT,
-    FIRST: DEFAULT,
-    FAST: DEFAULT,
-    OFTEN: DEFAULT,
-    **{name: DEFAULT for name in LEVERS if name.startswith("felt late, prior")},
-    "felt more and more from the first step": DEFAULT,
-    "felt late, learning rate falls": DEFAULT,
-    f"J = 0, {OTHER_NUMBERS}": OTHER_NUMBERS,
+    "J = 0, other random numbers": OTHER_NUMBERS,
     SCVIS_RATE: ADAM,
     "128 spins, scVI's rate": SCVIS_RATE,
     AT_EVERY_STEP: SCVIS_RATE,
     "prior as fast as the networks": AT_EVERY_STEP,
     "prior at a tenth of their rate": AT_EVERY_STEP,
     "prior at a fiftieth": AT_EVERY_STEP,
+    "J = 0, prior at a fifth of the networks' rate": LATE,
     "J = 0, learning rate falls": FALLING,
+    "felt more and more from the first step": LATE,
     f"{OFTEN}, fully in the last quarter": OFTEN,
     f"{OFTEN}, learning rate falls": OFTEN,
     f"{OFTEN}, but neither they nor fields ever": OFTEN,
@@ -353,9 +335,9 @@ def to_markdown(records: list[dict], defaults: list[dict], long: list[dict]) -> 
     lines = [
         "# What else was tried",
         "",
-        "Written by `levers.py`. Each setting minus the one named beside it: mean of paired differences over seeds, "
-        "Student's 95 % interval in brackets; over several data sets, the mean of their means, with the interval of a "
-        "bootstrap of data sets and seeds, which is too narrow where these are few. The settings were "
+        "Written by `levers.py`. Each setting minus the default, or minus what is named: mean of paired differences "
+        "over seeds, Student's 95 % interval in brackets; over several data sets, the mean of their means, with the "
+        "interval of a bootstrap of data sets and seeds, which is too narrow where these are few. The settings were "
         "tried on the data sets that judge them, and many scores are shown: one interval in twenty misses zero by "
         "chance alone. Held-out ELBO in nats per cell.",
         "",
@@ -377,8 +359,7 @@ def _section(heading: str, tried: list[dict], beside: list[dict], n_sets: int = 
         pairs = _pairs(name, tried, beside)
         if len(pairs) >= n_sets:
             n_runs = [str(n) for n in sorted({len(of_set) for of_set in pairs.values()})]
-            beside_it = REFERENCES.get(name, FIRST)
-            what = [name, "the default" if beside_it == DEFAULT else beside_it]
+            what = [name, REFERENCES.get(name, "the default")]
             what += [str(len(pairs))] * (n_sets > 1) + [" to ".join(n_runs[:1] + n_runs[1:][-1:])]
             rows.append(_row(what + [_difference(pairs, metric) for metric in shown]))
     titles = ["setting", "minus", *["sets"] * (n_sets > 1), "seeds", *(METRICS[metric].title for metric in shown)]
@@ -420,7 +401,7 @@ def _pairs(name: str, tried: list[dict], beside: list[dict]) -> dict[str, list[t
     known = {(r["data"], r["model"], r["seed"]): r["scores"] for r in beside + tried if r["schedule"] == "native"}
     pairs = {}
     for run in [r for r in tried if r["model"] == name]:
-        reference = known.get((run["data"], REFERENCES.get(name, FIRST), run["seed"]))
+        reference = known.get((run["data"], REFERENCES.get(name, "QBMSCVI"), run["seed"]))
         if reference:
             pairs.setdefault(run["data"], []).append((run["scores"], reference))
     return pairs

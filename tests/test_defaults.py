@@ -122,9 +122,9 @@ CLAIMS = [
             "e-0", "e-"
         ),
     ),
-    ("docs/model.md", f"learns at a {LATE_PRIOR_RATE} of the networks'"),
-    ("docs/settings.md", f"by default a {LATE_PRIOR_RATE} of `lr`"),
-    ("docs/settings.md", f"of a prior at a {PRIOR_RATE} of `lr`"),
+    ("docs/model.md", f"learns at a {PRIOR_RATE} of the networks'"),
+    ("docs/settings.md", f"by default a {PRIOR_RATE} of `lr`"),
+    ("docs/settings.md", f"of a prior at a {LATE_PRIOR_RATE} of `lr`"),
     ("docs/settings.md", f'`"{default(QBMTrainingPlan, "n_epochs_kl_warmup")}"` is the first {WARMUP} of the steps'),
     ("docs/samplers.md", f"older than `max_staleness` steps: {_MAX_STALENESS}, and without limit"),
     ("docs/samplers.md", f"off by more than a factor of {NUMBER[int(default(Vetted, 'max_ratio'))]},"),

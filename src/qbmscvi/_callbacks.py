@@ -46,8 +46,7 @@ class SamplingSchedule:
     every_n_steps
         Optimizer steps between two questions to the sampler. The moments of a local sampler stay as they are in
         between; with a remote one, local chains renew them at every step. The default suits a prior that learns
-        more slowly than the networks: at the default ``prior_lr`` a parameter moves by some 0.003 at most in eight
-        steps.
+        slowly: at the default ``prior_lr`` a parameter moves by some 0.0004 at most in eight steps.
     n_sweeps
         Sweeps of each persistent chain whenever the moments are renewed (the k of PCD-k).
     burn_in
