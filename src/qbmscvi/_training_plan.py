@@ -92,7 +92,7 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
         couplings follow the cells and do not pull them. From the second on the gradient is that of the ELBO; between
         the two the weight of the couplings in it rises. The loss that is logged is that of the ELBO throughout. None:
         felt from the first step, and the only choice with labels. A prior that is not learned is felt from the first
-        step in any case. In five runs or ten on each of the four data sets that judge it ``(0.5, 1.0)`` had the same
+        step in any case. In ten runs on each of the four data sets that judge it ``(0.5, 1.0)`` had the same
         held-out ELBO and classified as well as without couplings, but types were less compact and the order of
         development was kept less well than by couplings that are felt from the first step (``benchmarks/LEVERS.md``).
     eps
