@@ -366,6 +366,7 @@ def _draw_forests(differences: pd.DataFrame, file: Path) -> Path:
             of_set[row["model"]] = (row["mean"], row[low], row[high])
         label = f"{METRICS[metric].title}:\ndifference to the best SCVI variant"
         pl.difference_forest(rows, xlabel=label, legend=ax is axes[0, -1], ax=ax)
+        ax.locator_params(axis="x", nbins=3)  # more run into each other
     return _save(axes[0, 0], file)
 
 
