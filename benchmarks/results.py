@@ -1,4 +1,4 @@
-"""The comparison on four real data sets: records in ``results.jsonl``, tables and figures from them.
+"""The comparison on seven real data sets: records in ``results.jsonl``, tables and figures from them.
 
     python benchmarks/results.py --data ../shared/data
     python benchmarks/results.py --table-only
@@ -24,6 +24,9 @@ DATA_SETS = {
     "pbmc_cite_2batch": {"label_key": "cell_type", "batch_key": "batch"},
     "pbmc_facs": {"label_key": "cell_type"},
     "pancreas_endo": {"label_key": "cell_type", "order_key": "stage"},
+    "paul15_batches": {"label_key": "cell_type", "batch_key": "batch", "order_key": "ery"},
+    "cellline_mix5": {"label_key": "cell_type", "batch_key": "batch"},
+    "marques_oligo": {"label_key": "cell_type", "batch_key": "batch", "order_key": "stage"},
 }
 
 
