@@ -1,7 +1,4 @@
-"""Bad input of QBMSCVI is refused before training starts, by a message that names the cause and the remedy.
-
-Messages of scvi-tools itself are matched on the cause only: they are not ours to word.
-"""
+"""Bad input of QBMSCVI is refused before training starts, by a message that names the cause and the remedy."""
 
 from __future__ import annotations
 
@@ -75,16 +72,16 @@ def _empty(X):
 
 
 DATA = [
-    pytest.param(np.log1p, "not counts: they contain values such as 0.69", "layer with raw counts", id="log"),
+    pytest.param(np.log1p, r"no integers, such as 0\.69.*normalized", "Load the raw counts", id="log"),
+    pytest.param(_set(2.5), r"such as 2\.5 \(cell 'cell_3'", r"np\.rint", id="fractional"),
+    pytest.param(_set(-1.0), r"negative values, such as -1\.0 \(cell 'cell_3'", "Load the raw counts", id="negative"),
+    pytest.param(lambda X: X - X.mean(0), "negative values", "scaled or centered", id="centered"),
+    pytest.param(_set(np.nan), r"value nan \(cell 'cell_3'", "remove these cells", id="nan"),
+    pytest.param(_set(np.inf), r"value inf \(cell 'cell_3'", "remove these cells", id="infinite"),
+    pytest.param(_set(-np.inf), r"value -inf \(cell 'cell_3'", "remove these cells", id="minus-infinite"),
     pytest.param(
-        _set(2.5), r"contain values such as 2\.5", r"setup_anndata\(\.\.\., layer='counts'\)", id="fractional"
+        _empty, "1 of 200 cells .*'cell_7'", r"scanpy\.pp\.filter_cells\(adata, min_counts=1\)", id="empty-cell"
     ),
-    pytest.param(_set(-1.0), r"negative values \(minimum -1\)", r"layer='counts'", id="negative"),
-    pytest.param(lambda X: X - X.mean(0), "negative values .*scaled or centered", "layer='counts'", id="centered"),
-    pytest.param(_set(np.nan), "NaN or infinite", r"set the affected entries to 0", id="nan"),
-    pytest.param(_set(np.inf), "NaN or infinite", r"layer that holds counts", id="infinite"),
-    pytest.param(_set(-np.inf), "NaN or infinite", r"layer that holds counts", id="minus-infinite"),
-    pytest.param(_empty, "Cell 7 has no counts", r"scanpy\.pp\.filter_cells\(adata, min_counts=1\)", id="empty-cell"),
 ]
 
 
@@ -109,7 +106,7 @@ def test_cells_are_numbered_through_all_chunks(counts, monkeypatch):
     X[[120, 170]] = 0.0
     bad.X = X
     QBMSCVI.setup_anndata(bad)
-    with pytest.raises(ValueError, match="Cell 120 has no counts"):
+    with pytest.raises(ValueError, match=r"2 of 200 cells .*'cell_120'"):
         train(small(bad))
 
 
@@ -123,7 +120,7 @@ def test_data_are_taken_from_the_registered_layer(counts):
     swapped = counts.copy()
     swapped.layers["logs"] = swapped.X.log1p()
     QBMSCVI.setup_anndata(swapped, layer="logs")
-    with pytest.raises(ValueError, match="not counts"):
+    with pytest.raises(ValueError, match="'logs' holds values that are no integers"):
         train(small(swapped))
 
 
@@ -140,7 +137,7 @@ def test_continuous_data_need_a_normal_likelihood(counts):
     adata = counts.copy()
     adata.X = adata.X.log1p()
     QBMSCVI.setup_anndata(adata)
-    with pytest.raises(ValueError, match="gene_likelihood='normal' for continuous data|gene_likelihood='normal'`"):
+    with pytest.raises(ValueError, match="gene_likelihood='normal'`"):
         train(small(adata))
     assert train(small(adata, gene_likelihood="normal")).is_trained
 
@@ -166,19 +163,19 @@ def test_empty_cell_is_no_trouble_without_an_observed_library_size(counts):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Setup: messages of scvi-tools
+# Setup
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("setup", "error", "cause"),
     [
-        pytest.param({"batch_key": "donor"}, KeyError, "donor not found in adata.obs", id="batch_key"),
-        pytest.param({"labels_key": "kind"}, KeyError, "kind not found in adata.obs", id="labels_key"),
-        pytest.param({"size_factor_key": "size"}, KeyError, "size not found in adata.obs", id="size_factor_key"),
-        pytest.param({"layer": "raw"}, ValueError, "raw is not a valid key in adata.layers", id="layer"),
-        pytest.param({"categorical_covariate_keys": ["x"]}, KeyError, "x not found in adata.obs", id="categorical"),
-        pytest.param({"continuous_covariate_keys": ["y"]}, KeyError, "y not found in adata.obs", id="continuous"),
+        pytest.param({"batch_key": "donor"}, ValueError, "='donor' is no column of `adata.obs`", id="batch_key"),
+        pytest.param({"labels_key": "kind"}, ValueError, "='kind' is no column of `adata.obs`", id="labels_key"),
+        pytest.param({"size_factor_key": "size"}, ValueError, "='size' is no column", id="size_factor_key"),
+        pytest.param({"layer": "raw"}, ValueError, "='raw' is no layer", id="layer"),
+        pytest.param({"categorical_covariate_keys": ["x"]}, ValueError, "='x' is no column", id="categorical"),
+        pytest.param({"continuous_covariate_keys": ["y"]}, ValueError, "='y' is no column", id="continuous"),
         pytest.param({"batch": "batch"}, TypeError, "unexpected keyword arguments {'batch'", id="unknown-argument"),
     ],
 )

@@ -133,7 +133,7 @@ def test_a_schedule_is_the_same_for_all(adata, quick_scores, schedule, warmup):
         ({"label_key": "gaps"}, "missing for 1 of 160"),
         ({"batch_key": "one"}, "a single batch"),
         ({"order_key": "cell_type"}, "not numeric"),
-        ({"layer": "normalized"}, "not counts"),
+        ({"layer": "normalized"}, "no integers"),
         ({"models": ["scvi"]}, "Unknown model 'scvi'"),
         ({"models": []}, "empty"),
         ({"models": ["PCA", "PCA"]}, "twice"),

@@ -93,7 +93,7 @@ SURFACE = {
         "class_sampler_key class_weights",
     ),
     "setup_anndata": (
-        "inherited",
+        "overridden",
         "adata layer batch_key labels_key size_factor_key categorical_covariate_keys continuous_covariate_keys",
     ),
     "to_device": ("inherited", "device"),

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from torch.autograd.function import FunctionCtx
     from torch.distributions import Distribution
 
+ROUNDING = 1e-3
+"""Distance to an integer, relative to integers above one, that is taken for rounding error of a transformation."""
+
 _EPS = 1e-8  # scVI's
 
 
@@ -70,7 +73,8 @@ class SparseZeroInflatedNegativeBinomial(SparseNegativeBinomial, ZeroInflatedNeg
         shape = torch.broadcast_shapes(value.shape, self.mu.shape)
         position, counts = _nonzero(value, shape)
         if value.requires_grad or self.on_mps or not _are_counts(counts):
-            return ZeroInflatedNegativeBinomial.log_prob(self, value)  # which warns of values that are no counts
+            # which warns of values that are no counts
+            return ZeroInflatedNegativeBinomial.log_prob(self, without_rounding_error(value))
         return self._sparse_log_prob(position, counts, shape, torch.result_type(value, self.mu))
 
 
@@ -82,7 +86,7 @@ class SparsePoisson(Poisson):
         shape = torch.broadcast_shapes(value.shape, self.rate.shape)
         position, counts = _nonzero(value, shape)
         if value.requires_grad or (self._validate_args and not _are_counts(counts)):
-            return super().log_prob(value)  # which refuses values that are no counts
+            return super().log_prob(without_rounding_error(value))  # which refuses values that are no counts
         rate = self.rate.to(torch.result_type(value, self.rate)).expand(shape)
         counts = counts.to(rate)
         rate_there = rate.reshape(-1).index_select(0, position)
@@ -168,13 +172,19 @@ class _LogProb(Function):
         return grad_mu, grad_theta, grad_logits, None, None
 
 
+def without_rounding_error(counts: Tensor) -> Tensor:
+    """Integers in place of what a transformation and its inverse left of them; other values stay."""
+    nearest = counts.round()
+    return torch.where((counts - nearest).abs() <= ROUNDING * nearest.clamp(min=1.0), nearest, counts)
+
+
 def _nonzero(value: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
     """Positions, in row-major order, and values of the entries other than zero of ``value`` expanded to ``shape``."""
     if value.shape != shape[len(shape) - value.dim() :]:
         value = value.expand(shape)
     flat = value.reshape(-1)
     position = flat.bool().nonzero().squeeze(1)
-    counts = flat.index_select(0, position)
+    counts = without_rounding_error(flat.index_select(0, position))
     n_copies = shape.numel() // max(flat.numel(), 1)
     if n_copies > 1:
         starts = torch.arange(n_copies, device=position.device) * flat.numel()

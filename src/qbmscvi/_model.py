@@ -15,8 +15,10 @@ from scvi.data._constants import ADATA_MINIFY_TYPE
 from scvi.model import SCANVI, SCVI
 from scvi.module._constants import MODULE_KEYS
 
-from qbmscvi._counts import check_counts, totals_per_cell
+from qbmscvi._checked_data import CheckedDataMixin
+from qbmscvi._counts import totals_per_cell
 from qbmscvi._deferred import DeferredInitialization
+from qbmscvi._input_checks import as_typed
 from qbmscvi._interpretation import InterpretationMixin
 from qbmscvi._likelihood import Layer, LikelihoodMixin
 from qbmscvi._module import QBMVAE, LatentName, resolve_latent_sizes
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 Representation = Literal["angles", "mean", "logits", "bits"]
 
 
-class QBMSCVI(LikelihoodMixin, InterpretationMixin, SCVI, DeferredInitialization):
+class QBMSCVI(LikelihoodMixin, InterpretationMixin, CheckedDataMixin, SCVI, DeferredInitialization):
     """scVI with a Boltzmann prior over its latent space :cite:p:`Wang25`.
 
     Used like :class:`scvi.model.SCVI`; arguments not listed here are scVI's.
@@ -140,12 +142,15 @@ class QBMSCVI(LikelihoodMixin, InterpretationMixin, SCVI, DeferredInitialization
             n_chains=n_chains,
             **kwargs,
         )
-        self._n_gaussian = resolve_latent_sizes(latent, n_latent, n_spins)[0]
+        self._n_gaussian, n_resolved = resolve_latent_sizes(latent, n_latent, n_spins)
+        sizes = f"n_latent: {self._n_gaussian or n_resolved}"
+        sizes += f", n_spins: {n_resolved}" if self._n_gaussian else ""
+        graph = prior_graph if isinstance(prior_graph, str) else getattr(prior_graph, "name", "") or "custom"
         self._model_summary_string = (
-            "QBMSCVI model with the following parameters: \n"
-            f"latent: {latent}, n_latent: {n_latent}, n_spins: {n_spins}, prior_graph: {prior_graph}, "
-            f"smoothing: {smoothing}, n_hidden: {n_hidden}, n_layers: {n_layers}, dropout_rate: {dropout_rate}, "
-            f"dispersion: {dispersion}, gene_likelihood: {gene_likelihood}."
+            f"{type(self).__name__} model with the following parameters: \n"
+            f"latent: {latent}, {sizes}, prior_graph: {graph}, smoothing: {smoothing}, n_hidden: {n_hidden}, "
+            f"n_layers: {n_layers}, dropout_rate: {dropout_rate}, dispersion: {dispersion}, "
+            f"gene_likelihood: {gene_likelihood}."
         )
         self.init_params_ = self._get_init_params(locals())
 
@@ -189,8 +194,8 @@ class QBMSCVI(LikelihoodMixin, InterpretationMixin, SCVI, DeferredInitialization
         Raises
         ------
         ValueError
-            If the data are not counts, a cell is empty or the counts were minified away, or the sampler is unknown or
-            finds ground states only.
+            If the data are not counts, a cell is empty, a size factor or covariate is not finite or the counts were
+            minified away, or the sampler is unknown or finds ground states only.
         AttributeError
             If the model has no AnnData and ``datamodule`` is missing.
         GraphMismatchError
@@ -206,12 +211,7 @@ class QBMSCVI(LikelihoodMixin, InterpretationMixin, SCVI, DeferredInitialization
             # scVI refuses here, before a pass through the decoder has changed its batch statistics.
             self.module.loss({}, {}, {})
         if datamodule is None and self.minified_data_type is None:
-            check_counts(
-                self.adata_manager.get_from_registry(REGISTRY_KEYS.X_KEY),
-                self.adata.n_obs,
-                is_count_likelihood=self.module.gene_likelihood != "normal",
-                needs_library_size=self.module.use_observed_lib_size and not self.module.use_size_factor_key,
-            )
+            self._check_numbers(self.adata)
         plan_kwargs = {**plan_arguments(plan_config), **plan_arguments(plan_kwargs)}
         for name in ("sampler", "schedule"):
             if name in plan_kwargs:
@@ -392,7 +392,7 @@ class QBMSCVI(LikelihoodMixin, InterpretationMixin, SCVI, DeferredInitialization
             Category of the batch key to generate for; None for the first.
         library_size
             Total count per cell, or size factor if the data were set up with ``size_factor_key``: a number, or shape
-            ``(n_cells,)``. None draws from those of the training data.
+            ``(n_cells,)``. None draws from those of the cells of that batch in the training data.
         sampler
             Sampler of the prior.
         seed
@@ -418,20 +418,21 @@ class QBMSCVI(LikelihoodMixin, InterpretationMixin, SCVI, DeferredInitialization
             raise ValueError(msg)
         categories = list(self.get_state_registry(REGISTRY_KEYS.BATCH_KEY).categorical_mapping)
         if batch is not None and batch not in categories:
-            msg = f"Unknown batch {batch!r}. Use one of {', '.join(map(repr, categories))}."
+            msg = f"Unknown batch {batch!r}. Use one of {as_typed(categories)}."
             raise ValueError(msg)
         require_integer("n_cells", n_cells, 1)
         seed = _split_seed(None, 1)[0] if seed is None else seed
         library_seed, count_seed = _split_seed(seed, 4)[2:]  # the first two are those of `sample_prior`
+        code = 0 if batch is None else categories.index(batch)
         if library_size is None:
-            library_size = np.random.default_rng(library_seed).choice(self._library_sizes(), n_cells)
+            library_size = np.random.default_rng(library_seed).choice(self._library_sizes(code), n_cells)
         library_size = np.asarray(library_size, dtype=np.float32)
         if library_size.shape not in ((), (n_cells,)):
             msg = f"library_size has shape {library_size.shape}; it must be a number or have shape ({n_cells},)."
             raise ValueError(msg)
         library_size = np.broadcast_to(library_size, (n_cells,))
-        if not (library_size > 0).all():
-            msg = f"library_size must be positive, got {library_size.min():g}."
+        if not (np.isfinite(library_size) & (library_size > 0)).all():
+            msg = f"library_size must be positive and finite, got {library_size.min():g}. Leave it out for real ones."
             raise ValueError(msg)
         z = self.sample_prior(n_cells, sampler=sampler, seed=seed)
         device = self.device
@@ -446,7 +447,7 @@ class QBMSCVI(LikelihoodMixin, InterpretationMixin, SCVI, DeferredInitialization
                 outputs = module.generative(
                     z=module.z_encoder.z_transformation(torch.from_numpy(z[rows]).to(device)),
                     library=log_size,
-                    batch_index=column + (0 if batch is None else categories.index(batch)),
+                    batch_index=column + code,
                     y=column,
                     size_factor=log_size,  # as `_get_generative_input` passes it: the logarithm
                 )
@@ -460,8 +461,8 @@ class QBMSCVI(LikelihoodMixin, InterpretationMixin, SCVI, DeferredInitialization
         generated.obsm["z"] = z
         return generated
 
-    def _library_sizes(self) -> np.ndarray:
-        """What the decoder takes for the library sizes of the training data, shape ``(n_cells,)``."""
+    def _library_sizes(self, batch: int) -> np.ndarray:
+        """What the decoder takes for the library sizes of the cells of a batch, those of empty cells left out."""
         if self.adata is None:
             msg = "The model has no AnnData to draw library sizes from. Pass `library_size`."
             raise ValueError(msg)
@@ -470,7 +471,13 @@ class QBMSCVI(LikelihoodMixin, InterpretationMixin, SCVI, DeferredInitialization
             key = REGISTRY_KEYS.SIZE_FACTOR_KEY
         elif self.minified_data_type is not None:
             key = REGISTRY_KEYS.OBSERVED_LIB_SIZE
-        return totals_per_cell(self.adata_manager.get_from_registry(key), self.adata.n_obs)
+        sizes = totals_per_cell(self.adata_manager.get_from_registry(key), self.adata.n_obs)
+        is_in_batch = self.adata_manager.get_from_registry(REGISTRY_KEYS.BATCH_KEY).ravel() == batch
+        sizes = sizes[is_in_batch & (sizes > 0)]
+        if not len(sizes):
+            msg = "This batch has no cell with counts to draw library sizes from. Pass `library_size`."
+            raise ValueError(msg)
+        return sizes
 
     @torch.inference_mode()
     def get_prior_energy(

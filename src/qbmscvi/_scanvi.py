@@ -21,6 +21,7 @@ from scvi.data.fields import (
 from scvi.model._utils import get_max_epochs_heuristic
 from scvi.module._constants import MODULE_KEYS
 
+from qbmscvi._input_checks import as_column_list, check_setup
 from qbmscvi._model import QBMSCVI, plan_arguments
 from qbmscvi._scanvae import QBMSCANVAE
 
@@ -55,7 +56,6 @@ class QBMSCANVI(QBMSCVI):
 
     def __init__(self, adata: AnnData | None = None, registry: dict | None = None, **kwargs: Any) -> None:
         super().__init__(adata, registry, **kwargs)
-        self._model_summary_string = self._model_summary_string.replace("QBMSCVI", "QBMSCANVI", 1)
         self.was_pretrained = False
         self.init_params_ = self._get_init_params(locals())
 
@@ -87,7 +87,19 @@ class QBMSCANVI(QBMSCVI):
         batch_key, size_factor_key, categorical_covariate_keys, continuous_covariate_keys
             Columns of ``adata.obs``.
         """
-        setup_method_args = cls._get_setup_method_args(**locals())
+        categorical_covariate_keys = as_column_list("categorical_covariate_keys", categorical_covariate_keys)
+        continuous_covariate_keys = as_column_list("continuous_covariate_keys", continuous_covariate_keys)
+        arguments = {
+            "labels_key": labels_key,
+            "unlabeled_category": unlabeled_category,
+            "layer": layer,
+            "batch_key": batch_key,
+            "size_factor_key": size_factor_key,
+            "categorical_covariate_keys": categorical_covariate_keys,
+            "continuous_covariate_keys": continuous_covariate_keys,
+        }
+        check_setup(adata, **arguments, **kwargs)
+        setup_method_args = cls._get_setup_method_args(cls=cls, adata=adata, **arguments)
         fields = [
             LayerField(REGISTRY_KEYS.X_KEY, layer, is_count_data=True),
             CategoricalObsField(REGISTRY_KEYS.BATCH_KEY, batch_key),

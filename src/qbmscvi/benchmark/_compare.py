@@ -285,7 +285,7 @@ def _check_data(
     if counts is None:
         msg = "The data have no `X`. Choose the layer with raw counts with `layer`."
         raise ValueError(msg)
-    check_counts(counts, adata.n_obs)
+    check_counts(adata, layer=layer)
     columns = [key for key in (label_key, batch_key, order_key) if key is not None]
     return type(adata)(counts.copy(), obs=adata.obs[columns].copy(), var=adata.var[[]].copy())
 

@@ -1,0 +1,551 @@
+"""Data as users have them: each is put right, or refused with a sentence that names the place and says what to type."""
+
+from __future__ import annotations
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+
+import qbmscvi
+from qbmscvi import QBMSCANVI, QBMSCVI
+
+N_CELLS, N_GENES = 120, 40
+FIT = {"max_epochs": 1, "accelerator": "cpu", "enable_progress_bar": False}
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not contain unnormalized count data")
+
+
+@pytest.fixture(scope="module")
+def counts() -> ad.AnnData:
+    """Not registered: copies of registered data share their registration."""
+    adata = qbmscvi.datasets.synthetic_counts(N_CELLS, N_GENES, seed=3)
+    adata.obs["size"] = np.linspace(0.5, 2.0, N_CELLS)
+    adata.obs["age"] = np.linspace(-1.0, 1.0, N_CELLS)
+    return adata
+
+
+def build(adata: ad.AnnData, *, model: dict | None = None, **setup) -> QBMSCVI:
+    QBMSCVI.setup_anndata(adata, **setup)
+    return QBMSCVI(adata, n_latent=8, n_chains=16, n_hidden=16, **(model or {}))
+
+
+@pytest.fixture(scope="module")
+def trained(counts) -> QBMSCVI:
+    model = build(counts.copy(), batch_key="batch", size_factor_key="size", continuous_covariate_keys=["age"])
+    model.train(**FIT)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values that are not finite, or impossible, wherever data come in
+# ---------------------------------------------------------------------------------------------------------------------
+
+METHODS = {
+    "get_latent_representation": lambda model, adata: model.get_latent_representation(adata),
+    "get_normalized_expression": lambda model, adata: model.get_normalized_expression(adata, library_size=1e4),
+    "get_elbo": lambda model, adata: model.get_elbo(adata),
+    "get_kl": lambda model, adata: model.get_kl(adata),
+    "get_marginal_ll": lambda model, adata: model.get_marginal_ll(adata, n_mc_samples=2),
+    "get_reconstruction_error": lambda model, adata: model.get_reconstruction_error(adata),
+    "get_latent_library_size": lambda model, adata: model.get_latent_library_size(adata, give_mean=False),
+    "get_likelihood_parameters": lambda model, adata: model.get_likelihood_parameters(adata),
+    "get_prior_energy": lambda model, adata: model.get_prior_energy(adata),
+    "get_spin_programs": lambda model, adata: model.get_spin_programs(adata, spins=[0]),
+    "get_prior_modes": lambda model, adata: model.get_prior_modes(adata, n_samples=4),
+    "posterior_predictive_sample": lambda model, adata: model.posterior_predictive_sample(adata),
+    "get_feature_correlation_matrix": lambda model, adata: model.get_feature_correlation_matrix(adata, n_samples=2),
+    "differential_expression": lambda model, adata: model.differential_expression(adata, "cell_type", silent=True),
+}
+
+
+def _set_count(adata: ad.AnnData, value: float) -> None:
+    X = adata.X.toarray()
+    X[4, 7] = value
+    adata.X = sparse.csr_matrix(X)
+
+
+def _set_column(key: str):
+    def change(adata: ad.AnnData, value: float) -> None:
+        adata.obs[key] = adata.obs[key].to_numpy(copy=True)
+        adata.obs.loc[adata.obs_names[4], key] = value
+
+    return change
+
+
+BAD_VALUES = [
+    pytest.param(_set_count, np.nan, "gene_7", id="count-nan"),
+    pytest.param(_set_count, np.inf, "gene_7", id="count-infinite"),
+    pytest.param(_set_count, -3.0, "gene_7", id="count-negative"),
+    pytest.param(_set_column("size"), np.nan, "size", id="size-factor-nan"),
+    pytest.param(_set_column("size"), np.inf, "size", id="size-factor-infinite"),
+    pytest.param(_set_column("size"), 0.0, "size", id="size-factor-zero"),
+    pytest.param(_set_column("size"), -1.0, "size", id="size-factor-negative"),
+    pytest.param(_set_column("age"), np.nan, "age", id="covariate-nan"),
+    pytest.param(_set_column("age"), -np.inf, "age", id="covariate-infinite"),
+]
+
+
+@pytest.mark.parametrize(("change", "value", "where"), BAD_VALUES)
+def test_training_refuses_what_is_not_finite_before_it_starts(counts, change, value, where):
+    adata = counts.copy()
+    change(adata, value)
+    model = build(adata, batch_key="batch", size_factor_key="size", continuous_covariate_keys=["age"])
+    with pytest.raises(ValueError, match=rf"(?s){where}.*cell_4|cell_4.*{where}") as error:
+        model.train(**FIT)
+    assert str(value).lstrip("-") in str(error.value)
+    assert not model.is_trained
+    with pytest.raises(RuntimeError, match="untrained"):
+        model.get_latent_representation()
+
+
+@pytest.mark.parametrize(("change", "value", "where"), BAD_VALUES)
+def test_new_data_are_refused_where_they_are_not_finite(counts, trained, change, value, where):
+    query = counts[:30].copy()
+    change(query, value)
+    with pytest.raises(ValueError, match=rf"(?s){where}.*cell_4|cell_4.*{where}"):
+        trained.get_latent_representation(query)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_refuses_nan_in_new_data(counts, trained, method):
+    query = counts[:30].copy()
+    METHODS[method](trained, query.copy())  # as it is, it is taken
+    _set_count(query, np.nan)
+    with pytest.raises(ValueError, match="cell_4.*gene_7"):
+        METHODS[method](trained, query)
+
+
+def test_nan_that_came_into_the_own_data_after_training_is_found(counts):
+    model = build(counts.copy())
+    model.train(**FIT)
+    model.adata.X.data[5] = np.nan
+    with pytest.raises(ValueError, match="nan"):
+        model.get_normalized_expression(library_size=1e4)
+
+
+def test_size_factors_that_changed_after_setup_are_looked_at(counts):
+    model = build(counts.copy(), size_factor_key="size")
+    model.adata.obs["size"] = 0.0
+    with pytest.raises(ValueError, match=r"'size'.*not positive for 120 of 120"):
+        model.train(**FIT)
+
+
+def test_a_query_with_nan_is_refused_before_it_is_mapped(counts, trained):
+    query = counts[:30].copy()
+    _set_count(query, np.nan)
+    mapped = QBMSCVI.load_query_data(query, trained)
+    with pytest.raises(ValueError, match="cell_4.*gene_7"):
+        mapped.train(**FIT)
+
+
+def test_annotation_refuses_nan(counts):
+    QBMSCANVI.setup_anndata(labeled := counts.copy(), "cell_type", "unknown")
+    model = QBMSCANVI(labeled, n_latent=8, n_chains=16)
+    model.train(**FIT)
+    query = counts[:30].copy()
+    _set_count(query, np.nan)
+    with pytest.raises(ValueError, match="cell_4.*gene_7"):
+        model.predict(query)
+
+
+def test_empty_cells_are_counted(counts):
+    adata = counts.copy()
+    X = adata.X.toarray()
+    X[[7, 11, 90]] = 0
+    adata.X = X
+    with pytest.raises(ValueError, match=r"3 of 120 cells .*cell_7.*filter_cells"):
+        build(adata).train(**FIT)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Counts that are nearly counts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _recovered(counts: ad.AnnData, dtype: str) -> np.ndarray:
+    """Counts after normalization, a logarithm, and back."""
+    X = counts.X.toarray().astype(dtype)
+    size = X.sum(1, keepdims=True)
+    return np.expm1(np.log1p(X / size * 1e4)) * size / 1e4
+
+
+@pytest.mark.parametrize("likelihood", ["zinb", "nb", "poisson"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_rounding_error_is_no_fraction(counts, dtype, likelihood):
+    adata = counts.copy()
+    adata.X = _recovered(counts, dtype)
+    assert (adata.X != np.rint(adata.X)).any()
+    noisy = build(adata, model={"gene_likelihood": likelihood})
+    noisy.train(**FIT)
+    exact = counts.copy()
+    QBMSCVI.setup_anndata(exact)
+    # Each at one draw of the posterior: the spread of draws is the tolerance.
+    errors = [float(noisy.get_reconstruction_error(data)["reconstruction_loss"]) for data in (adata, exact)]
+    assert errors[0] == pytest.approx(errors[1], rel=0.05)
+
+
+@pytest.mark.parametrize("likelihood", ["zinb", "nb", "poisson"])
+def test_likelihood_of_noisy_counts_is_that_of_the_integers(counts, likelihood):
+    import torch
+
+    model = build(counts.copy(), model={"gene_likelihood": likelihood})
+    x = torch.from_numpy(counts.X[:8].toarray())
+    noise = 4e-4 * torch.sin(torch.arange(x.numel())).view_as(x)
+    noisy = torch.where(x > 0, x * (1 + noise), noise.abs())  # zeros, too
+    column = torch.zeros(8, 1, dtype=torch.long)
+    given = {"z": torch.ones(8, 8), "library": x.sum(1, keepdim=True).log(), "batch_index": column, "y": column}
+    px = model.module.generative(**given)["px"]
+    torch.testing.assert_close(px.log_prob(noisy), px.log_prob(x), rtol=1e-5, atol=1e-5)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(px.log_prob(x + (x > 0)), px.log_prob(x), rtol=1e-5, atol=1e-5)
+
+
+def test_large_counts_are_taken_within_their_precision(counts):
+    adata = counts.copy()
+    X = adata.X.toarray()
+    X[0, 0] = 123456.06
+    adata.X = X
+    build(adata).train(**FIT)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        pytest.param(lambda X: np.round(X * 0.93, 3) * 20, r"corrected counts.*np\.rint", id="ambient"),
+        pytest.param(lambda X: X * 20 + 0.25 * (X > 0), r"corrected counts.*np\.rint", id="expectation-maximization"),
+        pytest.param(np.log1p, "normalized", id="log"),
+        pytest.param(lambda X: X / X.sum(1, keepdims=True) * 1e4, "normalized", id="per-ten-thousand"),
+        pytest.param(lambda X: X / X.max(), "normalized", id="scaled-to-one"),
+        pytest.param(lambda X: X - X.mean(0), "scaled or centered", id="centered"),
+    ],
+)
+@pytest.mark.parametrize("is_sparse", [False, True], ids=["dense", "sparse"])
+def test_advice_says_what_the_values_look_like(counts, change, words, is_sparse):
+    adata = counts.copy()
+    X = change(adata.X.toarray()).astype("float32")
+    adata.X = sparse.csr_matrix(X) if is_sparse else X
+    with pytest.raises(ValueError, match=f"(?s){words}") as error:
+        build(adata).train(**FIT)
+    assert "such as 1 " not in str(error.value)  # an integer would contradict the message
+    assert "layer=" not in str(error.value)  # there is none
+    if "rint" in words:
+        exec(str(error.value).split("Round them: `")[1].split("`")[0], {"np": np, "adata": adata})
+        QBMSCVI(adata, n_latent=8, n_chains=16).train(**FIT)
+
+
+def test_advice_names_the_layers_that_hold_integers(counts):
+    adata = counts.copy()
+    adata.layers["raw_counts"] = adata.X.copy()
+    adata.layers["scaled"] = adata.X.toarray() - 1.5
+    adata.raw = adata.copy()
+    adata.X = adata.X.log1p()
+    with pytest.raises(ValueError, match="raw_counts") as error:
+        build(adata).train(**FIT)
+    assert "adata.raw.to_adata()" in str(error.value)
+    assert "scaled'" not in str(error.value)
+    adata.X = counts.X.copy()
+    with pytest.raises(ValueError, match=r"without `layer`"):
+        build(adata, layer="scaled").train(**FIT)
+
+
+def test_stored_duplicates_are_summed_before_they_are_judged(counts):
+    whole = counts.X.tocsr()
+    half = sparse.csr_matrix(
+        (np.repeat(whole.data / 2, 2), np.repeat(whole.indices, 2), 2 * whole.indptr), shape=whole.shape
+    )
+    assert not half.has_canonical_format
+    adata = counts.copy()
+    adata.X = half
+    build(adata).train(**FIT)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Columns and keys
+# ---------------------------------------------------------------------------------------------------------------------
+
+KEYS = ["batch_key", "labels_key", "categorical_covariate_keys"]
+
+
+def _setup_with(counts: ad.AnnData, values, key: str) -> ad.AnnData:
+    adata = counts.copy()
+    adata.obs["donor"] = pd.Series(values, index=adata.obs_names)
+    QBMSCVI.setup_anndata(adata, **{key: ["donor"] if key.endswith("keys") else "donor"})
+    return adata
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize(
+    "values",
+    [
+        pytest.param(["A", "B", None, "A"] * 30, id="object-none"),
+        pytest.param(["A", "B", np.nan, "A"] * 30, id="object-nan"),
+        pytest.param(pd.Categorical(["A", "B", None, "A"] * 30), id="categorical"),
+        pytest.param(pd.array(["A", "B", None, "A"] * 30, dtype="string"), id="string"),
+        pytest.param(pd.array([1, 2, None, 1] * 30, dtype="Int64"), id="integer"),
+        pytest.param(pd.array([True, False, None, True] * 30, dtype="boolean"), id="boolean"),
+        pytest.param([0.0, 1.0, np.nan, 0.0] * 30, id="float"),
+    ],
+)
+def test_missing_values_are_counted_and_can_be_filled_as_the_message_says(counts, values, key):
+    values = pd.Series(values).array
+    with pytest.raises(ValueError, match=r"'donor'.*30 of 120 cells.*cell_2") as error:
+        _setup_with(counts, values, key)
+    adata = counts.copy()
+    adata.obs["donor"] = pd.Series(values, index=adata.obs_names)
+    exec(str(error.value).split("Fill it: `")[1].split("`")[0], {"adata": adata})
+    QBMSCVI.setup_anndata(adata, **{key: ["donor"] if key.endswith("keys") else "donor"})
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_column_without_any_value_is_named(counts, key):
+    with pytest.raises(ValueError, match=r"'donor'.*any of 120 cells"):
+        _setup_with(counts, [np.nan] * N_CELLS, key)
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize(
+    "values",
+    [
+        pytest.param(["A", 1, 2.5, "A"] * 30, id="text-and-numbers"),
+        pytest.param([True, "A", False, "B"] * 30, id="truth-and-text"),
+        pytest.param([True, 1, False, 0] * 30, id="truth-and-numbers"),
+    ],
+)
+def test_mixed_types_are_named_and_the_remedy_works(counts, values, key):
+    values = pd.Series(values, dtype=object).array
+    with pytest.raises(TypeError, match=r"'donor'.*types") as error:
+        _setup_with(counts, values, key)
+    adata = counts.copy()
+    adata.obs["donor"] = pd.Series(values, index=adata.obs_names)
+    exec(str(error.value).split("Make them text: `")[1].split("`")[0], {"adata": adata})
+    QBMSCVI.setup_anndata(adata, **{key: ["donor"] if key.endswith("keys") else "donor"})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pytest.param(pd.array(["A", "B"] * 60, dtype="string"), id="string"),
+        pytest.param(pd.array([0, 1] * 60, dtype="Int64"), id="nullable-integer"),
+        pytest.param(pd.array([True, False] * 60, dtype="boolean"), id="nullable-boolean"),
+        pytest.param(np.array([True, False] * 60), id="boolean"),
+        pytest.param(np.array([0.5, 1.5] * 60), id="float"),
+        pytest.param(pd.Categorical(["A", "B"] * 60, categories=["C", "B", "A"]), id="unused-category"),
+        pytest.param(pd.to_datetime(["2026-01-01", "2026-02-01"] * 60), id="dates"),
+    ],
+)
+def test_columns_of_every_type_are_taken_from_training_to_new_data(counts, values):
+    adata = _setup_with(counts, values, "batch_key")
+    model = QBMSCVI(adata, n_latent=8, n_chains=16)
+    model.train(**FIT)
+    query = counts[:30].copy()
+    query.obs["donor"] = pd.Series(values, index=counts.obs_names)[:30]
+    np.testing.assert_allclose(
+        model.get_latent_representation(query), model.get_latent_representation(indices=np.arange(30)), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("argument", ["categorical_covariate_keys", "continuous_covariate_keys"])
+def test_a_name_where_a_list_is_meant_is_told_so(counts, argument):
+    with pytest.raises(TypeError, match=rf"{argument}=\['age'\]"):
+        QBMSCVI.setup_anndata(counts.copy(), **{argument: "age"})
+    with pytest.raises(TypeError, match=rf"{argument}=\['age'\]"):
+        QBMSCANVI.setup_anndata(counts.copy(), "cell_type", "unknown", **{argument: "age"})
+
+
+@pytest.mark.parametrize("kind", [tuple, np.array, pd.Index, pd.Series], ids=lambda kind: kind.__name__)
+def test_lists_of_every_kind_name_columns(counts, kind):
+    model = build(counts.copy(), continuous_covariate_keys=kind(["age", "size"]))
+    assert model.summary_stats["n_extra_continuous_covs"] == 2
+
+
+@pytest.mark.parametrize("argument", ["batch_key", "labels_key", "size_factor_key"])
+def test_a_list_where_a_name_is_meant_is_told_so(counts, argument):
+    with pytest.raises(TypeError, match=f"{argument}='size'"):
+        QBMSCVI.setup_anndata(counts.copy(), **{argument: ["size"]})
+
+
+@pytest.mark.parametrize("argument", ["batch_key", "labels_key", "size_factor_key", "layer"])
+def test_a_misspelled_name_is_told_what_there_is(counts, argument):
+    adata = counts.copy()
+    adata.layers["batch"] = adata.X
+    with pytest.raises(ValueError, match=f"(?s){argument}='batsh'.*'batch'"):
+        QBMSCVI.setup_anndata(adata, **{argument: "batsh"})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pytest.param([str(number) for number in range(N_CELLS)], id="text"),
+        pytest.param(pd.Categorical([1, 2] * 60), id="categorical"),
+    ],
+)
+@pytest.mark.parametrize("argument", ["continuous_covariate_keys", "size_factor_key"])
+def test_numbers_are_needed_where_numbers_are_meant(counts, values, argument):
+    adata = counts.copy()
+    adata.obs["age"] = pd.Series(values, index=adata.obs_names)
+    key = ["age"] if argument.endswith("keys") else "age"
+    with pytest.raises(TypeError, match=r"'age'.*numbers are needed.*to_numeric") as error:
+        QBMSCVI.setup_anndata(adata, **{argument: key})
+    exec(str(error.value).split("Convert it, `")[1].split("`")[0], {"adata": adata, "pandas": pd})
+    QBMSCVI.setup_anndata(adata, **{argument: key})
+
+
+def test_nullable_numbers_are_taken(counts):
+    adata = counts.copy()
+    adata.obs["age"] = pd.array(np.linspace(0, 1, N_CELLS), dtype="Float64")
+    build(adata, continuous_covariate_keys=["age"]).train(**FIT)
+    adata = counts.copy()
+    adata.obs["age"] = pd.array([None, *np.linspace(0, 1, N_CELLS - 1)], dtype="Float64")
+    with pytest.raises(ValueError, match="'age'.*cell_0"):
+        build(adata, continuous_covariate_keys=["age"]).train(**FIT)
+
+
+def test_labels_that_are_all_missing_are_refused(counts):
+    adata = counts.copy()
+    adata.obs["type"] = "unknown"
+    with pytest.raises(ValueError, match=r"'unknown'.*all cells.*QBMSCVI"):
+        QBMSCANVI.setup_anndata(adata, "type", "unknown")
+    adata.obs["type"] = np.nan
+    with pytest.raises(ValueError, match=r"'type'.*any of 120"):
+        QBMSCANVI.setup_anndata(adata, "type", "unknown")
+    adata.obs["type"] = ["A", None] * 60
+    with pytest.raises(ValueError, match=r"'type'.*60 of 120.*fillna\('unknown'\)"):
+        QBMSCANVI.setup_anndata(adata, "type", "unknown")
+
+
+def test_new_categories_are_named_as_a_user_types_them(counts, trained):
+    query = counts[:30].copy()
+    query.obs["batch"] = "donor_9"
+    with pytest.raises(ValueError, match=r"'donor_9'.*knows: 'batch_0', 'batch_1'.*load_query_data") as error:
+        trained.get_latent_representation(query)
+    assert "np." not in str(error.value)
+
+
+def test_a_column_that_new_data_lack_is_named(counts, trained):
+    query = counts[:30].copy()
+    del query.obs["batch"]
+    with pytest.raises(ValueError, match="batch_key='batch' is no column"):
+        trained.get_latent_representation(query)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Genes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_method_computes_on_genes_in_another_order(counts, trained, method):
+    with pytest.raises(ValueError, match=r"another order.*adata\[:, model\.get_var_names\(\)\]"):
+        METHODS[method](trained, counts[:30, ::-1].copy())
+
+
+def test_copies_of_registered_data_are_looked_at_too(trained):
+    reordered = trained.adata[:30, ::-1].copy()
+    with pytest.raises(ValueError, match="another order"):
+        trained.get_latent_representation(reordered)
+    in_order = reordered[:, trained.get_var_names()].copy()
+    expected = trained.get_latent_representation(indices=np.arange(30))
+    np.testing.assert_allclose(trained.get_latent_representation(in_order), expected, atol=1e-6)
+
+
+def test_genes_in_another_order_are_neither_loaded_nor_mapped(counts, trained, tmp_path):
+    trained.save(tmp_path / "model")
+    with pytest.raises(ValueError, match="another order"):
+        QBMSCVI.load(tmp_path / "model", counts[:, ::-1].copy())
+    with pytest.raises(ValueError, match="another order"):
+        QBMSCVI.load_query_data(counts[:30, ::-1].copy(), trained)
+    ordered = counts[:30, ::-1].copy()
+    QBMSCVI.prepare_query_anndata(ordered, trained)
+    QBMSCVI.load_query_data(ordered, trained)
+
+
+def test_other_genes_are_counted_and_named(counts, trained):
+    query = counts[:30].copy()
+    query.var_names = [f"other_{i}" if i < 5 else name for i, name in enumerate(query.var_names)]
+    with pytest.raises(ValueError, match=r"35 are among the 40.*gene_0.*prepare_query_anndata"):
+        trained.get_latent_representation(query)
+    with pytest.raises(ValueError, match=r"39 genes.*1 of these are missing, such as 'gene_39'"):
+        trained.get_latent_representation(counts[:30, :39].copy())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Matrices, and models without data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _masked(X):
+    return np.ma.masked_equal(X.toarray(), 0)
+
+
+MATRICES = [
+    pytest.param(sparse.csr_array, id="csr_array"),
+    pytest.param(sparse.csc_array, id="csc_array"),
+    pytest.param(lambda X: pytest.importorskip("dask.array").from_array(X.toarray()), id="dask"),
+]
+
+
+@pytest.mark.parametrize("convert", MATRICES)
+@pytest.mark.parametrize("layer", [None, "counts"])
+def test_a_matrix_that_cannot_be_read_is_refused_at_setup_and_the_remedy_works(counts, convert, layer):
+    import scipy
+
+    adata = counts.copy()
+    if layer is None:
+        adata = ad.AnnData(convert(counts.X), obs=counts.obs, var=counts.var)
+    else:
+        adata.layers[layer] = convert(counts.X)
+    with pytest.raises(TypeError, match="scvi-tools cannot read") as error:
+        QBMSCVI.setup_anndata(adata, layer=layer)
+    exec(str(error.value).split("Use `")[1].split("`")[0], {"adata": adata, "scipy": scipy})
+    build(adata, layer=layer).train(**FIT)
+
+
+def test_what_is_no_anndata_is_told_so(counts, trained):
+    with pytest.raises(TypeError, match=r"ndarray.*anndata\.AnnData"):
+        QBMSCVI.setup_anndata(counts.X.toarray())
+    with pytest.raises(TypeError, match="str.*read_h5ad"):
+        trained.get_latent_representation("cells.h5ad")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_loaded_without_data_asks_for_them(trained, tmp_path, method):
+    trained.save(tmp_path / "model")
+    loaded = QBMSCVI.load(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"no AnnData.*`adata`.*load"):
+        METHODS[method](loaded, None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cells from the prior
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_library_sizes_of_generated_cells_are_those_of_their_batch(counts):
+    """And of cells that have counts: an empty one is left out."""
+    adata = counts.copy()
+    X = adata.X.toarray()
+    is_deep = np.arange(N_CELLS) % 2 == 0
+    adata.obs["depth"] = np.where(is_deep, "deep", "shallow")
+    X[is_deep] = X[is_deep] * 50 + 1
+    X[1] = 0
+    adata.X = X
+    model = build(adata, batch_key="depth", model={"use_observed_lib_size": False})
+    model.train(**FIT)
+    totals = X.sum(1)
+    for batch, chosen in (("deep", is_deep), ("shallow", ~is_deep)):
+        drawn = model.generate(300, batch=batch, seed=0).obs["library_size"]
+        assert drawn.isin(totals[chosen & (totals > 0)]).all()
+        assert drawn.nunique() > 20
+
+
+def test_words_of_a_model_are_those_that_a_user_types(counts):
+    adata = counts.copy()
+    adata.obs["donor"] = [3, 7] * 60
+    QBMSCVI.setup_anndata(adata, batch_key="donor")
+    model = QBMSCVI(adata)
+    assert "n_latent: 64" in model._model_summary_string
+    assert "None" not in model._model_summary_string
+    model.train(**FIT)
+    with pytest.raises(ValueError, match=r"Use one of 3, 7\."):
+        model.generate(3, batch="3")
