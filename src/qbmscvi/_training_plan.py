@@ -23,12 +23,11 @@ if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
 
     from qbmscvi._module import QBMVAE
-    from qbmscvi._prior import BoltzmannPrior
     from qbmscvi.samplers import Sampler
 
 _AUTO_WARMUP_SHARE = 0.1
 _ASSUMED_STEPS = 10_000  # where the number of steps is not known
-_PRIOR_LR_SHARE, _LATE_PRIOR_LR_SHARE = 0.025, 0.2
+_PRIOR_LR_SHARE = 0.025
 _EPOCHS_OF_MEMORY, _MAX_AUTO_DECAY = 50, 1.0
 
 
@@ -67,8 +66,8 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
         Learning rate of the networks, twice scVI's. Chosen among three rates in at most two runs on each data set
         that judges it. ``benchmarks/LEVERS.md`` has scVI's rate beside it, ``benchmarks/RESULTS.md`` scVI at this one.
     prior_lr
-        Learning rate of the prior's parameters; None for a fortieth of ``lr``, for a fifth with ``coupling_warmup``,
-        and for that of the rest with an optimizer of your own. A prior as fast as the networks may settle on the few
+        Learning rate of the prior's parameters; None for a fortieth of ``lr``, and for that of the rest with an
+        optimizer of your own. A prior as fast as the networks may settle on the few
         directions in which cells differ at first, but reaches a higher held-out ELBO (``benchmarks/LEVERS.md``). Chosen
         among four rates in a few runs on the data sets that judge it. At a fortieth a run of 2,000 steps is over before
         the couplings are learned to the end (they move by some 0.1 at most), so results may change with the length of
@@ -87,14 +86,6 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
         Epochs until the KL weight is reached. ``"auto"`` takes ``n_steps_kl_warmup`` if that is given, and otherwise
         the first tenth of all steps. Half of them gave the same on four data sets (three seeds or five, both schedules
         in ``benchmarks/RESULTS.md``); scVI's 400 epochs would leave the weight below one in any shorter run.
-    coupling_warmup
-        Two shares of all steps, such as ``(0.5, 1.0)``. Before the first, cells feel of the prior its fields only: the
-        couplings follow the cells and do not pull them. From the second on the gradient is that of the ELBO; between
-        the two the weight of the couplings in it rises. The loss that is logged is that of the ELBO throughout. None:
-        felt from the first step, and the only choice with labels. A prior that is not learned is felt from the first
-        step in any case. In ten runs on each of the four data sets that judge it ``(0.5, 1.0)`` had the same
-        held-out ELBO and classified as well as without couplings, but types were less compact and the order of
-        development was kept less well than by couplings that are felt from the first step (``benchmarks/LEVERS.md``).
     eps
         Adam's epsilon. scVI's 0.01 exceeds the gradients of the prior and would freeze them.
     """
@@ -111,11 +102,10 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
         prior_lr: float | None = None,
         prior_weight_decay: float | None = None,
         n_epochs_kl_warmup: int | Literal["auto"] | None = "auto",
-        coupling_warmup: tuple[float, float] | None = None,
         eps: float = 1e-8,
         **kwargs: Any,
     ) -> None:
-        own = {"sampler", "schedule", "prior_lr", "prior_weight_decay", "coupling_warmup"}
+        own = {"sampler", "schedule", "prior_lr", "prior_weight_decay"}
         known = own | set(signature(TrainingPlan.__init__).parameters) | set(signature(module.loss).parameters)
         known -= {"self", "module", "tensors", "inference_outputs", "generative_outputs", "loss_kwargs"}
         unknown = sorted(set(kwargs) - known)
@@ -141,7 +131,6 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
         if not is_number and weight_decay != "auto":
             msg = f"weight_decay={weight_decay!r} is no weight decay. Use a number of at least 0, or 'auto'."
             raise ValueError(msg)
-        self.coupling_warmup = _resolve_coupling_warmup(coupling_warmup, module.prior)
         self._is_auto_warmup = n_epochs_kl_warmup == "auto" and kwargs.get("n_steps_kl_warmup") is None
         n_epochs = None if n_epochs_kl_warmup == "auto" else n_epochs_kl_warmup
         self._is_auto_decay = weight_decay == "auto"
@@ -155,7 +144,7 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
             **kwargs,
         )
         if prior_lr is None and self.optimizer_name != "Custom":
-            prior_lr = (_PRIOR_LR_SHARE if self.coupling_warmup is None else _LATE_PRIOR_LR_SHARE) * self.lr
+            prior_lr = _PRIOR_LR_SHARE * self.lr
         self.prior_lr = prior_lr
         self.prior_weight_decay = prior_weight_decay
         sampler = build_sampler(sampler)
@@ -183,34 +172,19 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
             self.weight_decay = 0.0 if is_frozen else auto_weight_decay(self.lr, n_steps)
             self.optimizers().param_groups[0]["weight_decay"] = self.weight_decay
 
-    @property
-    def coupling_weight(self) -> float:
-        """Weight with which cells feel the couplings of the prior at this step, between 0 and 1."""
-        prior = self.sampling.prior
-        if self.coupling_warmup is None or not (prior.J.requires_grad or prior.W.requires_grad):
-            return 1.0
-        start, end = (share * _or_assumed(self.trainer.estimated_stepping_batches) for share in self.coupling_warmup)
-        if self.global_step >= end:
-            return 1.0
-        return max(0.0, self.global_step - start) / (end - start) if end > start else 0.0
-
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         """Compute the loss; on several ranks, one that cannot be computed is NaN instead of an error.
 
         A rank that raised alone would leave the others waiting for its gradient. As NaN it reaches them all, and
         :class:`~qbmscvi._guards.FiniteStateGuard` stops them together.
         """
-        prior = self.sampling.prior
         try:
-            prior.coupling_weight = self.coupling_weight
             return super().training_step(batch, batch_idx)
         except ValueError as error:
             if self.trainer.world_size == 1 or not is_refusal(error):
                 raise
             trained = [parameter.sum() for parameter in self.module.parameters() if parameter.requires_grad]
             return float("nan") * sum(trained)
-        finally:
-            prior.coupling_weight = 1.0  # for whoever else asks for a gradient; that of this step is decided
 
     def get_optimizer_creator(self) -> Callable[[Iterable[torch.Tensor]], torch.optim.Optimizer]:
         """Give the prior and what has no weight decay groups of their own, and Adam its fused kernel."""
@@ -241,26 +215,6 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
             return create(groups)
 
         return create_decayed
-
-
-def _resolve_coupling_warmup(given: Any, prior: BoltzmannPrior) -> tuple[float, float] | None:
-    """Shares of all steps between which the couplings come to be felt; None if they are from the first step."""
-    if given is None:
-        return None
-    is_pair = isinstance(given, list | tuple) and len(given) == 2 and all(isinstance(share, Real) for share in given)
-    if not (is_pair and 0.0 <= given[0] <= given[1] <= 1.0):
-        msg = (
-            f"coupling_warmup={given!r} is no pair of shares of all steps. Use two numbers from 0 to 1, the smaller "
-            "one first, or None."
-        )
-        raise ValueError(msg)
-    if not prior.has_coupling_weight:
-        msg = (
-            f"coupling_warmup={given!r}, but where labels are spins of the prior, cells feel its couplings from the "
-            "first step. Leave it out."
-        )
-        raise ValueError(msg)
-    return tuple(given)
 
 
 def _scvis_decay() -> float:
