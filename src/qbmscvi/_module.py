@@ -103,15 +103,20 @@ class BoltzmannEncoder(nn.Module):
     def forward(self, x: Tensor, *cat_list: Tensor) -> tuple[FactorialPosterior, Tensor]:
         """Return the posterior and what the decoder sees of one draw: relaxed in training, hard otherwise."""
         hidden = self.encoder(x, *cat_list)
-        logits = self.logit_encoder(hidden)
+        logits = self._head(self.logit_encoder, hidden)
         if self.n_gaussian:
-            loc = self.mean_encoder(hidden)
-            scale = (self.var_activation(self.var_encoder(hidden)) + self.var_eps).sqrt()
+            loc = self._head(self.mean_encoder, hidden)
+            scale = (self.var_activation(self._head(self.var_encoder, hidden)) + self.var_eps).sqrt()
         else:
             loc = scale = logits[..., :0]
         qz = FactorialPosterior(loc, scale, logits, self.smoothing)
         z = qz.rsample() if self.training else self.z_transformation(qz.sample())
         return qz, z
+
+    @staticmethod
+    def _head(head: nn.Linear, hidden: Tensor) -> Tensor:
+        """Parameters of the posterior, in the precision of the network's own: mixed precision computes in a lower."""
+        return head(hidden).to(head.weight.dtype)
 
     def z_transformation(self, z: Tensor) -> Tensor:
         """Turn ``[v, s]`` with hard spins into what the decoder sees."""

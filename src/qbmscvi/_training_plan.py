@@ -201,7 +201,9 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
 
             return create_grouped
 
-        shared = {"fused": True} if self.device.type in ("cpu", "cuda") else {}
+        # Lightning cannot clip gradients that a fused kernel scales back.
+        is_scaled = self.trainer.precision == "16-mixed"
+        shared = {"fused": True} if self.device.type in ("cpu", "cuda") and not is_scaled else {}
         linear_ids = {id(layer.weight) for layer in self.module.modules() if isinstance(layer, Linear)}
 
         def create_decayed(parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
