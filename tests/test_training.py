@@ -785,7 +785,7 @@ def test_divergence_in_the_first_epoch_gives_the_initial_state_back(adata):
     with pytest.raises(TrainingDivergedError, match=r"its state of step 0"):
         train(model, callbacks=[Plant("px_r", step=1)])
     assert_equal_states(state_of(model), before)
-    assert np.isfinite(model.get_latent_representation()).all()
+    assert not model.is_trained
 
 
 def test_divergence_names_the_first_bad_step_when_the_sampler_sees_it_later(adata):
@@ -828,7 +828,6 @@ def test_absurd_learning_rate_diverges_and_a_sane_one_trains_on(adata, latent, g
     with pytest.raises(TrainingDivergedError, match=r"non-finite at step \d+.*`plan_kwargs={'lr': 1e-4}`"):
         train(model, plan_kwargs={"lr": 1e6})
     assert all(torch.isfinite(value).all() for value in model.module.state_dict().values())
-    assert np.isfinite(model.get_latent_representation()).all()
     before = float(model.get_elbo())
     train(model, max_epochs=3, plan_kwargs={"lr": 1e-2})
     assert float(model.get_elbo()) > before

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import signal
 from inspect import signature
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
+from scvi import settings
+from scvi.dataloaders import DataSplitter
 from scvi.train import TrainingPlan, TrainRunner
-from torch.nn import Linear
+from torch.nn import BatchNorm1d, Linear, Module
 
 from qbmscvi._callbacks import SamplingCallback, SamplingSchedule
 from qbmscvi._guards import FiniteStateGuard, StreamKeeper, is_refusal
@@ -24,6 +28,8 @@ if TYPE_CHECKING:
 
     from qbmscvi._module import QBMVAE
     from qbmscvi.samplers import Sampler
+
+_logger = logging.getLogger(__name__)
 
 _AUTO_WARMUP_SHARE = 0.1
 _ASSUMED_STEPS = 10_000  # where the number of steps is not known
@@ -230,31 +236,46 @@ def _split(parameters: Iterable[torch.Tensor], ids: set[int]) -> tuple[list[torc
 
 
 class QBMTrainRunner(TrainRunner):
-    """scVI's train runner, for models trained before and for training that diverges."""
+    """scVI's train runner, for models trained before, training that diverges or is stopped, and batches of one cell."""
 
     def __call__(self) -> None:
         """Run training.
 
         Raises
         ------
+        ValueError
+            If batch normalization would see one cell at a time.
         TrainingDivergedError
             If the loss or a parameter became non-finite; the model is in its last finite state.
+        SystemExit
+            If training was stopped by Ctrl-C; the model is in the state of that moment, or its last finite one.
         """
+        model, was_trained = self.model, self.model.is_trained_
+        if isinstance(self.data_splitter, DataSplitter):
+            _avoid_batches_of_one(self.data_splitter, model.module, self.trainer.world_size)
         # scVI leaves the module in evaluation mode and Lightning no longer changes that: training a second time would
         # go on without dropout, batch statistics and, here, without a gradient through the spins.
-        self.model.module.train()
+        model.module.train()
+        on_interrupt = signal.getsignal(signal.SIGINT)
         try:
             super().__call__()
-        except Exception as error:
-            self.model.module.eval()
+        except BaseException as error:
+            model.module.eval()
+            model.is_trained_ = was_trained
             guard: FiniteStateGuard = self.training_plan.guard
-            if guard.diverged_at_step is None:
+            has_diverged = guard.diverged_at_step is not None
+            is_stopped = isinstance(error, SystemExit | KeyboardInterrupt)
+            if signal.getsignal(signal.SIGINT) != on_interrupt:
+                signal.signal(signal.SIGINT, on_interrupt)  # Lightning leaves it ignored
+            if not (has_diverged or is_stopped):
                 raise
-            self.model.is_trained_ = True
-            self.model.train_indices = getattr(self.data_splitter, "train_idx", None)
-            self.model.validation_indices = getattr(self.data_splitter, "val_idx", None)
-            self.model.test_indices = getattr(self.data_splitter, "test_idx", None)
-            self.model.trainer = self.trainer
+            model.is_trained_ = was_trained or (guard.good_step if has_diverged else self.trainer.global_step) > 0
+            model.train_indices = getattr(self.data_splitter, "train_idx", None)
+            model.validation_indices = getattr(self.data_splitter, "val_idx", None)
+            model.test_indices = getattr(self.data_splitter, "test_idx", None)
+            model.trainer = self.trainer
+            if is_stopped:
+                raise
             raise TrainingDivergedError(guard.message) from error
 
     def _update_history(self) -> None:
@@ -273,6 +294,42 @@ class QBMTrainRunner(TrainRunner):
         _rename(self.model.history_, names)
         if isinstance(self.model.history_, dict):
             self.model.history_.pop(others, None)  # as for linear layers
+
+
+def _avoid_batches_of_one(splitter: DataSplitter, module: Module, n_ranks: int) -> None:
+    """Leave a cell out of each epoch where batch normalization would see it alone: one value has no variance.
+
+    scVI avoids a last batch of one or two cells only where it chooses the number of training cells itself, and then
+    also if there are no others.
+
+    Raises
+    ------
+    ValueError
+        If every batch would be of one cell.
+    """
+    if splitter.n_train + splitter.n_val == 0:
+        splitter.n_train = splitter.adata_manager.adata.n_obs
+    if not any(isinstance(layer, BatchNorm1d) for layer in module.modules()):
+        return
+    loader, n_train = splitter.data_loader_kwargs, splitter.n_train
+    batch_size = loader.get("batch_size") or settings.batch_size
+    if loader.get("distributed_sampler"):
+        divide = math.floor if loader.get("drop_dataset_tail") else math.ceil
+        n_train = divide(n_train / n_ranks)
+    if min(n_train, batch_size) < 2:
+        msg = (
+            f"There are {n_train} cells to train on, in batches of {batch_size}, but batch normalization needs two "
+            "cells in a batch. Train on more cells, with a larger `batch_size`, or build the model with "
+            "`use_batch_norm='none'`."
+        )
+        raise ValueError(msg)
+    if n_train % batch_size == 1 and not splitter.drop_last:
+        splitter.drop_last = True
+        _logger.warning(
+            "%d training cells leave a last batch of one, which batch normalization cannot use. Each epoch leaves out "
+            "one cell, another one each time.",
+            n_train,
+        )
 
 
 def _rename(history: Any, names: dict[str, str]) -> None:
