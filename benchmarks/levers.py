@@ -7,9 +7,8 @@ Each setting changes what its name says. Runs are added to ``levers.jsonl`` and 
 difference of each to the default, seed by seed, from the runs in ``results.jsonl``, or to the setting beside which it
 was tried. *Other random numbers* are the default again: what they differ by, chance alone does. The runs recorded under
 that name were made at commit 542d4f5 and on another machine, whose rounding is enough to make other runs of the same
-seeds. *Couplings felt late, on another machine*, are the first seeds of that setting again, at commit 06f1b31, where it
-was the default. ``long.jsonl`` has runs of 400 epochs, scVI's own number for so few cells: the default, SCVI, one
-setting.
+seeds. ``levers.jsonl`` also has runs of settings that no longer exist. ``long.jsonl`` has runs of 400 epochs, scVI's
+own number for so few cells: the default, SCVI, one setting.
 
     python benchmarks/levers.py --epochs 400 --max-cells 4000 --records benchmarks/long.jsonl \\
         --models QBMSCVI SCVI "Adam, without weight decay"
@@ -25,11 +24,9 @@ import numpy as np
 import torch
 from results import DATA_SETS, load
 from scvi.model import SCVI
-from scvi.module._constants import MODULE_KEYS
 from scvi.train import TrainingPlan
 
 from qbmscvi import QBMSCVI, QBMTrainingPlan, SamplingSchedule
-from qbmscvi._module import QBMVAE
 from qbmscvi.benchmark import METRICS, compare, paired_difference, pooled_difference, read_records
 from qbmscvi.benchmark.__main__ import add_options, arguments
 from qbmscvi.benchmark._models import MODELS, NeuralModel
@@ -53,21 +50,12 @@ FALLING = "learning rate falls to zero"
 SAME = "SCVI, same optimizer"
 SAME_AND_WIDTH = f"{SAME} and width"
 FALLING_SCVIS = {f"{name}, learning rate falls": name for name in (SAME, SAME_AND_WIDTH)}
-LATE = "couplings felt late"
-LATE_AGAIN = f"{LATE}, on another machine"
-FAST = "couplings at a fifth and felt late, fields at a fortieth, learning rate falls"
-OFTEN = "felt late, half as fast, chains at every other step"
 SLOW = {"optimizer": "Adam", "lr": 1e-3, "prior_lr": 5e-5}
 
 
 def every_step(task: Task) -> dict:
     """Persistent chains that move on by two sweeps at each step, not by four at every eighth."""
     return {"schedule": SamplingSchedule(every_n_steps=1, n_sweeps=2)}
-
-
-def every_other_step(task: Task) -> dict:
-    """Chains that move on by two sweeps at every other step."""
-    return {"schedule": SamplingSchedule(every_n_steps=2, n_sweeps=2)}
 
 
 def other_numbers(task: Task) -> dict:
@@ -84,12 +72,6 @@ def with_arguments(**arguments: object) -> NeuralModel:
 def with_plan(**plan: Any) -> NeuralModel:
     """QBMSCVI with arguments of its training plan."""
     return NeuralModel(QBMSCVI, plan=lambda task: dict(plan))
-
-
-def often_sampled(model_class: type[QBMSCVI] = QBMSCVI, **plan: Any) -> NeuralModel:
-    """Couplings felt late, of a prior half as fast as the networks, with chains that move on at every other step."""
-    plan = {"coupling_warmup": (0.5, 1.0), "prior_lr": 1e-3, **plan}
-    return NeuralModel(model_class, plan=lambda task: dict(plan), training=every_other_step)
 
 
 def at_every_step(**plan: float) -> NeuralModel:
@@ -167,30 +149,6 @@ class FallingQBMSCVI(QBMSCVI):
     _training_plan_cls = FallingPlan
 
 
-class FastCouplingsPlan(FallingPlan):
-    """The couplings learn at a fifth of the networks' rate before it falls, the fields at a fortieth."""
-
-    def get_optimizer_creator(self) -> Callable[[Iterable[Tensor]], Optimizer]:
-        """See :class:`~qbmscvi.QBMTrainingPlan`."""
-        create = super().get_optimizer_creator()
-
-        def create_split(parameters: Iterable[Tensor]) -> Optimizer:
-            optimizer = create(parameters)
-            _, prior, _ = optimizer.param_groups
-            couplings = [p for p in prior["params"] if p is self.module.prior.J]
-            prior["params"] = [p for p in prior["params"] if p is not self.module.prior.J]
-            optimizer.add_param_group({**prior, "params": couplings, "lr": self.lr / 5})
-            return optimizer
-
-        return create_split
-
-
-class FastCouplingsQBMSCVI(QBMSCVI):
-    """QBMSCVI with that training plan."""
-
-    _training_plan_cls = FastCouplingsPlan
-
-
 class FallingSCVIPlan(Falling, TrainingPlan):
     """scVI's training plan with that."""
 
@@ -199,46 +157,6 @@ class FallingSCVI(SCVI):
     """scVI with that training plan."""
 
     _training_plan_cls = FallingSCVIPlan
-
-
-class FieldlessVAE(QBMVAE):
-    """The fields of the prior follow the cells and do not pull them."""
-
-    def loss(self, tensors: dict, inference_outputs: dict, *args: Any, kl_weight: float = 1.0, **kwargs: Any) -> Any:
-        """See :class:`~qbmscvi._module.QBMVAE`; in training the energy of the fields has no gradient for the cells."""
-        losses = super().loss(tensors, inference_outputs, *args, kl_weight=kl_weight, **kwargs)
-        if self.training:
-            energy = inference_outputs[MODULE_KEYS.QZ_KEY].spin_mean @ self.prior.h.detach()
-            losses.loss = losses.loss - (kl_weight * (energy - energy.detach())).mean()
-        return losses
-
-
-class FieldlessQBMSCVI(QBMSCVI):
-    """QBMSCVI with that module."""
-
-    _module_cls = FieldlessVAE
-
-
-class HalfFeltPlan(QBMTrainingPlan):
-    """Couplings that are half felt, from the first step to the last."""
-
-    coupling_weight = 0.5
-
-
-class HalfFeltQBMSCVI(QBMSCVI):
-    """QBMSCVI with that training plan."""
-
-    _training_plan_cls = HalfFeltPlan
-
-
-class FallingHalfFeltPlan(FallingPlan, HalfFeltPlan):
-    """Both."""
-
-
-class FallingHalfFeltQBMSCVI(QBMSCVI):
-    """QBMSCVI with that training plan."""
-
-    _training_plan_cls = FallingHalfFeltPlan
 
 
 LEVERS: dict[str, NeuralModel] = {
@@ -259,29 +177,11 @@ LEVERS: dict[str, NeuralModel] = {
     "four draws of each cell": NeuralModel(RepeatingQBMSCVI),
     "represented by mean spins": read_as("mean"),
     "represented by logits": read_as("logits"),
-    **dict.fromkeys((LATE, LATE_AGAIN), with_plan(coupling_warmup=(0.5, 1.0))),
     "J = 0, prior at a fifth of the networks' rate": NeuralModel(
         QBMSCVI, lambda task: {"prior_graph": "independent"}, lambda task: {"prior_lr": 4e-4}
     ),
-    "felt more and more from the first step": with_plan(coupling_warmup=(0.0, 1.0)),
-    "felt late, prior at a twentieth of their rate": with_plan(coupling_warmup=(0.5, 1.0), prior_lr=1e-4),
-    "felt late, prior at a fortieth": with_plan(coupling_warmup=(0.5, 1.0), prior_lr=5e-5),
-    "felt late, prior half as fast as the networks": with_plan(coupling_warmup=(0.5, 1.0), prior_lr=1e-3),
-    OFTEN: often_sampled(),
-    f"{OFTEN}, fully in the last quarter": often_sampled(coupling_warmup=(0.5, 0.75)),
-    f"{OFTEN}, learning rate falls": often_sampled(FallingQBMSCVI),
-    f"{OFTEN}, but neither they nor fields ever": often_sampled(FieldlessQBMSCVI, coupling_warmup=(1.0, 1.0)),
-    "never felt, prior half as fast": with_plan(coupling_warmup=(1.0, 1.0), prior_lr=1e-3),
-    "never felt, prior at a fortieth": with_plan(coupling_warmup=(1.0, 1.0), prior_lr=5e-5),
-    "half felt": NeuralModel(HalfFeltQBMSCVI),
     FALLING: NeuralModel(FallingQBMSCVI),
     "J = 0, learning rate falls": NeuralModel(FallingQBMSCVI, lambda task: {"prior_graph": "independent"}),
-    "half felt, learning rate falls": NeuralModel(FallingHalfFeltQBMSCVI),
-    "felt late, prior at a fortieth, learning rate falls": NeuralModel(
-        FallingQBMSCVI, plan=lambda task: {"coupling_warmup": (0.5, 1.0), "prior_lr": 5e-5}
-    ),
-    FAST: NeuralModel(FastCouplingsQBMSCVI, plan=lambda task: {"coupling_warmup": (0.5, 1.0), "prior_lr": 5e-5}),
-    "felt late, learning rate falls": NeuralModel(FallingQBMSCVI, plan=lambda task: {"coupling_warmup": (0.5, 1.0)}),
     **{
         name: NeuralModel(FallingSCVI, MODELS[beside].arguments, MODELS[beside].plan)
         for name, beside in FALLING_SCVIS.items()
@@ -303,13 +203,7 @@ REFERENCES = {
     "prior as fast as the networks": AT_EVERY_STEP,
     "prior at a tenth of their rate": AT_EVERY_STEP,
     "prior at a fiftieth": AT_EVERY_STEP,
-    LATE_AGAIN: LATE,
-    "J = 0, prior at a fifth of the networks' rate": LATE,
     "J = 0, learning rate falls": FALLING,
-    "felt more and more from the first step": LATE,
-    f"{OFTEN}, fully in the last quarter": OFTEN,
-    f"{OFTEN}, learning rate falls": OFTEN,
-    f"{OFTEN}, but neither they nor fields ever": OFTEN,
     **FALLING_SCVIS,
 }
 SHOWN = (
@@ -376,9 +270,6 @@ def _beside_scvi(tried: list[dict], beside: list[dict]) -> list[str]:
     full = {(r["data"], r["seed"]) for r in native if r["model"] == "SCVI" and r["seed"] < N_SEEDS}
     names = [n for n in LEVERS if full <= {(r["data"], r["seed"]) for r in tried if r["model"] == n}]
     runs = [{**r, "model": f"QBMSCVI, {r['model']}"} for r in tried if r["model"] in names]
-    repeated = {(r["data"], r["seed"]) for r in tried if r["model"] == LATE_AGAIN}
-    rest = [r for r in tried if r["model"] == LATE and (r["data"], r["seed"]) not in repeated]
-    runs += [{**r, "model": f"QBMSCVI, {LATE_AGAIN}"} for r in rest]
     differences = compute_differences(as_table(native + runs))
     differences = differences.set_index(["model", "reference", "metric", "data"]).sort_index()
     shown = [metric for metric in SHOWN if metric in differences.index.levels[2]]
@@ -398,8 +289,7 @@ def _beside_scvi(tried: list[dict], beside: list[dict]) -> list[str]:
     text = (
         f"Over all data sets, the {N_SEEDS} seeds or more that both have. *best SCVI* is the variant that is best in "
         "that very score, chosen afterwards, which flatters it; *best SCVI of other seeds* is chosen for each seed by "
-        f"the others. Where the learning rate falls, that of scVI does not. *{LATE_AGAIN}* are those seeds, and of "
-        f"*{LATE}* the ones that were not run again."
+        f"the others. Where the learning rate falls, that of scVI does not."
     )
     return ["", "## Beside the best variant of scVI", "", text, "", _row(titles), _row(["---"] * len(titles)), *rows]
 

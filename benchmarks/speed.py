@@ -144,9 +144,9 @@ def share_table(n_epochs: int) -> list[str]:
     lines = [
         "## What takes it",
         "",
-        f"Share of the CPU time of {N_CELLS // BATCH_SIZE} steps in %, timed inside them: median (quartiles) of "
-        f"{n_epochs - 1} epochs. *Layer* is all of sampling but the Gibbs sweeps, the moments and the tracking of log "
-        "Z: requests, checks, merging, energies, bookkeeping.",
+        f"Share of the CPU time of {N_CELLS // BATCH_SIZE} steps in %, timed inside them, the KL after them: median "
+        f"(quartiles) of {n_epochs - 1} epochs. *Layer* is all of sampling but the Gibbs sweeps, the moments and the "
+        "tracking of log Z: requests, checks, merging, energies, bookkeeping.",
         "",
         "| family | " + " | ".join(title for _, title in groups) + " |",
         "|---|" + "---|" * len(groups),

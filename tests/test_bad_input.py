@@ -461,17 +461,6 @@ TRAIN = [
         "'auto'",
         id="warmup",
     ),
-    *(
-        pytest.param(
-            {},
-            {"plan_kwargs": {"coupling_warmup": given}},
-            ValueError,
-            re.escape(f"coupling_warmup={given!r}"),
-            "two numbers from 0 to 1.*or None",
-            id=f"coupling-warmup-{given}",
-        )
-        for given in ("half", 0.5, (0.5,), (0.8, 0.5), (0.5, 1.5), (-0.1, 1.0), ("a", "b"), (float("nan"), 1.0))
-    ),
     pytest.param(
         {},
         {"plan_kwargs": {"prior_lr": -1.0}},

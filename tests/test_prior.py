@@ -180,37 +180,6 @@ def test_kl_gradients_match_autograd_through_the_enumeration(make):
 
 
 @each_prior
-@pytest.mark.parametrize("felt", [0.0, 0.3])
-@pytest.mark.parametrize("of_sum", [True, False])
-def test_couplings_that_are_felt_less_move_cells_less_and_the_prior_as_ever(make, felt, of_sum):
-    """A cell's gradient is linear in the couplings: a mean of those with all of them and with none."""
-    prior = make()
-    set_exact(prior)
-    q = random_posterior(prior)
-    of_cells = [value.requires_grad_() for value in (q.gaussian_loc, q.gaussian_scale, q.logits)]
-    weights = torch.tensor(np.random.default_rng(14).normal(size=(6, prior.n_units)))
-
-    def divergence_and_gradients(coupling_weight, inputs):
-        prior.coupling_weight = coupling_weight
-        kl = kl_divergence(q, prior.distribution())
-        return kl, gradients(weights[:, 0] @ kl.sum(-1) if of_sum else (weights * kl).sum(), inputs)
-
-    of_prior = [prior.h, prior.J, prior.a, prior.W]
-    expected_kl, whole = divergence_and_gradients(1.0, of_cells + of_prior)
-    kl, found = divergence_and_gradients(felt, of_cells + of_prior)
-    assert torch.equal(kl, expected_kl)
-    assert all(torch.equal(a, b) for a, b in zip(found[3:], whole[3:], strict=True))
-    with torch.no_grad():
-        prior.J.zero_()
-        prior.W.zero_()
-    without = divergence_and_gradients(1.0, of_cells)[1]
-    for a, some, none in zip(found[:3], whole[:3], without, strict=True):
-        assert torch.allclose(a, felt * some + (1.0 - felt) * none, rtol=0, atol=1e-12)
-    for layer in (0, 2):  # the couplings of each layer that there is are not zero, or this would test nothing
-        assert not of_cells[layer].numel() or (found[layer] - whole[layer]).abs().max() > 1e-3
-
-
-@each_prior
 def test_encoder_gradient_does_not_depend_on_the_moments(make):
     """Bitwise: the sampler's noise never reaches the encoder."""
     prior = make()

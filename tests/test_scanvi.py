@@ -298,10 +298,3 @@ def test_models_without_training_or_labels_are_refused(adata):
     model.train(max_epochs=1, enable_progress_bar=False)
     with pytest.raises(ValueError, match="set up without labels. Pass `labels_key`"):
         QBMSCANVI.from_qbmscvi_model(model, "Unknown")
-
-
-def test_late_couplings_are_refused_where_labels_are_spins(adata):
-    QBMSCANVI.setup_anndata(adata, "label", "Unknown")
-    model = QBMSCANVI(adata, n_chains=16)
-    with pytest.raises(ValueError, match=r"coupling_warmup=\(0.5, 1.0\), but where labels are spins.*Leave it out"):
-        model.train(max_epochs=1, plan_kwargs={"coupling_warmup": (0.5, 1.0)})

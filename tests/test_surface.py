@@ -23,9 +23,12 @@ SURFACE = {
     "convert_legacy_save": ("inherited", "dir_path output_dir_path overwrite prefix save_kwargs"),
     "data_registry": ("inherited", "registry_key"),
     "deregister_manager": ("inherited", "adata"),
-    "differential_abundance": ("inherited", "adata sample_key batch_size num_cells_posterior dof adata_sub dataloader"),
+    "differential_abundance": (
+        "overridden",
+        "adata sample_key batch_size num_cells_posterior dof adata_sub dataloader",
+    ),
     "differential_expression": (
-        "inherited",
+        "overridden",
         "adata groupby group1 group2 idx1 idx2 mode delta batch_size all_stats batch_correction batchid1 "
         "batchid2 fdr_target silent weights filter_outlier_cells importance_weighting_kwargs dataloader",
     ),
@@ -48,7 +51,7 @@ SURFACE = {
         "adata indices give_mean mc_samples batch_size return_dist dataloader data_loader_kwargs",
     ),
     "get_likelihood_parameters": (
-        "inherited",
+        "overridden",
         "adata indices n_samples give_mean batch_size dataloader data_loader_kwargs",
     ),
     "get_marginal_ll": (
@@ -56,7 +59,7 @@ SURFACE = {
         "adata indices n_mc_samples batch_size return_mean dataloader data_loader_kwargs",
     ),
     "get_normalized_expression": (
-        "inherited",
+        "overridden",
         "adata indices transform_batch gene_list library_size n_samples n_samples_overall weights "
         "batch_size return_mean return_numpy silent dataloader data_loader_kwargs "
         "importance_weighting_kwargs",
@@ -75,7 +78,7 @@ SURFACE = {
     "load_registry": ("inherited", "dir_path prefix"),
     "minify_adata": ("overridden", "minified_data_type use_latent_qzm_key use_latent_qzv_key"),
     "posterior_predictive_sample": (
-        "inherited",
+        "overridden",
         "adata indices transform_batch n_samples gene_list batch_size dataloader silent data_loader_kwargs",
     ),
     "prepare_query_anndata": ("inherited", "adata reference_model return_reference_var_names inplace"),

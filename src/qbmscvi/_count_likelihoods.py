@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from scvi.distributions import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
+from scvi.distributions import NegativeBinomial, Normal, Poisson, ZeroInflatedNegativeBinomial
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -94,8 +94,15 @@ class SparsePoisson(Poisson):
         return torch.neg(rate).reshape(-1).index_add(0, position, gain).view(shape)
 
 
+class RebuildableNormal(Normal):
+    """scVI's normal distribution, built from its parameters as torch names them, by which scvi-tools concatenates."""
+
+    def __init__(self, loc: Tensor, scale: Tensor, **kwargs: Any) -> None:
+        super().__init__(loc, scale, **kwargs)
+
+
 def with_sparse_log_prob(px: Distribution, theta: Tensor | None = None) -> Distribution:
-    """Return the same distribution with the faster ``log_prob``, or ``px`` itself if there is none.
+    """Return the same distribution with the faster ``log_prob`` if there is one.
 
     Parameters
     ----------
@@ -111,6 +118,8 @@ def with_sparse_log_prob(px: Distribution, theta: Tensor | None = None) -> Distr
     if type(px) is ZeroInflatedNegativeBinomial:
         theta = px.theta if theta is None else theta
         return SparseZeroInflatedNegativeBinomial(mu=px.mu, theta=theta, zi_logits=px.zi_logits, scale=px.scale)
+    if type(px) is Normal:
+        return RebuildableNormal(px.loc, px.scale, normal_mu=px.normal_mu)
     return px
 
 

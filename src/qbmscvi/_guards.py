@@ -72,6 +72,13 @@ class FiniteStateGuard(Callback):
     ----------
     every_n_steps
         Steps between two copies.
+
+    Attributes
+    ----------
+    diverged_at_step
+        Step at which the run has diverged; None as long as it has not.
+    good_step
+        Step of the last copy.
     """
 
     def __init__(self, every_n_steps: int = 100) -> None:
@@ -79,7 +86,7 @@ class FiniteStateGuard(Callback):
         self.diverged_at_step: int | None = None
         self._first_bad_step: Tensor | None = None
         self._good_state: dict[str, Tensor] = {}
-        self._good_step = 0
+        self.good_step = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the state that training starts from, after a checkpoint has been read in full."""
@@ -101,11 +108,11 @@ class FiniteStateGuard(Callback):
         self._check(trainer, pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Restore the last finite state if the exception came from non-finite numbers."""
+        """Restore the last finite state if the present one is not finite, whatever the exception came from."""
         if self.diverged_at_step is not None or not self._good_state:
             return
-        if is_refusal(exception) or not _is_finite(pl_module):
-            first_bad = int(self._first_bad_step)
+        first_bad = int(self._first_bad_step)
+        if first_bad >= 0 or is_refusal(exception) or not _is_finite(pl_module):
             self._restore(first_bad if first_bad >= 0 else trainer.global_step, pl_module)
 
     def _check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -122,7 +129,7 @@ class FiniteStateGuard(Callback):
     def _keep(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         share_buffers(trainer, pl_module.module)  # batch statistics are of each rank's own cells
         self._good_state = {name: value.detach().clone() for name, value in pl_module.module.state_dict().items()}
-        self._good_step = trainer.global_step
+        self.good_step = trainer.global_step
 
     def _restore(self, step: int, pl_module: pl.LightningModule) -> None:
         pl_module.module.load_state_dict(self._good_state)
@@ -131,10 +138,18 @@ class FiniteStateGuard(Callback):
     @property
     def message(self) -> str:
         """What happened, for the error."""
+        what_to_do = (
+            "Lower the learning rate (`plan_kwargs={'lr': 1e-4}`), clip gradients (`gradient_clip_val=10`), or check "
+            "the data for extreme counts."
+        )
+        if self.diverged_at_step == 0 or int(self._first_bad_step) == 1:
+            what_to_do = (
+                "This was the first step, so no learning rate helps. Check counts, size factors and covariates for "
+                "values that are missing or extreme."
+            )
         return (
             f"The loss or a parameter became non-finite at step {self.diverged_at_step}. Training has stopped and the "
-            f"model holds its state of step {self._good_step}. Lower the learning rate (`plan_kwargs={{'lr': 1e-4}}`), "
-            "clip gradients (`gradient_clip_val=10`), or check the data for extreme counts."
+            f"model holds its state of step {self.good_step}. {what_to_do}"
         )
 
 
@@ -155,5 +170,5 @@ def share_buffers(trainer: pl.Trainer, module: torch.nn.Module) -> None:
 
 
 def _is_finite(pl_module: pl.LightningModule) -> bool:
-    total = sum(parameter.detach().sum() for parameter in pl_module.module.parameters())
-    return bool(torch.isfinite(total))
+    state = pl_module.module.state_dict().values()
+    return bool(torch.isfinite(sum(values.detach().sum() for values in state if values.is_floating_point())))

@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from scvi.module._constants import MODULE_KEYS
 
+from qbmscvi._arguments import as_rows
 from qbmscvi.exceptions import require_integer
 from qbmscvi.samplers import BlockGibbsSampler, SamplingRequest
 
@@ -110,9 +111,7 @@ class InterpretationMixin:
         require_integer("max_cells", max_cells, 1)
         require_integer("seed", seed, 0)
         adata = self._validate_anndata(adata)
-        rows = np.arange(adata.n_obs) if indices is None else np.asarray(indices)
-        if rows.dtype == bool:
-            rows = np.flatnonzero(rows)
+        rows = np.arange(adata.n_obs) if indices is None else as_rows(indices, adata)
         if len(rows) == 0:
             msg = "`indices` names no cell, but the effect is a mean over cells. Name at least one."
             raise ValueError(msg)
@@ -244,7 +243,7 @@ class InterpretationMixin:
         )
         if label_key is not None:
             labels = adata.obs[label_key].astype(object)
-            labels = (labels if indices is None else labels.iloc[indices]).to_numpy()
+            labels = (labels if indices is None else labels.iloc[as_rows(indices, adata)]).to_numpy()
             counts = pd.crosstab(of_cells, labels).reindex(range(len(order)), fill_value=0)
             n_labeled = counts.sum(axis=1)
             table["label"] = counts.idxmax(axis=1).astype(object).where(n_labeled > 0, None)

@@ -22,15 +22,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch.distributions import register_kl
 
 from qbmscvi._prior import BoltzmannDistribution, BoltzmannPrior
-from qbmscvi.distributions import FactorialPosterior
 from qbmscvi.graphs import Graph
 from qbmscvi.ising import SampleBatch, edge_fields
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from qbmscvi.distributions import FactorialPosterior
 
 
 class LabeledPrior(BoltzmannPrior):
@@ -47,8 +47,6 @@ class LabeledPrior(BoltzmannPrior):
     n_gaussian, n_chains, is_coupled
         See :class:`BoltzmannPrior`.
     """
-
-    has_coupling_weight = False
 
     def __init__(
         self, graph: Graph, n_labels: int, n_gaussian: int = 0, *, n_chains: int = 512, is_coupled: bool = True
@@ -161,12 +159,9 @@ class LabeledDistribution(BoltzmannDistribution):
         super().__init__(prior)
         self.labels = labels
 
-
-@register_kl(FactorialPosterior, LabeledDistribution)
-def _kl_factorial_labeled(q: FactorialPosterior, p: LabeledDistribution) -> Tensor:
-    """Mean of ``log q(z) - log p(z, y)`` per unit, unknown types summed out; shape ``(..., n_units)``."""
-    prior = p.prior
-    return prior.expected_energy(q, p.labels) - q.entropy() + prior.log_partition() / prior.n_units
+    def expected_energy(self, posterior: FactorialPosterior) -> Tensor:
+        """Mean of the energy per unit, unknown types summed out; shape ``(..., n_units)``."""
+        return self.prior.expected_energy(posterior, self.labels)
 
 
 def _add_labels(graph: Graph, n_labels: int) -> Graph:

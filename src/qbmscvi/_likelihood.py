@@ -22,6 +22,7 @@ from scvi.module._constants import MODULE_KEYS
 from scvi.utils import unsupported_if_adata_minified
 from torch.distributions import Categorical, Independent, MixtureSameFamily, kl_divergence
 
+from qbmscvi._arguments import as_rows
 from qbmscvi.diagnostics import LogPartition, estimate_log_z, log_mean_exp
 from qbmscvi.distributions import FactorialPosterior, MixtureComponent
 from qbmscvi.exceptions import require_integer
@@ -311,7 +312,8 @@ class LikelihoodMixin:
         """
         self._check_if_trained(warn=False)
         module, device = self.module, self.device
-        indices = np.arange(self._validate_anndata(adata).n_obs) if indices is None else np.asarray(indices)
+        adata = self._validate_anndata(adata)
+        indices = np.arange(adata.n_obs) if indices is None else as_rows(indices, adata)
         anchors = torch.randperm(len(indices))[:max_cells].sort().values
         log_px = self.get_marginal_ll(
             adata,
@@ -348,11 +350,11 @@ class LikelihoodMixin:
         *,
         layer: Layer | None = None,
     ) -> MixtureSameFamily:
-        r"""Mixture of the posteriors of some cells, over what :meth:`get_latent_representation` returns.
+        r"""Mixture of the posteriors of some cells, over hard or mean spins and Gaussian units.
 
-        At hard spins its ``log_prob`` is that of the mixture. At mean spins :math:`m` it is
-        :math:`\log E_s[q(s)]`, the mass that the mixture gives on average to spins drawn with these means; so
-        ``differential_abundance``, which evaluates it at the posterior means of cells, compares expected masses.
+        At hard spins its ``log_prob`` is that of the mixture. At mean spins :math:`m`, which
+        ``get_latent_representation(representation="mean")`` returns, it is :math:`\log E_s[q(s)]`, the mass that the
+        mixture gives on average to spins drawn with these means.
 
         Parameters
         ----------
@@ -370,7 +372,7 @@ class LikelihoodMixin:
         """
         self._check_if_trained(warn=False)
         layer = self._resolve_layer(layer)
-        indices = None if indices is None or len(indices) == 0 else indices
+        indices = None if indices is None or np.size(indices) == 0 else indices
         posteriors = list(self._get_posteriors(adata, indices, batch_size, None))
         loc, scale, logits = (
             torch.cat([getattr(qz, name) for qz in posteriors]) for name in ("gaussian_loc", "gaussian_scale", "logits")
@@ -379,13 +381,80 @@ class LikelihoodMixin:
             loc, scale = loc[:, :0], scale[:, :0]
         elif layer == "gaussian":
             logits = logits[:, :0]
-        component = MixtureComponent(loc, scale, logits, dof)
+        component = MixtureComponent(loc, scale, logits, None if dof is None else float(dof))
         # Said outright, because torch.compile turns the default of the whole process off.
         return MixtureSameFamily(
             Categorical(logits=torch.zeros(len(loc), device=loc.device)),
             Independent(component, 1),
             validate_args=True,
         )
+
+    @torch.inference_mode()
+    def differential_abundance(
+        self,
+        adata: AnnData | None = None,
+        sample_key: str | None = None,
+        batch_size: int = 128,
+        num_cells_posterior: int | None = None,
+        dof: float | None = None,
+        *,
+        adata_sub: AnnData | None = None,
+        dataloader: Batches | None = None,
+    ) -> None:
+        """Compare how likely cells are in each sample, by the aggregated posteriors of the samples.
+
+        Each cell has in ``obsm["da_log_probs"]`` a column for each sample: the log of the mass that the mixture of the
+        posteriors of its cells gives to spins with the mean spins of the cell, or its density at the mean of the
+        Gaussian layer. scvi-tools 1.5 has ``adata_sub`` in the second place; pass all but ``adata`` by name.
+
+        Parameters
+        ----------
+        adata
+            Cells of the samples; None for those of the model.
+        sample_key
+            Column of ``adata.obs`` with the samples. Cells without a value belong to none.
+        batch_size
+            Cells at a time.
+        num_cells_posterior
+            Number of cells of a sample at most, drawn from numpy's global stream.
+        dof
+            As in :meth:`get_aggregated_posterior`.
+        adata_sub
+            Cells to compare; None for ``adata``.
+        dataloader
+            Not supported: samples are a column of ``adata``.
+
+        Raises
+        ------
+        ValueError
+            If there is no such column, a sample of ``adata_sub`` has no cell in ``adata``, or ``dataloader`` is given.
+        """
+        if dataloader is not None:
+            msg = "`dataloader` has no column of samples. Pass `adata` and `sample_key`."
+            raise ValueError(msg)
+        adata = self._validate_anndata(adata)
+        adata_sub = adata if adata_sub is None else self._validate_anndata(adata_sub)
+        for cells in (adata, adata_sub):
+            if sample_key not in cells.obs:
+                columns = ", ".join(map(repr, cells.obs.columns))
+                msg = f"sample_key={sample_key!r} is no column of `adata.obs`. There are: {columns}."
+                raise ValueError(msg)
+        # Angles, the default representation, are no means: this mixture is over spins.
+        means = torch.from_numpy(
+            self.get_latent_representation(adata_sub, batch_size=batch_size, representation="mean")
+        )
+        log_probs = {}
+        for sample in adata_sub.obs[sample_key].dropna().unique():
+            rows = np.flatnonzero(adata.obs[sample_key] == sample)
+            if not len(rows):
+                msg = f"No cell of `adata` has {sample_key}={sample!r}, but cells of `adata_sub` have."
+                raise ValueError(msg)
+            if num_cells_posterior is not None and num_cells_posterior < len(rows):
+                rows = np.random.choice(rows, num_cells_posterior, replace=False)  # noqa: NPY002 - as scVI
+            mixture = self.get_aggregated_posterior(adata, rows, batch_size, dof)
+            parts = [mixture.log_prob(part.to(self.device)).cpu() for part in means.split(int(batch_size))]
+            log_probs[sample] = torch.cat(parts).numpy()
+        adata_sub.obsm["da_log_probs"] = pd.DataFrame(log_probs, index=adata_sub.obs_names)
 
     def _get_batches(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -15,9 +16,11 @@ from scvi.data._constants import ADATA_MINIFY_TYPE
 from scvi.model import SCANVI, SCVI
 from scvi.module._constants import MODULE_KEYS
 
+from qbmscvi._arguments import CellLoader, as_python
 from qbmscvi._checked_data import CheckedDataMixin
 from qbmscvi._counts import totals_per_cell
 from qbmscvi._deferred import DeferredInitialization
+from qbmscvi._expression import ExpressionMixin
 from qbmscvi._input_checks import as_typed
 from qbmscvi._interpretation import InterpretationMixin
 from qbmscvi._likelihood import Layer, LikelihoodMixin
@@ -42,7 +45,7 @@ if TYPE_CHECKING:
 Representation = Literal["angles", "mean", "logits", "bits"]
 
 
-class QBMSCVI(LikelihoodMixin, InterpretationMixin, CheckedDataMixin, SCVI, DeferredInitialization):
+class QBMSCVI(LikelihoodMixin, InterpretationMixin, ExpressionMixin, CheckedDataMixin, SCVI, DeferredInitialization):
     """scVI with a Boltzmann prior over its latent space :cite:p:`Wang25`.
 
     Used like :class:`scvi.model.SCVI`; arguments not listed here are scVI's.
@@ -97,6 +100,7 @@ class QBMSCVI(LikelihoodMixin, InterpretationMixin, CheckedDataMixin, SCVI, Defe
     _module_cls = QBMVAE
     _training_plan_cls = QBMTrainingPlan
     _train_runner_cls = QBMTrainRunner
+    _data_loader_cls = CellLoader
 
     def __init__(
         self,
@@ -217,21 +221,26 @@ class QBMSCVI(LikelihoodMixin, InterpretationMixin, CheckedDataMixin, SCVI, Defe
             if name in plan_kwargs:
                 msg = f"`{name}` is an argument of its own: use train({name}=...) instead of plan_kwargs."
                 raise TypeError(msg)
+        arguments = as_python(
+            {
+                "max_epochs": max_epochs,
+                "accelerator": accelerator,
+                "devices": devices,
+                "train_size": train_size,
+                "validation_size": validation_size,
+                "shuffle_set_split": shuffle_set_split,
+                "load_sparse_tensor": load_sparse_tensor,
+                "batch_size": batch_size,
+                "early_stopping": early_stopping,
+                **trainer_kwargs,
+            }
+        )
         super().train(
-            max_epochs=max_epochs,
-            accelerator=accelerator,
-            devices=devices,
-            train_size=train_size,
-            validation_size=validation_size,
-            shuffle_set_split=shuffle_set_split,
-            load_sparse_tensor=load_sparse_tensor,
-            batch_size=batch_size,
-            early_stopping=early_stopping,
-            datasplitter_kwargs=datasplitter_kwargs,
-            plan_kwargs={**plan_kwargs, "sampler": sampler, "schedule": schedule},
+            datasplitter_kwargs=as_python(datasplitter_kwargs or {}),
+            plan_kwargs={**as_python(plan_kwargs), "sampler": sampler, "schedule": schedule},
             datamodule=datamodule,
-            trainer_config=trainer_config,
-            **trainer_kwargs,
+            trainer_config=as_python(trainer_config) if isinstance(trainer_config, Mapping) else trainer_config,
+            **arguments,
         )
 
     @torch.inference_mode()
@@ -421,6 +430,7 @@ class QBMSCVI(LikelihoodMixin, InterpretationMixin, CheckedDataMixin, SCVI, Defe
             msg = f"Unknown batch {batch!r}. Use one of {as_typed(categories)}."
             raise ValueError(msg)
         require_integer("n_cells", n_cells, 1)
+        n_cells = int(n_cells)
         seed = _split_seed(None, 1)[0] if seed is None else seed
         library_seed, count_seed = _split_seed(seed, 4)[2:]  # the first two are those of `sample_prior`
         code = 0 if batch is None else categories.index(batch)
@@ -596,7 +606,7 @@ def _split_seed(seed: int | None, n_seeds: int) -> list[int]:
     """Independent seeds from one; None draws from torch's global stream."""
     if seed is not None:
         require_integer("seed", seed, 0, "Leave it out for one from torch's global stream.")
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    generator = None if seed is None else torch.Generator().manual_seed(int(seed))
     return torch.randint(2**31 - 1, (n_seeds,), generator=generator).tolist()
 
 

@@ -14,7 +14,7 @@ from scvi.module.base import LossOutput, auto_move_data
 from torch import Tensor, nn
 
 from qbmscvi._count_likelihoods import with_sparse_log_prob
-from qbmscvi._prior import BoltzmannPrior
+from qbmscvi._prior import BoltzmannDistribution, BoltzmannPrior
 from qbmscvi.diagnostics import log_mean_exp
 from qbmscvi.distributions import FactorialPosterior, Smoothing, SmoothingName, build_smoothing
 from qbmscvi.exceptions import require_integer
@@ -47,6 +47,7 @@ def resolve_latent_sizes(latent: LatentName, n_latent: int | None, n_spins: int 
     for name, value in (("n_latent", n_latent), ("n_spins", n_spins)):
         if value is not None:
             require_integer(name, value, 1, "Leave it out for the default.")
+    n_latent, n_spins = (None if value is None else int(value) for value in (n_latent, n_spins))
     if latent == "spins":
         if n_latent is not None and n_spins is not None and n_latent != n_spins:
             msg = (
@@ -103,15 +104,20 @@ class BoltzmannEncoder(nn.Module):
     def forward(self, x: Tensor, *cat_list: Tensor) -> tuple[FactorialPosterior, Tensor]:
         """Return the posterior and what the decoder sees of one draw: relaxed in training, hard otherwise."""
         hidden = self.encoder(x, *cat_list)
-        logits = self.logit_encoder(hidden)
+        logits = self._head(self.logit_encoder, hidden)
         if self.n_gaussian:
-            loc = self.mean_encoder(hidden)
-            scale = (self.var_activation(self.var_encoder(hidden)) + self.var_eps).sqrt()
+            loc = self._head(self.mean_encoder, hidden)
+            scale = (self.var_activation(self._head(self.var_encoder, hidden)) + self.var_eps).sqrt()
         else:
             loc = scale = logits[..., :0]
         qz = FactorialPosterior(loc, scale, logits, self.smoothing)
         z = qz.rsample() if self.training else self.z_transformation(qz.sample())
         return qz, z
+
+    @staticmethod
+    def _head(head: nn.Linear, hidden: Tensor) -> Tensor:
+        """Parameters of the posterior, in the precision of the network's own: mixed precision computes in a lower."""
+        return head(hidden).to(head.weight.dtype)
 
     def z_transformation(self, z: Tensor) -> Tensor:
         """Turn ``[v, s]`` with hard spins into what the decoder sees."""
@@ -254,6 +260,11 @@ class QBMVAE(VAE):
             MODULE_KEYS.LIBRARY_KEY: library,
         }
 
+    def compute_embedding(self, key: str, indices: Tensor) -> Tensor:
+        """Return the embeddings of categories of shape ``(..., 1)`` or ``(n,)``; shape ``(..., n_dimensions)``."""
+        rows = super().compute_embedding(key, indices)
+        return rows.view(*indices.shape[:-1], rows.shape[-1]) if indices.ndim > 1 else rows
+
     @auto_move_data
     def generative(
         self,
@@ -267,11 +278,17 @@ class QBMVAE(VAE):
         transform_batch: Tensor | None = None,
     ) -> dict[str, Distribution | None]:
         """Run scVI's generative process; the prior of ``z`` is the Boltzmann prior."""
+        if self.batch_representation == "embedding" and z.ndim > batch_index.ndim:
+            batch_index = batch_index.expand(*z.shape[:-1], 1)  # scVI does so for one-hot batches alone
         outputs = super().generative(z, library, batch_index, cont_covs, cat_covs, size_factor, y, transform_batch)
         theta = self.px_r.exp() if self.dispersion == "gene" else None
         outputs[MODULE_KEYS.PX_KEY] = with_sparse_log_prob(outputs[MODULE_KEYS.PX_KEY], theta)
-        outputs[MODULE_KEYS.PZ_KEY] = self.prior.distribution()
+        outputs[MODULE_KEYS.PZ_KEY] = self._prior_given(y)
         return outputs
+
+    def _prior_given(self, y: Tensor | None) -> BoltzmannDistribution:
+        """Return the prior of cells with labels ``y``, which have no part in it here."""
+        return self.prior.distribution()
 
     def loss(
         self,

@@ -10,7 +10,7 @@ from scvi.module._constants import MODULE_KEYS
 from scvi.module.base import LossOutput, auto_move_data
 from torch.nn.functional import cross_entropy
 
-from qbmscvi._labels import LabeledPrior
+from qbmscvi._labels import LabeledDistribution, LabeledPrior
 from qbmscvi._module import QBMVAE
 
 if TYPE_CHECKING:
@@ -45,14 +45,9 @@ class QBMSCANVAE(QBMVAE):
     def _build_prior(graph: Graph, n_gaussian: int, n_labels: int, **settings: Any) -> LabeledPrior:
         return LabeledPrior(graph, n_labels - 1, n_gaussian, **settings)
 
-    @auto_move_data
-    def generative(
-        self, z: Tensor, library: Tensor, batch_index: Tensor, *args: Any, y: Tensor | None = None, **kwargs: Any
-    ) -> dict[str, Distribution | None]:
-        """Run the generative process; the prior of ``z`` knows the labels ``y``, shape ``(n_cells, 1)``."""
-        outputs = super().generative(z, library, batch_index, *args, y=y, **kwargs)
-        outputs[MODULE_KEYS.PZ_KEY] = self.prior.distribution(None if y is None else y.squeeze(-1).long())
-        return outputs
+    def _prior_given(self, y: Tensor | None) -> LabeledDistribution:
+        """Return the prior of cells with labels ``y``, shape ``(n_cells, 1)``."""
+        return self.prior.distribution(None if y is None else y.squeeze(-1).long())
 
     def take_over(self, module: QBMVAE) -> None:
         """Take over the weights and the prior of a module of the same sizes without labels."""

@@ -21,6 +21,7 @@ from scvi.data.fields import (
 from scvi.model._utils import get_max_epochs_heuristic
 from scvi.module._constants import MODULE_KEYS
 
+from qbmscvi._arguments import as_rows
 from qbmscvi._input_checks import as_column_list, check_setup
 from qbmscvi._model import QBMSCVI, plan_arguments
 from qbmscvi._scanvae import QBMSCANVAE
@@ -210,7 +211,7 @@ class QBMSCANVI(QBMSCVI):
         logits = torch.cat(logits) if logits else torch.zeros(0, len(labels))
         if not soft:
             return labels[logits.argmax(-1).numpy()]
-        names = adata.obs_names if indices is None else adata.obs_names[indices]
+        names = adata.obs_names if indices is None else adata.obs_names[as_rows(indices, adata)]
         return pd.DataFrame(torch.softmax(logits, -1).numpy(), columns=labels, index=names)
 
     def _most_probable_spins(self, qz: FactorialPosterior) -> torch.Tensor:

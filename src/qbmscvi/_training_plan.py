@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import signal
 from inspect import signature
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
+from scvi import settings
+from scvi.dataloaders import DataSplitter
 from scvi.train import TrainingPlan, TrainRunner
-from torch.nn import Linear
+from torch.nn import BatchNorm1d, Linear, Module
 
 from qbmscvi._callbacks import SamplingCallback, SamplingSchedule
 from qbmscvi._guards import FiniteStateGuard, StreamKeeper, is_refusal
@@ -23,12 +27,13 @@ if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
 
     from qbmscvi._module import QBMVAE
-    from qbmscvi._prior import BoltzmannPrior
     from qbmscvi.samplers import Sampler
+
+_logger = logging.getLogger(__name__)
 
 _AUTO_WARMUP_SHARE = 0.1
 _ASSUMED_STEPS = 10_000  # where the number of steps is not known
-_PRIOR_LR_SHARE, _LATE_PRIOR_LR_SHARE = 0.025, 0.2
+_PRIOR_LR_SHARE = 0.025
 _EPOCHS_OF_MEMORY, _MAX_AUTO_DECAY = 50, 1.0
 
 
@@ -67,8 +72,8 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
         Learning rate of the networks, twice scVI's. Chosen among three rates in at most two runs on each data set
         that judges it. ``benchmarks/LEVERS.md`` has scVI's rate beside it, ``benchmarks/RESULTS.md`` scVI at this one.
     prior_lr
-        Learning rate of the prior's parameters; None for a fortieth of ``lr``, for a fifth with ``coupling_warmup``,
-        and for that of the rest with an optimizer of your own. A prior as fast as the networks may settle on the few
+        Learning rate of the prior's parameters; None for a fortieth of ``lr``, and for that of the rest with an
+        optimizer of your own. A prior as fast as the networks may settle on the few
         directions in which cells differ at first, but reaches a higher held-out ELBO (``benchmarks/LEVERS.md``). Chosen
         among four rates in a few runs on the data sets that judge it. At a fortieth a run of 2,000 steps is over before
         the couplings are learned to the end (they move by some 0.1 at most), so results may change with the length of
@@ -87,14 +92,6 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
         Epochs until the KL weight is reached. ``"auto"`` takes ``n_steps_kl_warmup`` if that is given, and otherwise
         the first tenth of all steps. Half of them gave the same on four data sets (three seeds or five, both schedules
         in ``benchmarks/RESULTS.md``); scVI's 400 epochs would leave the weight below one in any shorter run.
-    coupling_warmup
-        Two shares of all steps, such as ``(0.5, 1.0)``. Before the first, cells feel of the prior its fields only: the
-        couplings follow the cells and do not pull them. From the second on the gradient is that of the ELBO; between
-        the two the weight of the couplings in it rises. The loss that is logged is that of the ELBO throughout. None:
-        felt from the first step, and the only choice with labels. A prior that is not learned is felt from the first
-        step in any case. In ten runs on each of the four data sets that judge it ``(0.5, 1.0)`` had the same
-        held-out ELBO and classified as well as without couplings, but types were less compact and the order of
-        development was kept less well than by couplings that are felt from the first step (``benchmarks/LEVERS.md``).
     eps
         Adam's epsilon. scVI's 0.01 exceeds the gradients of the prior and would freeze them.
     """
@@ -111,11 +108,10 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
         prior_lr: float | None = None,
         prior_weight_decay: float | None = None,
         n_epochs_kl_warmup: int | Literal["auto"] | None = "auto",
-        coupling_warmup: tuple[float, float] | None = None,
         eps: float = 1e-8,
         **kwargs: Any,
     ) -> None:
-        own = {"sampler", "schedule", "prior_lr", "prior_weight_decay", "coupling_warmup"}
+        own = {"sampler", "schedule", "prior_lr", "prior_weight_decay"}
         known = own | set(signature(TrainingPlan.__init__).parameters) | set(signature(module.loss).parameters)
         known -= {"self", "module", "tensors", "inference_outputs", "generative_outputs", "loss_kwargs"}
         unknown = sorted(set(kwargs) - known)
@@ -141,7 +137,6 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
         if not is_number and weight_decay != "auto":
             msg = f"weight_decay={weight_decay!r} is no weight decay. Use a number of at least 0, or 'auto'."
             raise ValueError(msg)
-        self.coupling_warmup = _resolve_coupling_warmup(coupling_warmup, module.prior)
         self._is_auto_warmup = n_epochs_kl_warmup == "auto" and kwargs.get("n_steps_kl_warmup") is None
         n_epochs = None if n_epochs_kl_warmup == "auto" else n_epochs_kl_warmup
         self._is_auto_decay = weight_decay == "auto"
@@ -155,7 +150,7 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
             **kwargs,
         )
         if prior_lr is None and self.optimizer_name != "Custom":
-            prior_lr = (_PRIOR_LR_SHARE if self.coupling_warmup is None else _LATE_PRIOR_LR_SHARE) * self.lr
+            prior_lr = _PRIOR_LR_SHARE * self.lr
         self.prior_lr = prior_lr
         self.prior_weight_decay = prior_weight_decay
         sampler = build_sampler(sampler)
@@ -183,34 +178,19 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
             self.weight_decay = 0.0 if is_frozen else auto_weight_decay(self.lr, n_steps)
             self.optimizers().param_groups[0]["weight_decay"] = self.weight_decay
 
-    @property
-    def coupling_weight(self) -> float:
-        """Weight with which cells feel the couplings of the prior at this step, between 0 and 1."""
-        prior = self.sampling.prior
-        if self.coupling_warmup is None or not (prior.J.requires_grad or prior.W.requires_grad):
-            return 1.0
-        start, end = (share * _or_assumed(self.trainer.estimated_stepping_batches) for share in self.coupling_warmup)
-        if self.global_step >= end:
-            return 1.0
-        return max(0.0, self.global_step - start) / (end - start) if end > start else 0.0
-
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         """Compute the loss; on several ranks, one that cannot be computed is NaN instead of an error.
 
         A rank that raised alone would leave the others waiting for its gradient. As NaN it reaches them all, and
         :class:`~qbmscvi._guards.FiniteStateGuard` stops them together.
         """
-        prior = self.sampling.prior
         try:
-            prior.coupling_weight = self.coupling_weight
             return super().training_step(batch, batch_idx)
         except ValueError as error:
             if self.trainer.world_size == 1 or not is_refusal(error):
                 raise
             trained = [parameter.sum() for parameter in self.module.parameters() if parameter.requires_grad]
             return float("nan") * sum(trained)
-        finally:
-            prior.coupling_weight = 1.0  # for whoever else asks for a gradient; that of this step is decided
 
     def get_optimizer_creator(self) -> Callable[[Iterable[torch.Tensor]], torch.optim.Optimizer]:
         """Give the prior and what has no weight decay groups of their own, and Adam its fused kernel."""
@@ -227,7 +207,9 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
 
             return create_grouped
 
-        shared = {"fused": True} if self.device.type in ("cpu", "cuda") else {}
+        # Lightning cannot clip gradients that a fused kernel scales back.
+        is_scaled = self.trainer.precision == "16-mixed"
+        shared = {"fused": True} if self.device.type in ("cpu", "cuda") and not is_scaled else {}
         linear_ids = {id(layer.weight) for layer in self.module.modules() if isinstance(layer, Linear)}
 
         def create_decayed(parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
@@ -243,26 +225,6 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
         return create_decayed
 
 
-def _resolve_coupling_warmup(given: Any, prior: BoltzmannPrior) -> tuple[float, float] | None:
-    """Shares of all steps between which the couplings come to be felt; None if they are from the first step."""
-    if given is None:
-        return None
-    is_pair = isinstance(given, list | tuple) and len(given) == 2 and all(isinstance(share, Real) for share in given)
-    if not (is_pair and 0.0 <= given[0] <= given[1] <= 1.0):
-        msg = (
-            f"coupling_warmup={given!r} is no pair of shares of all steps. Use two numbers from 0 to 1, the smaller "
-            "one first, or None."
-        )
-        raise ValueError(msg)
-    if not prior.has_coupling_weight:
-        msg = (
-            f"coupling_warmup={given!r}, but where labels are spins of the prior, cells feel its couplings from the "
-            "first step. Leave it out."
-        )
-        raise ValueError(msg)
-    return tuple(given)
-
-
 def _scvis_decay() -> float:
     return signature(TrainingPlan.__init__).parameters["weight_decay"].default
 
@@ -274,31 +236,46 @@ def _split(parameters: Iterable[torch.Tensor], ids: set[int]) -> tuple[list[torc
 
 
 class QBMTrainRunner(TrainRunner):
-    """scVI's train runner, for models trained before and for training that diverges."""
+    """scVI's train runner, for models trained before, training that diverges or is stopped, and batches of one cell."""
 
     def __call__(self) -> None:
         """Run training.
 
         Raises
         ------
+        ValueError
+            If batch normalization would see one cell at a time.
         TrainingDivergedError
             If the loss or a parameter became non-finite; the model is in its last finite state.
+        SystemExit
+            If training was stopped by Ctrl-C; the model is in the state of that moment, or its last finite one.
         """
+        model, was_trained = self.model, self.model.is_trained_
+        if isinstance(self.data_splitter, DataSplitter):
+            _avoid_batches_of_one(self.data_splitter, model.module, self.trainer.world_size)
         # scVI leaves the module in evaluation mode and Lightning no longer changes that: training a second time would
         # go on without dropout, batch statistics and, here, without a gradient through the spins.
-        self.model.module.train()
+        model.module.train()
+        on_interrupt = signal.getsignal(signal.SIGINT)
         try:
             super().__call__()
-        except Exception as error:
-            self.model.module.eval()
+        except BaseException as error:
+            model.module.eval()
+            model.is_trained_ = was_trained
             guard: FiniteStateGuard = self.training_plan.guard
-            if guard.diverged_at_step is None:
+            has_diverged = guard.diverged_at_step is not None
+            is_stopped = isinstance(error, SystemExit | KeyboardInterrupt)
+            if signal.getsignal(signal.SIGINT) != on_interrupt:
+                signal.signal(signal.SIGINT, on_interrupt)  # Lightning leaves it ignored
+            if not (has_diverged or is_stopped):
                 raise
-            self.model.is_trained_ = True
-            self.model.train_indices = getattr(self.data_splitter, "train_idx", None)
-            self.model.validation_indices = getattr(self.data_splitter, "val_idx", None)
-            self.model.test_indices = getattr(self.data_splitter, "test_idx", None)
-            self.model.trainer = self.trainer
+            model.is_trained_ = was_trained or (guard.good_step if has_diverged else self.trainer.global_step) > 0
+            model.train_indices = getattr(self.data_splitter, "train_idx", None)
+            model.validation_indices = getattr(self.data_splitter, "val_idx", None)
+            model.test_indices = getattr(self.data_splitter, "test_idx", None)
+            model.trainer = self.trainer
+            if is_stopped:
+                raise
             raise TrainingDivergedError(guard.message) from error
 
     def _update_history(self) -> None:
@@ -317,6 +294,42 @@ class QBMTrainRunner(TrainRunner):
         _rename(self.model.history_, names)
         if isinstance(self.model.history_, dict):
             self.model.history_.pop(others, None)  # as for linear layers
+
+
+def _avoid_batches_of_one(splitter: DataSplitter, module: Module, n_ranks: int) -> None:
+    """Leave a cell out of each epoch where batch normalization would see it alone: one value has no variance.
+
+    scVI avoids a last batch of one or two cells only where it chooses the number of training cells itself, and then
+    also if there are no others.
+
+    Raises
+    ------
+    ValueError
+        If every batch would be of one cell.
+    """
+    if splitter.n_train + splitter.n_val == 0:
+        splitter.n_train = splitter.adata_manager.adata.n_obs
+    if not any(isinstance(layer, BatchNorm1d) for layer in module.modules()):
+        return
+    loader, n_train = splitter.data_loader_kwargs, splitter.n_train
+    batch_size = loader.get("batch_size") or settings.batch_size
+    if loader.get("distributed_sampler"):
+        divide = math.floor if loader.get("drop_dataset_tail") else math.ceil
+        n_train = divide(n_train / n_ranks)
+    if min(n_train, batch_size) < 2:
+        msg = (
+            f"There are {n_train} cells to train on, in batches of {batch_size}, but batch normalization needs two "
+            "cells in a batch. Train on more cells, with a larger `batch_size`, or build the model with "
+            "`use_batch_norm='none'`."
+        )
+        raise ValueError(msg)
+    if n_train % batch_size == 1 and not splitter.drop_last:
+        splitter.drop_last = True
+        _logger.warning(
+            "%d training cells leave a last batch of one, which batch normalization cannot use. Each epoch leaves out "
+            "one cell, another one each time.",
+            n_train,
+        )
 
 
 def _rename(history: Any, names: dict[str, str]) -> None:

@@ -17,15 +17,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.distributions import Distribution, constraints
 from torch.nn.functional import logsigmoid, softplus
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from torch.autograd.function import FunctionCtx
 
 SmoothingName = Literal["straight-through", "reinmax", "disarm", "gumbel", "spike-exponential"]
 
@@ -342,29 +338,13 @@ class FactorialPosterior(Distribution):
 
     def entropy(self) -> Tensor:
         """Entropy per unit, in nats (differential for the Gaussian units)."""
-        spin = _SpinEntropy.apply(self.logits)
+        # H = softplus(l) - l sigma(l), written without cancellation for large |l|.
+        magnitude = self.logits.abs()
+        spin = softplus(-magnitude) + magnitude * torch.sigmoid(-magnitude)
         if not self.n_gaussian:
             return spin
         gaussian = 0.5 * (1.0 + math.log(2.0 * math.pi)) + self.gaussian_scale.log()
         return torch.cat([gaussian, spin], dim=-1)
-
-
-class _SpinEntropy(Function):
-    """Entropy of spins with given logits, in nats: one pass, and a gradient that needs no other."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, logits: Tensor) -> Tensor:
-        # H = softplus(l) - l sigma(l), written without cancellation for large |l|.
-        magnitude = logits.abs()
-        rarer = torch.sigmoid(-magnitude)
-        ctx.save_for_backward(logits, rarer)
-        return torch.addcmul(softplus(-magnitude), magnitude, rarer)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
-        logits, rarer = ctx.saved_tensors
-        return torch.addcmul(rarer, rarer, rarer, value=-1.0).mul_(logits).mul_(grad).neg_()
 
 
 class MixtureComponent(FactorialPosterior):

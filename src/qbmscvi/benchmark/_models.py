@@ -192,7 +192,6 @@ def _training_settings(model: BaseModelClass) -> dict[str, Any]:
     settings = {name: getattr(plan, name) for name in names}
     if isinstance(plan, QBMTrainingPlan):
         settings["prior_lr"] = plan.prior_lr
-        settings["coupling_warmup"] = plan.coupling_warmup
         settings["sampler"] = plan.sampling.sampler.name
         settings["sampling_schedule"] = asdict(plan.sampling.schedule)
     indices = np.sort(model.validation_indices)

@@ -104,10 +104,10 @@ def estimate_log_z(
         if value is not None:
             return LogPartition(value, value, value, 0.0, "exact")
 
-    path = _AnnealingPath(problem, torch.Generator(device=problem.h.device).manual_seed(seed))
+    path = _AnnealingPath(problem, torch.Generator(device=problem.h.device).manual_seed(int(seed)))
     forward, state = path.run(path.independent(n_chains), torch.linspace(0.0, 1.0, n_steps + 1))
     if samples is not None:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(int(seed))
         chosen = torch.randint(len(samples), (n_chains,), generator=generator).to(samples.device)
         state = path.complete(samples[chosen].to(path.h), 1.0)
     backward, _ = path.run(state, torch.linspace(1.0, 0.0, n_steps + 1))

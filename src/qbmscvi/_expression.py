@@ -1,0 +1,222 @@
+"""scVI's methods of decoded expression, for every likelihood and whatever kind of argument."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from scvi.module._constants import MODULE_KEYS
+
+from qbmscvi._arguments import as_list, as_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from anndata import AnnData
+    from torch import Tensor
+    from torch.distributions import Distribution
+
+_WITH_DISPERSION = ("nb", "zinb")
+
+
+class ExpressionMixin:
+    """Methods of :class:`~qbmscvi.QBMSCVI` that scVI has, mended where they fail there."""
+
+    def get_normalized_expression(
+        self,
+        adata: AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        transform_batch: Sequence[float | str] | None = None,
+        gene_list: Sequence[str] | None = None,
+        library_size: float | Literal["latent"] = 1,
+        n_samples: int = 1,
+        n_samples_overall: int | None = None,
+        weights: Literal["uniform", "importance"] | None = None,
+        batch_size: int | None = None,
+        return_mean: bool = True,
+        return_numpy: bool | None = None,
+        silent: bool = True,
+        dataloader: Iterator[dict[str, Tensor | None]] | None = None,
+        data_loader_kwargs: dict | None = None,
+        **importance_weighting_kwargs: Any,
+    ) -> np.ndarray | pd.DataFrame:
+        """Return the normalized expression that the decoder gives; arguments are scVI's.
+
+        Parameters
+        ----------
+        n_samples_overall
+            Number of draws from the cells together, in place of ``n_samples`` from each: the rows of the answer are
+            draws, not cells.
+
+        Returns
+        -------
+        As :meth:`scvi.model.SCVI.get_normalized_expression`; with ``n_samples_overall`` a table of draws.
+
+        Raises
+        ------
+        ValueError
+            If ``n_samples_overall`` draws are to come from no cell.
+        """
+        arguments = {
+            "transform_batch": transform_batch,
+            "gene_list": None if gene_list is None else as_list(gene_list),
+            "library_size": library_size,
+            "weights": weights,
+            "batch_size": batch_size,
+            "return_mean": return_mean,
+            "silent": silent,
+            "dataloader": dataloader,
+            "data_loader_kwargs": data_loader_kwargs,
+            **importance_weighting_kwargs,
+        }
+        if dataloader is None:
+            adata = self._validate_anndata(adata)
+            indices = None if indices is None else as_rows(indices, adata)
+        if n_samples_overall is None or dataloader is not None:
+            return super().get_normalized_expression(
+                adata, indices, n_samples=n_samples, return_numpy=return_numpy, **arguments
+            )
+        if indices is not None and len(indices) == 0:
+            msg = (
+                "There is no cell to draw `n_samples_overall` samples from. Name at least one in `indices`, or in each "
+                "of the groups compared."
+            )
+            raise ValueError(msg)
+        draws = super().get_normalized_expression(
+            adata, indices, n_samples_overall=n_samples_overall, return_numpy=True, **arguments
+        )
+        if return_numpy:
+            return draws
+        genes = adata.var_names
+        return pd.DataFrame(draws, columns=genes if gene_list is None else genes[genes.isin(arguments["gene_list"])])
+
+    def differential_expression(
+        self,
+        adata: AnnData | None = None,
+        groupby: str | None = None,
+        group1: Sequence[str] | None = None,
+        group2: str | None = None,
+        idx1: Sequence[int] | Sequence[bool] | str | None = None,
+        idx2: Sequence[int] | Sequence[bool] | str | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> pd.DataFrame:
+        """Compare the expression of groups of cells; arguments are scVI's.
+
+        Parameters
+        ----------
+        idx1, idx2
+            Cells of the groups: row numbers, a mask, or a query of ``adata.obs``. A mask that is a Series with the
+            names of the cells as its index is read by names.
+
+        Returns
+        -------
+        As :meth:`scvi.model.SCVI.differential_expression`.
+        """
+        if adata is not None or self.adata is not None:
+            adata = self._validate_anndata(adata)
+            cells = {"idx1": idx1, "idx2": idx2, "subset_idx": kwargs.pop("subset_idx", None)}
+            kwargs |= {
+                name: value if isinstance(value, str) else as_rows(value, adata)
+                for name, value in cells.items()
+                if value is not None
+            }
+        else:
+            kwargs |= {"idx1": idx1, "idx2": idx2}
+        for name in ("batchid1", "batchid2"):
+            if kwargs.get(name) is not None:
+                kwargs[name] = as_list(kwargs[name])
+        return super().differential_expression(adata, groupby, group1, group2, *args, **kwargs)
+
+    def posterior_predictive_sample(
+        self,
+        adata: AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        transform_batch: Sequence[float | str] | None = None,
+        n_samples: int = 1,
+        gene_list: Sequence[str] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Draw counts for cells from the posterior predictive distribution; arguments are scVI's.
+
+        Returns
+        -------
+        As :meth:`scvi.model.SCVI.posterior_predictive_sample`.
+        """
+        genes = None if gene_list is None else as_list(gene_list)
+        return super().posterior_predictive_sample(adata, indices, transform_batch, n_samples, genes, *args, **kwargs)
+
+    @torch.inference_mode()
+    def get_likelihood_parameters(
+        self,
+        adata: AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        n_samples: int | None = 1,
+        give_mean: bool | None = False,
+        batch_size: int | None = None,
+        dataloader: Iterable[dict[str, Tensor | None]] | None = None,
+        **data_loader_kwargs: Any,
+    ) -> dict[str, np.ndarray]:
+        """Return the parameters of the likelihood of each cell; arguments are scVI's.
+
+        Returns
+        -------
+        As :meth:`scvi.model.SCVI.get_likelihood_parameters`, which fails for two likelihoods: ``"poisson"`` has a
+        ``"mean"``, ``"normal"`` a ``"mean"`` and, as ``"dispersions"``, standard deviations.
+        """
+        if self.module.gene_likelihood in _WITH_DISPERSION:
+            return super().get_likelihood_parameters(
+                adata, indices, n_samples, give_mean, batch_size, dataloader, **data_loader_kwargs
+            )
+        data = (adata, indices, batch_size, dataloader)
+        likelihoods = list(self._decode(n_samples, None, *data, **data_loader_kwargs))
+        names = {"mean": "mean"} | ({"dispersions": "stddev"} if self.module.gene_likelihood == "normal" else {})
+        parameters = {
+            key: torch.cat([getattr(px, name).cpu() for px in likelihoods], dim=-2).numpy()
+            for key, name in names.items()
+        }
+        if give_mean and n_samples > 1:
+            parameters = {key: values.mean(0) for key, values in parameters.items()}
+        return parameters
+
+    @torch.inference_mode()
+    def _get_denoised_samples(
+        self,
+        adata: AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        n_samples: int = 25,
+        batch_size: int = 64,
+        rna_size_factor: int = 1000,
+        transform_batch: int | None = None,
+        dataloader: Iterable[dict[str, Tensor | None]] | None = None,
+        **data_loader_kwargs: Any,
+    ) -> np.ndarray:
+        """Expression as ``get_feature_correlation_matrix`` correlates it, shape ``(n_cells, n_genes[, n_samples])``.
+
+        scVI draws it from the gamma distribution of which the negative binomial is made. A Poisson or normal likelihood
+        has none: its expression is that of the decoder at each draw of the latent variables.
+        """
+        if self.module.gene_likelihood in _WITH_DISPERSION:
+            settings = (n_samples, batch_size, rna_size_factor, transform_batch)
+            return super()._get_denoised_samples(adata, indices, *settings, dataloader, **data_loader_kwargs)
+        data = (adata, indices, batch_size, dataloader)
+        likelihoods = self._decode(n_samples, transform_batch, *data, **data_loader_kwargs)
+        scale = torch.cat([px.get_normalized("scale").cpu() for px in likelihoods], dim=-2)
+        draws = rna_size_factor * scale.numpy()
+        return draws if draws.ndim == 2 else draws.transpose(1, 2, 0)
+
+    def _decode(
+        self, n_samples: int, transform_batch: int | None, *data: Any, **data_loader_kwargs: Any
+    ) -> Iterator[Distribution]:
+        """Likelihood of each batch of cells, at draws of its posterior."""
+        for tensors in self._get_batches(*data, **data_loader_kwargs):
+            _, outputs = self.module.forward(
+                tensors,
+                inference_kwargs={"n_samples": n_samples},
+                generative_kwargs={"transform_batch": transform_batch},
+                compute_loss=False,
+            )
+            yield outputs[MODULE_KEYS.PX_KEY]
