@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from scvi.module._constants import MODULE_KEYS
 
 from qbmscvi._arguments import as_list, as_rows
+from qbmscvi._input_checks import as_typed, check_groups, suggest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -57,11 +59,16 @@ class ExpressionMixin:
         Raises
         ------
         ValueError
-            If ``n_samples_overall`` draws are to come from no cell.
+            If ``n_samples_overall`` draws are to come from no cell, or the model has none of the genes.
+
+        Warns
+        -----
+        UserWarning
+            If the model lacks some of the genes.
         """
         arguments = {
             "transform_batch": transform_batch,
-            "gene_list": None if gene_list is None else as_list(gene_list),
+            "gene_list": self._known_genes(gene_list),
             "library_size": library_size,
             "weights": weights,
             "batch_size": batch_size,
@@ -107,6 +114,10 @@ class ExpressionMixin:
 
         Parameters
         ----------
+        groupby
+            Column of ``adata.obs`` with the groups. Categories without cells are left out.
+        group1, group2
+            Groups that are compared: by default each with all other cells.
         idx1, idx2
             Cells of the groups: row numbers, a mask, or a query of ``adata.obs``. A mask that is a Series with the
             names of the cells as its index is read by names.
@@ -114,17 +125,26 @@ class ExpressionMixin:
         Returns
         -------
         As :meth:`scvi.model.SCVI.differential_expression`.
+
+        Raises
+        ------
+        ValueError
+            If there is no such column or group, or a group has no cells.
         """
-        if adata is not None or self.adata is not None:
-            adata = self._validate_anndata(adata)
-            cells = {"idx1": idx1, "idx2": idx2, "subset_idx": kwargs.pop("subset_idx", None)}
-            kwargs |= {
-                name: value if isinstance(value, str) else as_rows(value, adata)
-                for name, value in cells.items()
-                if value is not None
-            }
-        else:
-            kwargs |= {"idx1": idx1, "idx2": idx2}
+        adata = self._validate_anndata(adata)
+        cells = {"idx1": idx1, "idx2": idx2, "subset_idx": kwargs.pop("subset_idx", None)}
+        for name, value in cells.items():
+            if value is not None:
+                rows = np.flatnonzero(adata.obs.eval(value)) if isinstance(value, str) else as_rows(value, adata)
+                if not len(rows):
+                    msg = f"`{name}` names no cell of {adata.n_obs}, but at least one is needed on each side."
+                    raise ValueError(msg)
+                if name == "idx1" and idx2 is None and len(np.unique(rows)) == adata.n_obs:
+                    msg = "`idx1` names all cells, so none are left to compare them with. Pass `idx2`, or fewer cells."
+                    raise ValueError(msg)
+                kwargs[name] = rows
+        if groupby is not None:
+            group1 = check_groups(adata, groupby, group1, group2)
         for name in ("batchid1", "batchid2"):
             if kwargs.get(name) is not None:
                 kwargs[name] = as_list(kwargs[name])
@@ -146,8 +166,22 @@ class ExpressionMixin:
         -------
         As :meth:`scvi.model.SCVI.posterior_predictive_sample`.
         """
-        genes = None if gene_list is None else as_list(gene_list)
+        genes = self._known_genes(gene_list)
         return super().posterior_predictive_sample(adata, indices, transform_batch, n_samples, genes, *args, **kwargs)
+
+    def _known_genes(self, gene_list: Sequence[str] | None) -> list[str] | None:
+        """Names of the genes that the model has; None for all."""
+        if gene_list is None:
+            return None
+        asked, known = as_list(gene_list), self.get_var_names()
+        missing = sorted(set(map(str, asked)) - set(known))
+        if missing and len(missing) == len(set(asked)):
+            msg = f"The model has none of the genes {as_typed(missing, 3)}. {suggest(missing[0], known)}"
+            raise ValueError(msg)
+        if missing:
+            msg = f"The model has not all genes of `gene_list`: {as_typed(missing, 10)} are left out."
+            warnings.warn(msg, UserWarning, stacklevel=3)
+        return asked
 
     @torch.inference_mode()
     def get_likelihood_parameters(

@@ -218,6 +218,45 @@ def check_known_categories(adata: AnnData, argument: str, key: str, known: Seque
         raise ValueError(msg)
 
 
+def check_groups(adata: AnnData, groupby: str, group1: Any, group2: Any) -> list:
+    """Raise unless the groups of a comparison have cells.
+
+    Parameters
+    ----------
+    adata
+        Cells.
+    groupby
+        Column with the groups.
+    group1
+        Groups, each compared by itself; None for all that have cells.
+    group2
+        Group that they are compared with; None for all other cells.
+
+    Returns
+    -------
+    Groups to compare.
+
+    Raises
+    ------
+    ValueError
+        If there is no such column, or a group, or the rest of the cells, has no cell.
+    """
+    column = get_column(adata, "groupby", groupby)
+    present = list(column.astype("category").cat.remove_unused_categories().cat.categories)
+    chosen = present if group1 is None else [group1] if isinstance(group1, str) or np.isscalar(group1) else list(group1)
+    for name, group in [*(("group1", group) for group in chosen), *([] if group2 is None else [("group2", group2)])]:
+        if group not in present:
+            msg = f"No cell has {groupby} = {as_typed([group])}, the value of `{name}`. {suggest(group, present)}"
+            raise ValueError(msg)
+    if not chosen or (group2 is None and len(present) < 2 and not column.isna().any()):
+        msg = (
+            f"`adata.obs[{groupby!r}]` has the groups {as_typed(present) or 'none'}, but two are needed to compare. "
+            "Choose another `groupby`, or cells with `idx1` and `idx2`."
+        )
+        raise ValueError(msg)
+    return chosen
+
+
 def check_numeric(values: pd.Series | pd.DataFrame, argument: str) -> None:
     """Raise unless one column or several, by their names in ``adata.obs``, hold numbers.
 

@@ -470,6 +470,62 @@ def test_other_genes_are_counted_and_named(counts, trained):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Groups and genes that are named
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def grouped(trained) -> ad.AnnData:
+    adata = trained.adata.copy()
+    adata.obs["group"] = pd.Categorical(["T", "B"] * 60, categories=["T", "B", "NK"])
+    adata.obs["number"] = [1, 2] * 60
+    adata.obs["alone"] = "T"
+    return adata
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        pytest.param({"groupby": "group", "group1": "t"}, r"group = 't'.*'T', 'B'\.", id="misspelled"),
+        pytest.param({"groupby": "group", "group1": ["T", "NK"]}, r"group = 'NK'", id="without-cells"),
+        pytest.param({"groupby": "group", "group1": "T", "group2": "b"}, r"group = 'b'.*`group2`", id="second"),
+        pytest.param({"groupby": "number", "group1": "1"}, r"number = '1'.*1, 2\.", id="text-for-a-number"),
+        pytest.param({"groupby": "grup"}, r"'grup'.*Did you mean 'group'", id="column"),
+        pytest.param({"groupby": "alone"}, r"'T'.*two are needed", id="one-group"),
+        pytest.param({"idx1": np.zeros(N_CELLS, dtype=bool)}, "`idx1` names no cell", id="empty-mask"),
+        pytest.param({"idx1": "group == 'NK'"}, "`idx1` names no cell", id="empty-query"),
+        pytest.param({"idx1": np.ones(N_CELLS, dtype=bool)}, "`idx1` names all cells", id="full-mask"),
+    ],
+)
+def test_groups_without_cells_are_told_before_anything_is_computed(trained, grouped, arguments, words, monkeypatch):
+    monkeypatch.setattr(trained.module, "inference", None)
+    with pytest.raises(ValueError, match=words):
+        trained.differential_expression(grouped, silent=True, **arguments)
+
+
+def test_categories_without_cells_are_left_out(trained, grouped):
+    table = trained.differential_expression(grouped, groupby="group", silent=True)
+    assert set(table["comparison"]) == {"T vs Rest", "B vs Rest"}
+    numbers = trained.differential_expression(grouped, groupby="number", group1=1, silent=True)
+    assert set(numbers["comparison"]) == {"1 vs Rest"}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        lambda model, genes: model.get_normalized_expression(gene_list=genes),
+        lambda model, genes: model.posterior_predictive_sample(gene_list=genes),
+    ],
+    ids=["get_normalized_expression", "posterior_predictive_sample"],
+)
+def test_genes_that_the_model_lacks_are_named(trained, method):
+    with pytest.warns(UserWarning, match="'CD3E'"):
+        assert method(trained, ["gene_1", "CD3E"]).shape[1] == 1
+    with pytest.raises(ValueError, match=r"'Gene_1'.*Did you mean 'gene_1'"):
+        method(trained, ["Gene_1"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Matrices, and models without data
 # ---------------------------------------------------------------------------------------------------------------------
 
