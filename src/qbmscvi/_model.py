@@ -59,30 +59,23 @@ class QBMSCVI(LikelihoodMixin, InterpretationMixin, ExpressionMixin, CheckedData
         Registry of a data module.
     n_latent
         Number of spins (``latent="spins"``, default 64) or width of the Gaussian layer (``latent="gaussian-spins"``,
-        default 10). Twice the spins integrate batches less well and find types no better (``benchmarks/LEVERS.md``,
-        three seeds on each of four data sets); half of them predict unseen cells less well (two seeds on two).
+        default 10). Spins that are not needed fall out of use: see :meth:`get_active_units`.
     latent_distribution
         Kept for scVI's signature; must be ``"normal"``.
     latent
         ``"spins"``: spins alone, the family of the QBM-VAE. ``"gaussian-spins"``: a Gaussian layer coupled to spins, a
         Gaussian-Bernoulli restricted Boltzmann machine; the prior of the Gaussian layer is a mixture of exponentially
-        many Gaussians. With a KL warm-up of half of the training it did not mix the two batches of ``kang_ifnb`` as
-        scVI and ``"spins"`` did (accuracy of a kNN classifier of the batch 0.83 against 0.74, three seeds of
-        ``benchmarks/REPRESENTATION.md``).
+        many Gaussians. Take it for a latent space as narrow as scVI's.
     n_spins
         Number of spins beside the Gaussian layer, default 32.
     prior_graph
         Couplings of the prior. ``"bipartite"``: a restricted Boltzmann machine, whose layers are two halves of the
         spins, or the Gaussian layer and the spins. ``"complete"``, ``"chimera"``, ``"pegasus"``, ``"zephyr"`` or any
-        :class:`networkx.Graph`: couplings between the spins. ``"independent"``: none, the J = 0 control, which is in
-        ``benchmarks/RESULTS.md``. The default is the published one; ``"complete"`` takes longer and finds types no
-        better (``benchmarks/LEVERS.md``, two seeds on each of two data sets). The others were not compared.
+        :class:`networkx.Graph`: couplings between the spins, for devices of that graph. ``"independent"``: none, the
+        control that shows what the couplings do.
     smoothing
         What the decoder sees of a spin in training: ``"straight-through"``, ``"reinmax"``, ``"disarm"``,
         ``"gumbel"``, ``"spike-exponential"``, or an instance from :mod:`qbmscvi.distributions`.
-        ReinMax and Gumbel are behind the default in scIB total, silhouette and macro-F1 of neighbors, Gumbel in
-        held-out ELBO, too (``benchmarks/LEVERS.md``, three seeds on each of four data sets); the published
-        spike-and-exponential in macro-F1 and held-out ELBO (two seeds on two). DisARM was not compared.
     n_chains
         Persistent chains of the prior. With 512, of which 448 give the moments, the sampling
         error of a moment is at most 0.05, half of that of the 128 cells of a batch.
@@ -277,10 +270,8 @@ class QBMSCVI(LikelihoodMixin, InterpretationMixin, ExpressionMixin, CheckedData
             graphs. The Gaussian layer is represented by its mean in any case.
         layer
             ``"spins"`` (default of ``latent="spins"``), ``"gaussian"`` (default of ``latent="gaussian-spins"``), or
-            ``"both"``, Gaussian units first. The defaults are the layers that keep cell types and order in
-            ``benchmarks/REPRESENTATION.md`` (there as mean spins, not angles): beside a Gaussian layer the spins alone
-            lose the order (Kendall tau of pseudotime 0.04 to 0.36, against 0.83 of the Gaussian layer and of scVI,
-            three seeds).
+            ``"both"``, Gaussian units first. The spins of ``latent="gaussian-spins"`` alone do not carry the order of
+            cells in time.
 
         Returns
         -------

@@ -69,29 +69,21 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
     optimizer
         As in scVI, where it is ``"Adam"`` unless given.
     lr
-        Learning rate of the networks, twice scVI's. Chosen among three rates in at most two runs on each data set
-        that judges it. ``benchmarks/LEVERS.md`` has scVI's rate beside it, ``benchmarks/RESULTS.md`` scVI at this one.
+        Learning rate of the networks, twice scVI's.
     prior_lr
         Learning rate of the prior's parameters; None for a fortieth of ``lr``, and for that of the rest with an
-        optimizer of your own. A prior as fast as the networks may settle on the few
-        directions in which cells differ at first, but reaches a higher held-out ELBO (``benchmarks/LEVERS.md``). Chosen
-        among four rates in a few runs on the data sets that judge it. At a fortieth a run of 2,000 steps is over before
-        the couplings are learned to the end (they move by some 0.1 at most), so results may change with the length of
-        training.
+        optimizer of your own. At a fortieth a run of 2,000 steps ends before the couplings are learned (they move by
+        some 0.1 at most). A prior as fast as the networks needs its chains renewed at every step.
     weight_decay
         Weight decay of the networks' linear layers; biases, normalization and dispersions have none. ``"auto"`` is,
         with ``"AdamW"``, ``1 / (50 lr n)`` at ``n`` steps an epoch, and at most 1: a weight that is not renewed fades
         within 50 epochs, whatever the number of cells. With ``"Adam"`` it is scVI's 1e-6. It is zero where a part of
-        the networks is frozen, as after ``load_query_data``. Without it more held-out ELBO is lost in long training on
-        a few thousand cells (400 epochs, one seed, ``benchmarks/LEVERS.md``). Chosen among three constants in runs of
-        one or two seeds on the data sets that judge it. Biases and normalization have none because decay of them, too,
-        mixes batches less, though it gains some two nats of held-out ELBO (``benchmarks/LEVERS.md``).
+        the networks is frozen, as after ``load_query_data``.
     prior_weight_decay
         Weight decay of the prior's parameters; none by default.
     n_epochs_kl_warmup
         Epochs until the KL weight is reached. ``"auto"`` takes ``n_steps_kl_warmup`` if that is given, and otherwise
-        the first tenth of all steps. Half of them gave the same on four data sets (three seeds or five, both schedules
-        in ``benchmarks/RESULTS.md``); scVI's 400 epochs would leave the weight below one in any shorter run.
+        the first tenth of all steps. scVI's 400 epochs would leave the weight below one in any shorter run.
     eps
         Adam's epsilon. scVI's 0.01 exceeds the gradients of the prior and would freeze them.
     """
