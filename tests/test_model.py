@@ -777,9 +777,9 @@ def test_model_with_size_factors_generates_by_default(counts):
     ("arguments", "message"),
     [
         pytest.param({"batch": "batch_7"}, "Unknown batch 'batch_7'. Use one of 'batch_0', 'batch_1'", id="batch"),
-        pytest.param({"library_size": 0}, "library_size must be positive, got 0", id="zero"),
-        pytest.param({"library_size": -5.0}, "library_size must be positive, got -5", id="negative"),
-        pytest.param({"library_size": np.nan}, "library_size must be positive, got nan", id="nan"),
+        pytest.param({"library_size": 0}, "library_size must be positive and finite, got 0", id="zero"),
+        pytest.param({"library_size": -5.0}, "library_size must be positive and finite, got -5", id="negative"),
+        pytest.param({"library_size": np.nan}, "library_size must be positive and finite, got nan", id="nan"),
         pytest.param(
             {"library_size": np.ones(7)},
             "library_size",

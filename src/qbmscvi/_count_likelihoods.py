@@ -74,7 +74,8 @@ class SparseZeroInflatedNegativeBinomial(SparseNegativeBinomial, ZeroInflatedNeg
         position, counts = _nonzero(value, shape)
         if value.requires_grad or self.on_mps or not _are_counts(counts):
             # which warns of values that are no counts
-            return ZeroInflatedNegativeBinomial.log_prob(self, without_rounding_error(value))
+            value = value if value.requires_grad else without_rounding_error(value)
+            return ZeroInflatedNegativeBinomial.log_prob(self, value)
         return self._sparse_log_prob(position, counts, shape, torch.result_type(value, self.mu))
 
 
@@ -86,7 +87,8 @@ class SparsePoisson(Poisson):
         shape = torch.broadcast_shapes(value.shape, self.rate.shape)
         position, counts = _nonzero(value, shape)
         if value.requires_grad or (self._validate_args and not _are_counts(counts)):
-            return super().log_prob(without_rounding_error(value))  # which refuses values that are no counts
+            # which refuses values that are no counts
+            return super().log_prob(value if value.requires_grad else without_rounding_error(value))
         rate = self.rate.to(torch.result_type(value, self.rate)).expand(shape)
         counts = counts.to(rate)
         rate_there = rate.reshape(-1).index_select(0, position)

@@ -89,13 +89,14 @@ def check_matrix(adata: AnnData, layer: str | None) -> None:
     TypeError
         If the matrix is of a type that scvi-tools does not read.
     """
-    if layer is not None and layer not in adata.layers:
-        msg = f"layer={layer!r} is no layer of the data. {suggest(layer, adata.layers)} Leave it out for `adata.X`."
+    layers = adata.layers.keys()  # those of an AnnCollection are no mapping
+    if layer is not None and layer not in layers:
+        msg = f"layer={layer!r} is no layer of the data. {suggest(layer, layers)} Leave it out for `adata.X`."
         raise ValueError(msg)
     X = adata.X if layer is None else adata.layers[layer]
     name = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
     if X is None:
-        msg = f"The data have no `X`. Name the layer with raw counts: `layer=...`. {suggest(layer, adata.layers)}"
+        msg = f"The data have no `X`. Name the layer with raw counts: `layer=...`. {suggest(layer, layers)}"
         raise ValueError(msg)
     if 0 in adata.shape:
         msg = f"The data have {adata.n_obs} cells and {adata.n_vars} genes, but one of each is needed at least."
@@ -402,12 +403,6 @@ def check_setup(
         check_categories(adata, argument, key, filler=unlabeled_category if is_label else "unknown")
         if source_registry is not None and not extend_categories:
             check_known_categories(adata, argument, key, fields[registry_key]["state_registry"]["categorical_mapping"])
-        elif source_registry is None and is_label and (adata.obs[key] == unlabeled_category).all():
-            msg = (
-                f"`adata.obs[{key!r}]` is {unlabeled_category!r}, the `unlabeled_category`, for all cells. At least "
-                "one cell must have a label; without any, use `QBMSCVI`."
-            )
-            raise ValueError(msg)
     argument = "categorical_covariate_keys"
     known = fields.get(REGISTRY_KEYS.CAT_COVS_KEY, {}).get("state_registry", {}).get("mappings", {})
     for key in categorical_covariate_keys or ():

@@ -463,7 +463,7 @@ class QBMSCVI(LikelihoodMixin, InterpretationMixin, ExpressionMixin, CheckedData
         return generated
 
     def _library_sizes(self, batch: int) -> np.ndarray:
-        """What the decoder takes for the library sizes of the cells of a batch, those of empty cells left out."""
+        """What the decoder takes for the library sizes of the cells of a batch, or of all cells if it has none."""
         if self.adata is None:
             msg = "The model has no AnnData to draw library sizes from. Pass `library_size`."
             raise ValueError(msg)
@@ -473,12 +473,9 @@ class QBMSCVI(LikelihoodMixin, InterpretationMixin, ExpressionMixin, CheckedData
         elif self.minified_data_type is not None:
             key = REGISTRY_KEYS.OBSERVED_LIB_SIZE
         sizes = totals_per_cell(self.adata_manager.get_from_registry(key), self.adata.n_obs)
-        is_in_batch = self.adata_manager.get_from_registry(REGISTRY_KEYS.BATCH_KEY).ravel() == batch
-        sizes = sizes[is_in_batch & (sizes > 0)]
-        if not len(sizes):
-            msg = "This batch has no cell with counts to draw library sizes from. Pass `library_size`."
-            raise ValueError(msg)
-        return sizes
+        is_positive = sizes > 0
+        is_in_batch = is_positive & (self.adata_manager.get_from_registry(REGISTRY_KEYS.BATCH_KEY).ravel() == batch)
+        return sizes[is_in_batch if is_in_batch.any() else is_positive]
 
     @torch.inference_mode()
     def get_prior_energy(
