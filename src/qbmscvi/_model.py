@@ -73,11 +73,11 @@ class QBMSCVI(LikelihoodMixin, InterpretationMixin, SCVI, DeferredInitialization
         ``benchmarks/RESULTS.md``. The default is the published one; ``"complete"`` takes longer and finds types no
         better (``benchmarks/LEVERS.md``, two seeds on each of two data sets). The others were not compared.
     smoothing
-        What the decoder sees of a spin in training: ``"straight-through"``, ``"reinmax"``, ``"disarm"``,
+        What the decoder sees of a spin in training: ``"straight-through"``, ``"reinmax"``,
         ``"gumbel"``, ``"spike-exponential"``, or an instance from :mod:`qbmscvi.distributions`.
         ReinMax and Gumbel are behind the default in scIB total, silhouette and macro-F1 of neighbors, Gumbel in
         held-out ELBO, too (``benchmarks/LEVERS.md``, three seeds on each of four data sets); the published
-        spike-and-exponential in macro-F1 and held-out ELBO (two seeds on two). DisARM was not compared.
+        spike-and-exponential in macro-F1 and held-out ELBO (two seeds on two).
     n_chains
         Persistent chains of the prior. With 512, of which 448 give the moments, the sampling
         error of a moment is at most 0.05, half of that of the 128 cells of a batch.
