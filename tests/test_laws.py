@@ -15,7 +15,7 @@ import dimod
 import dwave.samplers
 import pytest
 import torch
-from devices import Device, Faulty, OffTemperature, Weighing, connected, rescaled
+from devices import Device, Faulty, OffTemperature, connected, rescaled
 from laws import random_problem
 from scipy import stats
 
@@ -143,10 +143,8 @@ COMPOSITES = {
     "rescaled-sixteen-bits": Case(lambda path: Rescaled(ExactSampler(), h_limit=1, J_limit=1, n_bits=16)),
     "rescaled-fixed-temperature": Case(lambda path: Rescaled(ExactSampler(), device_beta=5.0)),
     "spin-reversed": Case(lambda path: SpinReversed(ExactSampler(), 4)),
-    "spin-reversed-weights": Case(lambda path: SpinReversed(Weighing(), 7)),
     "calibrated": Case(lambda path: warmed_up(Calibrated(ExactSampler(), memory=0.95)), exempt=LEARNS, n_samples=1_000),
     "polished": Case(lambda path: Polished(ExactSampler(), 3)),
-    "polished-weights": Case(lambda path: Polished(Weighing(), 3)),
     "reweighted": Case(lambda path: Reweighted(OffTemperature(0.8))),
     "reweighted-report": Case(lambda path: Reweighted(OffTemperature(0.8, reports=True))),
     "retrying": Case(lambda path: Retrying(ExactSampler())),
@@ -241,7 +239,7 @@ def test_traits_and_limits_are_those_of_the_child(case, tmp_path):
     assert composite.name.startswith(f"{type(composite).__name__}(")
     assert child.name in composite.name
     assert repr(composite) == f"{composite.name}()"
-    with pytest.raises(GraphMismatchError, match="ExactSampler|OffTemperature|Weighing|Device"):
+    with pytest.raises(GraphMismatchError, match="ExactSampler|OffTemperature|Device"):
         composite.check(random_problem(graphs.complete(30)))
 
 
@@ -255,10 +253,10 @@ class Listening(Composite):
     def _sample_batch(self, requests, seeds):
         batches = self.child.sample_batch(requests)
         self.heard.append((requests, batches))
-        return [Draw(batch.spins, batch.weights) for batch in batches]
+        return [Draw(batch.spins) for batch in batches]
 
 
-@pytest.mark.parametrize("child", [ExactSampler(), BlockGibbsSampler(burn_in=3), Weighing()], ids=lambda s: s.name)
+@pytest.mark.parametrize("child", [ExactSampler(), BlockGibbsSampler(burn_in=3)], ids=lambda s: s.name)
 def test_everything_that_a_check_asks_is_replayed_bit_for_bit(child, tmp_path):
     listener = Listening(Recorded(child, tmp_path / "tape"))
     examine(listener, Case(None, n_samples=500))
@@ -269,8 +267,6 @@ def test_everything_that_a_check_asks_is_replayed_bit_for_bit(child, tmp_path):
         for first, second in zip(recorded, player.sample_batch(requests), strict=True):
             assert torch.equal(first.spins, second.spins)
             assert torch.equal(first.energies, second.energies)
-            assert (first.weights is None) == (second.weights is None)
-            assert first.weights is None or torch.equal(first.weights, second.weights)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -291,7 +287,6 @@ def test_planted_errors_fail_on_every_graph_and_in_either_precision(case, fault,
 KINDS = (
     "simulated-annealing",
     "tree-decomposition",
-    "spin-reversed-weights",
     "reweighted",
     "stack",
     "device-in-a-stack",
@@ -301,6 +296,6 @@ KINDS = (
 @each_fault
 @each({name: TABLE[name] for name in KINDS})
 def test_planted_errors_around_other_kinds_fail(case, fault, tmp_path):
-    """At one temperature and in one precision; around chains of dimod, weights and a stack."""
+    """At one temperature and in one precision; around chains of dimod, resampling and a stack."""
     broken, _ = examine(Faulty(case.build(tmp_path), fault), case, betas=(1.0,), dtypes=(torch.float32,))
     assert "distribution" in broken

@@ -13,11 +13,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from laws import set_exact_moments
 from scvi.module._constants import MODULE_KEYS
 
 from qbmscvi._module import QBMVAE
-from qbmscvi.enumeration import all_states, exact_moments
-from qbmscvi.ising import SampleBatch
+from qbmscvi.enumeration import all_states
 
 N_GENES, N_CELLS, KL_WEIGHT = 5, 3, 0.7
 FAMILIES = [
@@ -49,12 +49,7 @@ def build(family: dict, smoothing: str) -> tuple[QBMVAE, dict[str, torch.Tensor]
             parameter.normal_(0.0, 0.4)
         for layer in (module.z_encoder.logit_encoder, module.decoder.px_decoder.fc_layers[0][0]):
             layer.weight.mul_(3.0)  # a decoder far from linear in the spins
-    problem = module.prior.to_ising()
-    mean, second = exact_moments(problem)
-    states = all_states(problem.n_spins)
-    weights = torch.softmax(-problem.energy(states), 0)
-    module.prior.set_moments(SampleBatch(states.to(torch.int8), problem.energy(states), weights))
-    torch.testing.assert_close(module.prior.spin_mean, mean)
+    set_exact_moments(module.prior)
     counts = torch.from_numpy(np.random.default_rng(0).poisson(6.0, (N_CELLS, N_GENES)) + 1).double()
     zeros = torch.zeros(N_CELLS, 1, dtype=torch.long)
     return module.train(), {"X": counts, "batch": zeros, "labels": zeros}

@@ -235,7 +235,7 @@ class IsingModel:
 
 @dataclass(frozen=True, eq=False)
 class SampleBatch:
-    """Samples of one problem, and where they come from.
+    """Samples of one problem, all of equal weight, and where they come from.
 
     Parameters
     ----------
@@ -244,15 +244,12 @@ class SampleBatch:
     energies
         Shape ``(n_samples,)``: energies under the problem asked for, in nats at ``beta = 1``. Given that problem
         instead, they are computed when they are first looked at; do not change its tensors in place until then.
-    weights
-        Importance weights, shape ``(n_samples,)``, summing to one; None for equal weights.
     info
         Provenance: ``sampler``, ``seed``, ``beta``, ``seconds`` and what the sampler adds.
     """
 
     spins: Tensor
     energies: Tensor | IsingModel
-    weights: Tensor | None = None
     info: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -277,24 +274,19 @@ class SampleBatch:
         return self.spins.shape[0]
 
     def __getitem__(self, rows: slice | Tensor) -> SampleBatch:
-        """Some of the samples; weights are renormalized."""
-        weights = None if self.weights is None else self.weights[rows] / self.weights[rows].sum()
+        """Some of the samples."""
         energies = self.__dict__["energies"][rows] if "energies" in self.__dict__ else self._problem
-        return replace(self, spins=self.spins[rows], energies=energies, weights=weights)
+        return replace(self, spins=self.spins[rows], energies=energies)
 
     def moments(self, graph: Graph) -> tuple[Tensor, Tensor]:
         """Return ``<s_i>``, shape ``(n_spins,)``, and ``<s_i s_j>`` on the edges, shape ``(n_edges,)``."""
         spins = self.spins.to(self.dtype)
-        if self.weights is None:
-            return spins.sum(0) / self.n_samples, edge_products(spins, spins, graph) / self.n_samples
-        return self.weights @ spins, edge_products(spins * self.weights[:, None], spins, graph)
+        return spins.sum(0) / self.n_samples, edge_products(spins, spins, graph) / self.n_samples
 
     def second_moments(self) -> Tensor:
         """All ``<s_i s_j>``, shape ``(n_spins, n_spins)``."""
         spins = self.spins.to(self.dtype)
-        if self.weights is None:
-            return spins.T @ spins / self.n_samples
-        return spins.T @ (spins * self.weights[:, None])
+        return spins.T @ spins / self.n_samples
 
 
 def disjoint_union(problems: Sequence[IsingModel]) -> IsingModel:

@@ -1,11 +1,10 @@
 """Record what a sampler answered, and play it back without the sampler.
 
-A tape is a text file of JSON lines. First a header with ``"format": "qbmscvi-tape"``, ``"version": 1`` and the traits
+A tape is a text file of JSON lines. First a header with ``"format": "qbmscvi-tape"``, ``"version": 2`` and the traits
 that a training run depends on. Then, for call number ``"call"`` (from 1):
 
-- one line per answer with the fingerprint of the request, the spins (bits packed most significant first, base64),
-  weights (little-endian float64, base64, or null) and the facts of ``info`` that JSON can hold; or one line
-  ``"failure"`` with the type and words of the error;
+- one line per answer with the fingerprint of the request, the spins (bits packed most significant first, base64) and
+  the facts of ``info`` that JSON can hold; or one line ``"failure"`` with the type and words of the error;
 - one line ``"age"``: the steps after which the answer was used or dropped. A call that never answered has none.
 
 Each line has a checksum. A tape can be read by anything and runs nothing when read.
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
 
 # What a run does depends on these traits, so a replay must have them.
 _RUN_TRAITS = ("is_remote", "is_persistent", "is_slow")
-_HEADER = {"format": "qbmscvi-tape", "version": 1}
+_HEADER = {"format": "qbmscvi-tape", "version": 2}
 _ERRORS = {kind.__name__: kind for kind in (BudgetExceeded, InvalidSamples, SamplerTimeout, SamplerUnavailable)}
 
 
@@ -199,32 +198,24 @@ class Replayed(Sampler):
         if not entries:
             msg = f"Call {self._position} of {self.path} was never answered."
             raise SamplerTimeout(msg)
-        return [_decode(entry, request) for entry, request in zip(entries, requests, strict=True)]
+        return [_decode(entry) for entry in entries]
 
 
 def _encode(request: SamplingRequest, batch: SampleBatch) -> dict[str, Any]:
     bits = np.packbits(batch.spins.cpu().numpy() > 0)
-    weights = None
-    if batch.weights is not None:
-        weights = base64.b64encode(batch.weights.cpu().numpy().astype("<f8").tobytes()).decode()
     return {
         "request": fingerprint(request),
         "shape": list(batch.spins.shape),
         "spins": base64.b64encode(bits.tobytes()).decode(),
-        "weights": weights,
         "info": _plain(batch.info),
     }
 
 
-def _decode(entry: dict[str, Any], request: SamplingRequest) -> Draw:
+def _decode(entry: dict[str, Any]) -> Draw:
     shape = tuple(entry["shape"])
     bits = np.unpackbits(np.frombuffer(base64.b64decode(entry["spins"]), dtype=np.uint8), count=shape[0] * shape[1])
     spins = torch.from_numpy(2 * bits.astype(np.int8) - 1).reshape(shape)
-    weights = None
-    if entry["weights"] is not None:
-        values = np.frombuffer(base64.b64decode(entry["weights"]), dtype="<f8").copy()
-        weights = torch.from_numpy(values).to(request.problem.h)
-    return Draw(spins, weights, {**entry["info"], "is_replayed": True})
+    return Draw(spins, {**entry["info"], "is_replayed": True})
 
 
 def _plain(value: Any) -> Any:
