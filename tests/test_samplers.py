@@ -416,8 +416,8 @@ def test_samplers_refuse_values_without_meaning(build, match):
 @pytest.mark.parametrize(
     ("build", "match"),
     [
-        pytest.param(lambda: build_sampler(SteepestDescentSampler()), f"got {DESCENT}", id="unwrapped"),
-        pytest.param(lambda: build_sampler(ExactSampler), "got type.*", id="class"),
+        pytest.param(lambda: build_sampler(3), "got int", id="number"),
+        pytest.param(lambda: build_sampler(ExactSampler), r"ExactSampler is a class.*`ExactSampler\(\)`", id="class"),
         pytest.param(lambda: DimodSampler("tabu"), "'tabu' is not a dimod sampler", id="not-a-sampler"),
         pytest.param(lambda: Sampler(), "abstract", id="abstract"),
     ],
@@ -487,19 +487,11 @@ def test_repeated_samples_of_a_sample_set_are_expanded_and_columns_put_in_order(
     assert batch.info["sampler"] == "DimodSampler[Replay]"
 
 
-def test_a_sample_set_of_bits_is_refused(problem):
-    answer = dimod.SampleSet.from_samples(np.zeros((2, 8), dtype=np.int8), "BINARY", energy=0)
-    with pytest.raises(InvalidSamples, match="values other than -1 and"):
-        DimodSampler(Replay(answer)).sample(SamplingRequest(problem, 2))
-
-
 def test_exact_solver_answers_if_its_number_of_states_was_asked_for():
     problem = PROBLEMS["complete-6"]()
     batch = DimodSampler(dimod.ExactSolver()).sample(SamplingRequest(problem, 64, 0.7))
     assert sorted(batch.spins.tolist()) == state_table(6).tolist()
     assert np.allclose(np.sort(batch.energies.numpy()), np.sort(energy_table(problem)), rtol=0, atol=1e-12)
-    with pytest.raises(InvalidSamples, match=r"shape \(64, 6\); \(10, 6\) were asked for"):
-        DimodSampler(dimod.ExactSolver()).sample(SamplingRequest(problem, 10, 0.7))
 
 
 @each_problem

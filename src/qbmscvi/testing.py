@@ -26,6 +26,7 @@ from qbmscvi.enumeration import all_states, exact_moments
 from qbmscvi.exceptions import GraphMismatchError, QBMSCVIError
 from qbmscvi.ising import IsingModel, SampleBatch
 from qbmscvi.samplers import Sampler, SamplingRequest
+from qbmscvi.samplers._dimod import as_sampler
 
 __all__ = [
     "Failure",
@@ -365,7 +366,7 @@ def check_sampler(
     SamplerCheckError
         If a law is broken; the message lists every one, ``error.report`` has the details.
     TypeError
-        If ``sampler`` is not an instance of :class:`~qbmscvi.samplers.Sampler`.
+        If ``sampler`` is no sampler, or a class in place of an instance.
     ValueError
         If ``n_samples`` is below 100, or there are no ``betas`` or ``dtypes``.
 
@@ -375,12 +376,7 @@ def check_sampler(
     >>> check_sampler(ExactSampler(), betas=(1.0,)).has_passed
     True
     """
-    if not isinstance(sampler, Sampler):
-        msg = (
-            f"`sampler` must be an instance of qbmscvi.samplers.Sampler, got {type(sampler).__name__}. Subclass it, or "
-            "wrap a dimod sampler as `qbmscvi.samplers.DimodSampler(sampler)`."
-        )
-        raise TypeError(msg)
+    sampler = as_sampler(sampler)
     if n_samples < _MIN_SAMPLES or not len(betas) or not len(dtypes):
         msg = (
             f"n_samples={n_samples}, betas={tuple(betas)}, dtypes={tuple(dtypes)}: at least {_MIN_SAMPLES} samples, "

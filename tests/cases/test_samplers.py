@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import dimod
+import networkx as nx
 import numpy as np
 import pytest
 import scvi
+import torch
 from devices import OffTemperature
-from laws import Law
+from dwave import samplers as dwave_samplers
+from laws import Law, assert_follows, random_problem
 
-from qbmscvi import QBMSCVI, SamplingSchedule
+from qbmscvi import QBMSCVI, SamplingSchedule, graphs
 from qbmscvi.datasets import synthetic_counts
 from qbmscvi.distributions import build_smoothing
-from qbmscvi.samplers import Reweighted, SamplerTraits
+from qbmscvi.enumeration import draw_exact
+from qbmscvi.exceptions import GraphMismatchError, InvalidSamples
+from qbmscvi.ising import IsingModel
+from qbmscvi.samplers import (
+    BlockGibbsSampler,
+    Calibrated,
+    DimodSampler,
+    ParallelTemperingSampler,
+    Recorded,
+    Reweighted,
+    SamplerTraits,
+    SamplingRequest,
+    Vetted,
+    build_sampler,
+)
+from qbmscvi.testing import check_sampler
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +123,311 @@ def test_history_and_chains_are_those_of_the_resampled_rows(adata):
     assert abs(mean_energy_z(law, model.module.prior.chains.numpy())) < 5
     z = float(model.history["prior_energy"].iloc[-1, 0]) - law.probabilities @ law.energies
     assert abs(z) < 5 * np.sqrt(law.probabilities @ (law.energies - law.probabilities @ law.energies) ** 2 / 256)
+
+
+# Samplers of dimod -------------------------------------------------------------------------------------------------
+
+
+class Foreign(dimod.Sampler):
+    """Exact draws at unit temperature, as somebody else would hand them out."""
+
+    properties: dict = {}
+    parameters = {"num_reads": [], "seed": []}
+
+    def sample(self, bqm, num_reads=1, seed=None):
+        problem = IsingModel.from_bqm(bqm, dtype=torch.float64)
+        spins = draw_exact(problem, num_reads, 1.0, torch.Generator().manual_seed(seed or 0)).to(torch.int8).numpy()
+        return self.answer(spins, list(bqm.variables), bqm)
+
+    def answer(self, spins, variables, bqm):
+        return dimod.SampleSet.from_samples_bqm((spins, variables), bqm)
+
+
+class Bits(Foreign):
+    def answer(self, spins, variables, bqm):
+        return super().answer(spins, variables, bqm).change_vartype("BINARY", inplace=False)
+
+
+class UnsignedBits(Foreign):
+    dtype = np.uint8
+
+    def answer(self, spins, variables, bqm):
+        bits = ((spins + 1) // 2).astype(self.dtype)
+        return dimod.SampleSet.from_samples((bits, variables), "BINARY", energy=0, sort_labels=False)
+
+
+class Booleans(UnsignedBits):
+    dtype = bool
+
+
+class Shuffled(Foreign):
+    def answer(self, spins, variables, bqm):
+        order = np.random.default_rng(0).permutation(len(variables))
+        names = [variables[k] for k in order]
+        return dimod.SampleSet.from_samples((spins[:, order], names), "SPIN", energy=0, sort_labels=False)
+
+
+class Textual(Foreign):
+    """Labels went through JSON; in the order of text, 10 stands before 2."""
+
+    def answer(self, spins, variables, bqm):
+        order = sorted(range(len(variables)), key=lambda k: str(variables[k]))
+        names = [str(variables[k]) for k in order]
+        return dimod.SampleSet.from_samples((spins[:, order], names), "SPIN", energy=0, sort_labels=False)
+
+
+class WithAncillas(Foreign):
+    def answer(self, spins, variables, bqm):
+        extra = np.ones((len(spins), 2), dtype=np.int8)
+        labels = ["slack", *variables, 10_000]
+        return dimod.SampleSet.from_samples((np.hstack([extra[:, :1], spins, extra[:, 1:]]), labels), "SPIN", energy=0)
+
+
+class Aggregated(Foreign):
+    def answer(self, spins, variables, bqm):
+        return super().answer(spins, variables, bqm).aggregate()
+
+
+class FloatCounts(Foreign):
+    """No energies, and numbers of occurrences that are no integers."""
+
+    def answer(self, spins, variables, bqm):
+        rows, counts = np.unique(spins, axis=0, return_counts=True)
+        fields = [("sample", np.int8, (len(variables),)), ("energy", float), ("num_occurrences", float)]
+        record = np.rec.array([*zip(rows, [np.nan] * len(rows), counts, strict=True)], dtype=fields)
+        return dimod.SampleSet(record, variables, {}, "SPIN")
+
+
+class Sorted(Foreign):
+    """More rows than asked for, by energy: the first of them are too cold."""
+
+    def sample(self, bqm, num_reads=1, seed=None):
+        return super().sample(bqm, num_reads=3 * num_reads, seed=seed)
+
+    def answer(self, spins, variables, bqm):
+        answer = super().answer(spins, variables, bqm)
+        return answer.slice(sorted_by="energy")
+
+
+class AtMostHundred(Foreign):
+    def sample(self, bqm, num_reads=1, seed=None):
+        return super().sample(bqm, num_reads=min(num_reads, 100), seed=seed)
+
+
+class WithoutReads(Foreign):
+    """Knows no number of reads; 70 rows a call."""
+
+    parameters = {"seed": []}
+
+    def sample(self, bqm, seed=None):
+        return super().sample(bqm, num_reads=70, seed=seed)
+
+
+class WithoutSeed(Foreign):
+    parameters = {"num_reads": []}
+
+    def __init__(self):
+        self.n_calls = 0
+
+    def sample(self, bqm, num_reads=1):
+        self.n_calls += 1
+        return super().sample(bqm, num_reads=num_reads, seed=self.n_calls)
+
+
+FOREIGN = [
+    Foreign,
+    Bits,
+    UnsignedBits,
+    Booleans,
+    Shuffled,
+    Textual,
+    WithAncillas,
+    Aggregated,
+    FloatCounts,
+    Sorted,
+    AtMostHundred,
+    WithoutReads,
+    WithoutSeed,
+]
+each_foreign = pytest.mark.parametrize("kind", FOREIGN, ids=lambda kind: kind.__name__)
+PROBLEM = random_problem(graphs.bipartite(6, 6), seed=5)
+
+
+@each_foreign
+def test_answers_of_a_dimod_sampler_are_taken_as_they_come(kind):
+    """The law at 0.7, which the sampler never hears of; alpha 1e-4 a case."""
+    batch = DimodSampler(kind()).sample(SamplingRequest(PROBLEM, 3000, 0.7, seed=3))
+    assert batch.spins.shape == (3000, 12)
+    assert_follows(batch.spins, Law.boltzmann(PROBLEM, 0.7))
+
+
+@each_foreign
+def test_a_dimod_sampler_trains_wrapped_or_bare(kind, adata):
+    for sampler in (DimodSampler(kind()), kind()):
+        model = train(untrained(adata), sampler, max_epochs=1)
+        assert model.history["sampling_fallbacks"].to_numpy().max() == 0
+
+
+class Empty(Foreign):
+    def answer(self, spins, variables, bqm):
+        return super().answer(spins[:0], variables, bqm)
+
+
+class Incomplete(Foreign):
+    def answer(self, spins, variables, bqm):
+        return dimod.SampleSet.from_samples((spins[:, 1:], variables[1:]), "SPIN", energy=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "match"), [(Empty, "no samples; 5 were asked for"), (Incomplete, "no values of variable 0")]
+)
+def test_answers_that_cannot_be_completed_say_what_is_missing(kind, match):
+    with pytest.raises(InvalidSamples, match=match):
+        DimodSampler(kind()).sample(SamplingRequest(PROBLEM, 5, seed=3))
+
+
+@pytest.mark.parametrize("kind", [AtMostHundred, WithoutReads, Sorted], ids=lambda kind: kind.__name__)
+def test_equal_seeds_give_equal_samples_however_many_rows_a_call_returns(kind):
+    first, again, other = (
+        DimodSampler(kind()).sample(SamplingRequest(PROBLEM, 250, seed=seed)).spins for seed in (3, 3, 4)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert not torch.equal(first[:70], first[70:140])
+
+
+CLASSES = {
+    "dimod": dimod.RandomSampler,
+    "dwave": dwave_samplers.SimulatedAnnealingSampler,
+    "foreign": Foreign,
+    "own": BlockGibbsSampler,
+    "tempering": ParallelTemperingSampler,
+    "adapter": DimodSampler,
+}
+TAKERS = {
+    "DimodSampler": DimodSampler,
+    "build_sampler": build_sampler,
+    "Vetted": Vetted,
+    "Calibrated": Calibrated,
+    "check_sampler": check_sampler,
+}
+
+
+@pytest.mark.parametrize("kind", CLASSES.values(), ids=CLASSES)
+@pytest.mark.parametrize("take", TAKERS.values(), ids=TAKERS)
+def test_a_class_in_place_of_an_instance_is_refused_at_once(take, kind):
+    with pytest.raises(TypeError, match=rf"{kind.__name__} is a class.*pass `{kind.__name__}\(\)`"):
+        take(kind)
+
+
+def test_a_class_is_no_child_of_a_recording(tmp_path):
+    with pytest.raises(TypeError, match="BlockGibbsSampler is a class"):
+        Recorded(BlockGibbsSampler, tmp_path / "tape")
+    assert not (tmp_path / "tape").exists()
+
+
+@pytest.mark.parametrize("kind", CLASSES.values(), ids=CLASSES)
+def test_training_with_a_class_is_refused_before_it_starts(kind, adata):
+    model = untrained(adata)
+    with pytest.raises(TypeError, match=rf"{kind.__name__} is a class"):
+        train(model, kind)
+    assert not model.is_trained
+
+
+def test_a_layer_takes_a_dimod_sampler_as_it_is():
+    assert_follows(
+        Calibrated(Foreign()).sample(SamplingRequest(PROBLEM, 3000, 0.7, seed=3)).spins, Law.boltzmann(PROBLEM, 0.7)
+    )
+
+
+SOLVERS = {
+    "exact": dimod.ExactSolver,
+    "descent": dwave_samplers.SteepestDescentSolver,
+    "tabu": dwave_samplers.TabuSampler,
+    "planar": dwave_samplers.PlanarGraphSolver,
+    "tree": dwave_samplers.TreeDecompositionSolver,
+    "annealing": dwave_samplers.SimulatedAnnealingSampler,
+    "reference-annealing": dimod.SimulatedAnnealingSampler,
+    "tracked": lambda: dimod.TrackingComposite(dimod.ExactSolver()),
+}
+
+
+@pytest.mark.parametrize("build", SOLVERS.values(), ids=SOLVERS)
+@pytest.mark.parametrize("method", ["train", "sample_prior", "generate"])
+def test_solvers_are_refused_before_they_are_asked(method, build, adata):
+    model = coupled(adata)
+    calls = {
+        "train": lambda sampler: train(model, sampler),
+        "sample_prior": lambda sampler: model.sample_prior(10, sampler=sampler),
+        "generate": lambda sampler: model.generate(10, sampler=sampler),
+    }
+    for sampler in (build(), DimodSampler(build())):
+        with pytest.raises(ValueError, match="ground states.*'gibbs'"):
+            calls[method](sampler)
+
+
+def test_annealing_with_a_schedule_is_no_solver_and_neither_is_a_class_made_of_it():
+    class Held(dwave_samplers.SimulatedAnnealingSampler):
+        def sample(self, bqm, **kwargs):
+            return super().sample(bqm, beta_range=(0.01, 1.0), **kwargs)
+
+    annealing = dwave_samplers.SimulatedAnnealingSampler()
+    assert DimodSampler(annealing, sample_kwargs={"beta_range": (0.01, 1.0)}).traits.target == "approximate"
+    assert DimodSampler(Held()).traits.target == "approximate"
+    assert DimodSampler(annealing, target="approximate").traits.target == "approximate"
+
+
+# Structured samplers -----------------------------------------------------------------------------------------------
+
+
+def structured(n_nodes: int, first_label=0) -> dimod.Sampler:
+    """Exact draws on a ring, as hardware would offer it."""
+    nodes = [first_label + k if isinstance(first_label, int) else f"{first_label}{k}" for k in range(n_nodes)]
+    return dimod.StructureComposite(Foreign(), nodes, list(zip(nodes, [*nodes[1:], nodes[0]], strict=True)))
+
+
+MISFITS = {
+    "bipartite": {"n_latent": 10},
+    "complete": {"n_latent": 10, "prior_graph": "complete"},
+    "too-many-spins": {"n_latent": 14, "prior_graph": nx.cycle_graph(14)},
+    "dense-by-the-gaussian-layer": {"latent": "gaussian-spins", "n_spins": 12, "prior_graph": nx.cycle_graph(12)},
+}
+
+
+@pytest.mark.parametrize("settings", MISFITS.values(), ids=MISFITS)
+@pytest.mark.parametrize("is_tracked", [False, True], ids=["bare", "in-a-composite"])
+def test_a_prior_that_does_not_fit_the_graph_of_a_sampler_is_refused_before_training(is_tracked, settings, adata):
+    sampler = dimod.TrackingComposite(structured(12)) if is_tracked else structured(12)
+    model = untrained(adata, **{"n_latent": None} | settings)
+    for layered in (sampler, DimodSampler(sampler), Vetted(sampler)):
+        with pytest.raises(GraphMismatchError, match="EmbeddingComposite.*prior_graph"):
+            train(model, layered)
+    assert not model.is_trained
+
+
+@pytest.mark.parametrize("first_label", [0, 7, "q"])
+def test_a_prior_on_the_graph_of_a_sampler_trains(first_label, adata):
+    sampler = structured(10, first_label)
+    model = untrained(adata, n_latent=10, prior_graph=sampler.to_networkx_graph())
+    train(model, sampler, max_epochs=1)
+    assert model.history["sampling_fallbacks"].to_numpy().max() == 0
+
+
+@pytest.mark.parametrize("first_label", [0, 7, "q"])
+def test_spins_keep_their_places_on_a_structured_sampler(first_label):
+    sampler = structured(12, first_label)
+    problem = random_problem(graphs.from_networkx(sampler.to_networkx_graph()), seed=6)
+    batch = DimodSampler(sampler).sample(SamplingRequest(problem, 3000, 0.7, seed=3))
+    assert_follows(batch.spins, Law.boltzmann(problem, 0.7))
+
+
+def test_a_part_of_the_graph_will_do():
+    problem = random_problem(graphs.from_networkx(nx.path_graph(6)), seed=6)
+    DimodSampler(structured(12)).check(problem)
+
+
+def test_the_stand_in_for_a_d_wave_machine_is_refused_without_an_embedding(adata):
+    testing = pytest.importorskip("dwave.system.testing")
+    sampler = testing.MockDWaveSampler()
+    with pytest.raises(GraphMismatchError, match="EmbeddingComposite"):
+        train(untrained(adata, prior_graph="complete"), sampler)

@@ -16,6 +16,7 @@ import torch
 
 from qbmscvi.exceptions import InvalidSamples
 from qbmscvi.samplers._base import Draw, Sampler, derive_seed
+from qbmscvi.samplers._dimod import as_sampler
 from qbmscvi.samplers._gibbs import gibbs_sweeps
 from qbmscvi.samplers._temperature import effective_beta, fits_beta
 
@@ -35,11 +36,16 @@ class Composite(Sampler):
     Parameters
     ----------
     child
-        The wrapped sampler.
+        The wrapped sampler; a dimod sampler is taken as :class:`DimodSampler`.
+
+    Raises
+    ------
+    TypeError
+        If ``child`` is no sampler, or a class in place of an instance.
     """
 
     def __init__(self, child: Sampler) -> None:
-        self.child = child
+        self.child = as_sampler(child)
 
     @property
     def traits(self) -> SamplerTraits:

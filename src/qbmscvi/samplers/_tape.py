@@ -82,7 +82,7 @@ class Recorded(Composite):
         if self.path.exists():
             msg = f"{self.path} exists. Recording would append to another run: choose a new name or delete it."
             raise FileExistsError(msg)
-        traits = {name: getattr(child.traits, name) for name in _RUN_TRAITS}
+        traits = {name: getattr(self.traits, name) for name in _RUN_TRAITS}
         self.path.write_text(json.dumps({**_HEADER, **traits}) + "\n")
         self._is_intact = True
         self._n_calls = 0
