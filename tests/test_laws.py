@@ -6,8 +6,9 @@ kept all the same fails the suite, so that the table cannot rot.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -143,6 +144,11 @@ COMPOSITES = {
     "rescaled-sixteen-bits": Case(lambda path: Rescaled(ExactSampler(), h_limit=1, J_limit=1, n_bits=16)),
     "rescaled-fixed-temperature": Case(lambda path: Rescaled(ExactSampler(), device_beta=5.0)),
     "spin-reversed": Case(lambda path: SpinReversed(ExactSampler(), 4)),
+    "calibrated-twice": Case(
+        lambda path: warmed_up(Calibrated(Calibrated(OffTemperature(0.5), memory=0.95), memory=0.95)),
+        exempt=LEARNS,
+        n_samples=1_000,
+    ),
     "calibrated": Case(lambda path: warmed_up(Calibrated(ExactSampler(), memory=0.95)), exempt=LEARNS, n_samples=1_000),
     "polished": Case(lambda path: Polished(ExactSampler(), 3)),
     "reweighted": Case(lambda path: Reweighted(OffTemperature(0.8))),
@@ -214,6 +220,36 @@ def test_every_sampler_keeps_the_laws_that_are_demanded_of_it(case, tmp_path, ca
                 f"\n{report.sampler} is {min(excess):.1f} to {max(excess):.1f} times as far from the law as exact "
                 f"draws; rejected in {n_rejected} of {len(p)} cases"
             )
+
+
+def asked_after_a_question(sampler: Sampler, *, state: dict | None = None) -> tuple[dict, list[torch.Tensor]]:
+    """State after a first question, and the answers to two further ones; or these answers from a given state."""
+    problem = tiny_problems(torch.float32)["complete-6"]
+    request = SamplingRequest(problem, 300, 1.5, seed=11)
+    start = ExactSampler().sample(request).spins
+    if state is None:
+        sampler.sample(request)
+        file = io.BytesIO()
+        torch.save(sampler.state_dict(), file)
+        file.seek(0)
+        state = torch.load(file, weights_only=True)
+    else:
+        sampler.load_state_dict(state)
+    further = [replace(request, seed=seed, initial_spins=start, n_sweeps=2) for seed in (12, 13)]
+    if not sampler.traits.is_persistent:
+        further = [replace(question, initial_spins=None, n_sweeps=None) for question in further]
+    return state, [sampler.sample(question).spins for question in further]
+
+
+@each({name: case for name, case in TABLE.items() if case.exempt.get("seeds") != NO_SEED["seeds"]})
+def test_a_new_instance_goes_on_from_the_state_of_the_old_one_bit_for_bit(case, tmp_path):
+    """What a run depends on that is resumed in another process. A sampler without a state passes by its seeds alone."""
+    old, new = (case.build(folder) for folder in (tmp_path / "old", tmp_path / "new") if not folder.mkdir())
+    if old.traits.is_remote:
+        pytest.skip("equal seeds need not give equal samples")
+    state, due = asked_after_a_question(old)
+    _, found = asked_after_a_question(new, state=state)
+    assert all(torch.equal(first, second) for first, second in zip(due, found, strict=True))
 
 
 def test_every_sampler_of_the_package_is_in_the_table(tmp_path):

@@ -11,7 +11,9 @@ single chains, GPU problems and problems beyond enumeration are not tested here.
 
 from __future__ import annotations
 
+import io
 import math
+import pickle
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -332,6 +334,8 @@ def check_sampler(
     - ``energies``: those of the problem, recomputed in float64;
     - ``seeds``: equal seeds give equal samples bit for bit, and for ``target="boltzmann"`` different seeds different
       ones; not asked of remote samplers;
+    - ``state``: with ``state_dict`` of an earlier moment the sampler gives the answers that followed it, and that state
+      can be read as plain values and tensors; not asked of remote samplers, and of those that break ``seeds``;
     - ``random state``: torch's, numpy's and Python's global streams stay as they were;
     - ``requests``: problems and chain states of a request are not modified;
     - ``order``: several requests in one batch are answered in order;
@@ -486,8 +490,28 @@ class _Examination:
         other = self.ask(case, _copy(replace(request, seed=self.next_seed())))
         if again is not None and not torch.equal(first[0].spins, again[0].spins):
             self.fail("seeds", case, "two calls with the same seed gave different samples")
+        elif again is not None:
+            initial_spins = first[0].spins if traits.is_persistent else None
+            self.check_state(case, replace(request, initial_spins=initial_spins))
         if other is not None and traits.target == "boltzmann" and torch.equal(first[0].spins, other[0].spins):
             self.fail("seeds", case, "two calls with different seeds gave the same samples")
+
+    def check_state(self, case: str, request: SamplingRequest) -> None:
+        """Ask, ask something else, go back to the state from before, and ask again."""
+        file = io.BytesIO()
+        torch.save(self.sampler.state_dict(), file)
+        file.seek(0)
+        try:
+            state = torch.load(file, weights_only=True)
+        except pickle.UnpicklingError as error:
+            self.fail("state", case, f"the state holds more than plain values and tensors: {error}")
+            return
+        due = self.ask(case, _copy(request))
+        self.ask(case, _copy(replace(request, seed=self.next_seed())))
+        self.sampler.load_state_dict(state)
+        found = self.ask(case, _copy(request))
+        if due is not None and found is not None and not torch.equal(due[0].spins, found[0].spins):
+            self.fail("state", case, "another answer followed the same state: something it depends on is not saved")
 
     def check_order(self, problems: list[IsingModel]) -> None:
         """Three requests of one shape, whose spins point in different directions, and a fourth of another shape."""

@@ -11,26 +11,32 @@ import torch
 from devices import OffTemperature
 from dwave import samplers as dwave_samplers
 from laws import Law, assert_follows, random_problem
+from lightning.pytorch.callbacks import ModelCheckpoint
+from scvi.train import SaveCheckpoint
 
 from qbmscvi import QBMSCVI, SamplingSchedule, graphs
 from qbmscvi.datasets import synthetic_counts
 from qbmscvi.distributions import build_smoothing
 from qbmscvi.enumeration import draw_exact
-from qbmscvi.exceptions import GraphMismatchError, InvalidSamples
+from qbmscvi.exceptions import BudgetExceeded, GraphMismatchError, InvalidSamples
 from qbmscvi.ising import IsingModel
 from qbmscvi.samplers import (
     BlockGibbsSampler,
+    Budgeted,
     Calibrated,
     DimodSampler,
+    Draw,
+    ExactSampler,
     ParallelTemperingSampler,
     Recorded,
+    Replayed,
     Reweighted,
     SamplerTraits,
     SamplingRequest,
     Vetted,
     build_sampler,
 )
-from qbmscvi.testing import check_sampler
+from qbmscvi.testing import SamplerCheckError, check_sampler
 
 
 @pytest.fixture(scope="module")
@@ -431,3 +437,120 @@ def test_the_stand_in_for_a_d_wave_machine_is_refused_without_an_embedding(adata
     sampler = testing.MockDWaveSampler()
     with pytest.raises(GraphMismatchError, match="EmbeddingComposite"):
         train(untrained(adata, prior_graph="complete"), sampler)
+
+
+# State -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_rungs", [2, 8])
+@pytest.mark.parametrize("n_sweeps", [1, 4, 20])
+def test_a_new_tempering_sampler_leaves_chains_in_equilibrium(n_sweeps, n_rungs):
+    """Exact draws stay exact draws: mean energy within 5 standard errors, and the whole law at alpha 1e-4."""
+    problem = random_problem(graphs.bipartite(6, 6), seed=5, scale=0.8)
+    law = Law.boltzmann(problem)
+    start = law.draw(20_000, seed=1)
+    sampler = ParallelTemperingSampler(n_rungs)
+    spins = sampler.sample(SamplingRequest(problem, 20_000, initial_spins=start, n_sweeps=n_sweeps, seed=2)).spins
+    assert abs(mean_energy_z(law, spins.numpy())) < 5
+    assert_follows(spins, law)
+
+
+@pytest.mark.parametrize("n_more", [0, 40])
+def test_hot_replicas_of_another_number_of_chains_are_not_mixed_with_the_chains(n_more):
+    problem = random_problem(graphs.bipartite(6, 6), seed=5, scale=0.8)
+    law, sampler = Law.boltzmann(problem), ParallelTemperingSampler(4)
+    sampler.sample(SamplingRequest(problem, 20_000 + n_more, seed=1))
+    start = law.draw(20_000, seed=1)
+    spins = sampler.sample(SamplingRequest(problem, 20_000, initial_spins=start, n_sweeps=4, seed=2)).spins
+    assert_follows(spins, law)
+
+
+def test_a_budget_is_not_filled_up_by_a_restart():
+    sampler, again = (Budgeted(ExactSampler(), n_calls=3) for _ in range(2))
+    request = SamplingRequest(PROBLEM, 5, seed=0)
+    sampler.sample(request)
+    sampler.sample(request)
+    again.load_state_dict(sampler.state_dict())
+    again.sample(request)
+    with pytest.raises(BudgetExceeded):
+        again.sample(request)
+
+
+def test_a_tape_goes_on_where_it_was_and_another_one_starts_at_its_beginning(tmp_path):
+    recorder = Recorded(ExactSampler(), tmp_path / "tape")
+    requests = [SamplingRequest(PROBLEM, 5, seed=seed) for seed in range(3)]
+    recorded = [recorder.sample(request).spins for request in requests]
+    player = Replayed(tmp_path / "tape")
+    player.sample(requests[0])
+    again = Replayed(tmp_path / "tape")
+    again.load_state_dict(player.state_dict())
+    assert torch.equal(again.sample(requests[1]).spins, recorded[1])
+    other = Recorded(ExactSampler(), tmp_path / "other")
+    expected = other.sample(requests[2]).spins
+    played = Replayed(tmp_path / "other")
+    played.load_state_dict(player.state_dict())
+    assert torch.equal(played.sample(requests[2]).spins, expected)
+
+
+def test_an_old_answer_is_known_after_a_restart():
+    def cached(spins):
+        class Cache(ExactSampler):
+            traits = SamplerTraits()
+
+            def _sample(self, request, seed):
+                return Draw(spins)
+
+        return Vetted(Cache())
+
+    spins = Law.boltzmann(PROBLEM).draw(64, seed=0)
+    sampler, again = cached(spins), cached(spins)
+    sampler.sample(SamplingRequest(PROBLEM, 64, seed=0))
+    again.load_state_dict(sampler.state_dict())
+    with pytest.raises(InvalidSamples, match="its last answer once more"):
+        again.sample(SamplingRequest(PROBLEM.scaled(1.001), 64, seed=0))
+
+
+class Forgetful(ExactSampler):
+    """What it does with chains depends on how often it was asked, which is not in its state."""
+
+    traits = SamplerTraits(is_persistent=True)
+    n_answers = 0
+
+    def _sample(self, request, seed):
+        self.n_answers += request.initial_spins is not None
+        return super()._sample(request, seed + self.n_answers * (request.initial_spins is not None))
+
+
+class Unreadable(ExactSampler):
+    def state_dict(self):
+        return {"rng": np.random.default_rng(0)}
+
+
+@pytest.mark.parametrize(("kind", "match"), [(Forgetful, "not saved"), (Unreadable, "plain values")])
+def test_state_that_is_lost_or_unreadable_breaks_the_contract(kind, match):
+    with pytest.raises(SamplerCheckError, match=match) as caught:
+        check_sampler(kind(), betas=(1.0,), dtypes=(torch.float64,))
+    assert {failure.law for failure in caught.value.report.failures} == {"state"}
+
+
+def resumed(adata, folder, build) -> tuple[QBMSCVI, QBMSCVI]:
+    """A run, and one that goes on from its checkpoint of the first epoch in a new sampler."""
+    keep = [ModelCheckpoint(folder, "{epoch}", save_top_k=-1), SaveCheckpoint(f"{folder}/scvi")]
+    settings = {"enable_checkpointing": True, "callbacks": keep, "schedule": SamplingSchedule(every_n_steps=1)}
+    first = train(untrained(adata), build(), **settings)
+    return first, train(untrained(adata), build(), **settings, ckpt_path=f"{folder}/epoch=0.ckpt")
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        pytest.param(lambda: "gibbs", id="gibbs"),
+        pytest.param(lambda: "parallel_tempering", id="tempering"),
+        pytest.param(lambda: Calibrated(OffTemperature(0.7)), id="calibrated"),
+        pytest.param(lambda: Vetted(Budgeted(ParallelTemperingSampler(3), n_calls=1000)), id="stack"),
+    ],
+)
+def test_a_resumed_run_is_the_run_that_did_not_stop(build, adata, tmp_path):
+    first, second = resumed(adata, tmp_path, build)
+    other = second.module.state_dict()
+    assert [name for name, value in first.module.state_dict().items() if not torch.equal(value, other[name])] == []

@@ -175,11 +175,11 @@ class Sampler:
         """Give up the question under way, if that is possible: nobody waits for its answer any more."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What questions to a device depend on beside request and settings: plain values, for checkpoints."""
+        """What answers depend on beside request and settings: plain values and tensors, for checkpoints."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state, so that a question that was under way is asked again as it was."""
+        """Take over a state, so that the next answers are those that would have followed it."""
 
     def check(self, problem: IsingModel) -> None:
         """Raise if this sampler cannot take a problem of this size and graph.

@@ -72,11 +72,11 @@ class Composite(Sampler):
 
     def state_dict(self) -> dict[str, Any]:
         """That of the child."""
-        return self.child.state_dict()
+        return {"child": self.child.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Hand it to the child."""
-        self.child.load_state_dict(state)
+        self.child.load_state_dict(state["child"])
 
     def check(self, problem: IsingModel) -> None:
         """Raise if the child cannot take the problem."""
@@ -274,7 +274,7 @@ class Calibrated(Composite):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the gain."""
         super().load_state_dict(state)
-        self.log_gain = state.get("log_gain", self.log_gain)
+        self.log_gain = state["log_gain"]
 
     def _sample_batch(self, requests: list[SamplingRequest], seeds: list[int]) -> list[Draw]:
         gain = 1.0 if self.log_gain is None else float(torch.tensor(self.log_gain).exp())

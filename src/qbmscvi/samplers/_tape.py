@@ -153,7 +153,17 @@ class Replayed(Sampler):
         for number, line in enumerate(lines[1:], start=2):
             self._file(_verify(line, self.path, number))
         self._position = 0
+        self._checksum = hashlib.sha256(self.path.read_bytes()).hexdigest()
         self.traits = SamplerTraits(**{name: header[name] for name in _RUN_TRAITS}, is_replay=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place on the tape."""
+        return {"tape": self._checksum, "position": self._position, "is_past_end": self._is_past_end}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to that place; another tape is played from its start."""
+        if state["tape"] == self._checksum:
+            self._position, self._is_past_end = state["position"], state["is_past_end"]
 
     def _file(self, entry: dict[str, Any]) -> None:
         """Put an entry to its call; calls without an answer leave no other trace than a gap."""

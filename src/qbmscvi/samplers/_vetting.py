@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -80,6 +80,15 @@ class Vetted(Composite):
             raise ValueError(msg)
         self.max_ratio = max_ratio
         self._last: tuple[str, Tensor] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The last answer, which must not come back."""
+        return {**super().state_dict(), "last": self._last}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the last answer."""
+        super().load_state_dict(state)
+        self._last = state["last"]
 
     def _sample_batch(self, requests: list[SamplingRequest], seeds: list[int]) -> list[Draw]:
         asked = [replace(request, seed=seed) for request, seed in zip(requests, seeds, strict=True)]
