@@ -144,11 +144,6 @@ COMPOSITES = {
     "rescaled-sixteen-bits": Case(lambda path: Rescaled(ExactSampler(), h_limit=1, J_limit=1, n_bits=16)),
     "rescaled-fixed-temperature": Case(lambda path: Rescaled(ExactSampler(), device_beta=5.0)),
     "spin-reversed": Case(lambda path: SpinReversed(ExactSampler(), 4)),
-    "calibrated-twice": Case(
-        lambda path: warmed_up(Calibrated(Calibrated(OffTemperature(0.5), memory=0.95), memory=0.95)),
-        exempt=LEARNS,
-        n_samples=1_000,
-    ),
     "calibrated": Case(lambda path: warmed_up(Calibrated(ExactSampler(), memory=0.95)), exempt=LEARNS, n_samples=1_000),
     "polished": Case(lambda path: Polished(ExactSampler(), 3)),
     "reweighted": Case(lambda path: Reweighted(OffTemperature(0.8))),
@@ -241,7 +236,10 @@ def asked_after_a_question(sampler: Sampler, *, state: dict | None = None) -> tu
     return state, [sampler.sample(question).spins for question in further]
 
 
-@each({name: case for name, case in TABLE.items() if case.exempt.get("seeds") != NO_SEED["seeds"]})
+@each(
+    {name: case for name, case in TABLE.items() if case.exempt.get("seeds") != NO_SEED["seeds"]}
+    | {"two-of-one-kind": Case(lambda path: Calibrated(Calibrated(OffTemperature(0.5))))}
+)
 def test_a_new_instance_goes_on_from_the_state_of_the_old_one_bit_for_bit(case, tmp_path):
     """What a run depends on that is resumed in another process. A sampler without a state passes by its seeds alone."""
     old, new = (case.build(folder) for folder in (tmp_path / "old", tmp_path / "new") if not folder.mkdir())
