@@ -173,11 +173,19 @@ class IsingModel:
         factor = None if self.factor is None else self.factor * gauge
         return replace(self, h=self.h * gauge, J=self.J * gauge[i] * gauge[j], factor=factor)
 
-    def to(self, *args: Any, **kwargs: Any) -> IsingModel:
-        """Move or cast all tensors, with the arguments of :meth:`torch.Tensor.to`."""
-        factor = None if self.factor is None else self.factor.to(*args, **kwargs)
-        offset = self.offset.to(*args, **kwargs) if isinstance(self.offset, Tensor) else self.offset
-        return replace(self, h=self.h.to(*args, **kwargs), J=self.J.to(*args, **kwargs), offset=offset, factor=factor)
+    def to(self, *targets: torch.device | str | torch.dtype) -> IsingModel:
+        """Move all tensors to a device, cast them to a precision, or both."""
+
+        def convert(values: Tensor) -> Tensor:
+            # Cast in main memory, before or after the move: some devices (Apple's MPS) have no float64.
+            is_on_cpu = values.device.type == "cpu"
+            for target in sorted(targets, key=lambda target: isinstance(target, torch.dtype) != is_on_cpu):
+                values = values.to(target)
+            return values
+
+        factor = None if self.factor is None else convert(self.factor)
+        offset = convert(self.offset) if isinstance(self.offset, Tensor) else self.offset
+        return replace(self, h=convert(self.h), J=convert(self.J), offset=offset, factor=factor)
 
     def __repr__(self) -> str:
         rank = "" if self.factor is None else f", factor of rank {len(self.factor)}"

@@ -169,7 +169,7 @@ def compare_with_boltzmann(problem: IsingModel, batch: SampleBatch, beta: float)
         msg = f"A verdict needs at least {_MIN_SAMPLES} samples, but there are {batch.n_samples}. Ask for more samples."
         raise ValueError(msg)
     problem = problem.to_dense().to("cpu", torch.float64)
-    spins = batch.spins.to("cpu", torch.float64)
+    spins = batch.spins.cpu().double()
     energies = problem.energy(spins).numpy()
     spins = spins.numpy().astype(np.int64)
     n_spins = problem.n_spins
@@ -531,7 +531,7 @@ class _Examination:
         for k, batch in enumerate(batches[:3]):
             for other in (1, 2):
                 # Only an answer that fits another question better is wrong: a poor sampler is none of this law.
-                excess = batch.spins.double() @ (fields[(k + other) % 3] - fields[k]).double()
+                excess = batch.spins.cpu().double() @ (fields[(k + other) % 3] - fields[k]).cpu().double()
                 if float(excess.mean()) < -_MAX_ORDER_Z * float(excess.std()) / math.sqrt(len(excess)):
                     self.fail("order", case, f"answer {k + 1} fits another request better than its own")
 

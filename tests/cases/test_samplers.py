@@ -13,29 +13,41 @@ from dwave import samplers as dwave_samplers
 from laws import Law, assert_follows, random_problem
 from lightning.pytorch.callbacks import ModelCheckpoint
 from scvi.train import SaveCheckpoint
+from without_float64 import DEVICE, WithoutFloat64
 
 from qbmscvi import QBMSCVI, SamplingSchedule, graphs
 from qbmscvi.datasets import synthetic_counts
+from qbmscvi.diagnostics import estimate_log_z
 from qbmscvi.distributions import build_smoothing
-from qbmscvi.enumeration import draw_exact
+from qbmscvi.enumeration import draw_exact, exact_moments
 from qbmscvi.exceptions import BudgetExceeded, GraphMismatchError, InvalidSamples
 from qbmscvi.ising import IsingModel
 from qbmscvi.samplers import (
     BlockGibbsSampler,
     Budgeted,
     Calibrated,
+    CoherentIsingSampler,
     DimodSampler,
     Draw,
     ExactSampler,
     ParallelTemperingSampler,
+    PathIntegralAnnealingSampler,
+    Polished,
     Recorded,
     Replayed,
+    Rescaled,
     Reweighted,
+    Sampler,
     SamplerTraits,
     SamplingRequest,
+    SimulatedAnnealingSampler,
+    SpinReversed,
+    TreeDecompositionSampler,
     Vetted,
     build_sampler,
 )
+from qbmscvi.samplers._tape import problem_fingerprint
+from qbmscvi.samplers._temperature import fits_beta
 from qbmscvi.testing import SamplerCheckError, check_sampler
 
 
@@ -554,3 +566,105 @@ def test_a_resumed_run_is_the_run_that_did_not_stop(build, adata, tmp_path):
     first, second = resumed(adata, tmp_path, build)
     other = second.module.state_dict()
     assert [name for name, value in first.module.state_dict().items() if not torch.equal(value, other[name])] == []
+
+
+# A device without float64 ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_float64():
+    with WithoutFloat64():
+        yield
+
+
+def test_the_stand_in_refuses_float64_on_the_device_alone(no_float64):
+    values = torch.ones(3, device=DEVICE)
+    assert values.device == DEVICE
+    assert (2.0 * values).sum().device == DEVICE
+    assert values.cpu().double().device.type == "cpu"
+    for mistake in (
+        lambda: values.double(),
+        lambda: values.to("cpu", torch.float64),
+        lambda: values.to(torch.ones(1, dtype=torch.float64)),
+        lambda: values * torch.ones(3, dtype=torch.float64),
+        lambda: torch.rand(3, dtype=torch.float64, device=DEVICE),
+        lambda: torch.ones(3, dtype=torch.float64).to(DEVICE),
+        lambda: torch.tensor(np.ones(3), device=DEVICE),
+    ):
+        with pytest.raises(RuntimeError, match="float64"):
+            mistake()
+
+
+LOCAL = {
+    "gibbs": BlockGibbsSampler,
+    "tempering": lambda: ParallelTemperingSampler(3),
+    "exact": ExactSampler,
+    "annealing": SimulatedAnnealingSampler,
+    "path-integral": lambda: PathIntegralAnnealingSampler(5, 5),
+    "tree": TreeDecompositionSampler,
+    "coherent-ising": CoherentIsingSampler,
+    "dimod": lambda: DimodSampler(Foreign()),
+    "rescaled": lambda: Rescaled(ExactSampler(), h_limit=0.1, J_limit=0.1, n_bits=8),
+    "spin-reversed": lambda: SpinReversed(BlockGibbsSampler(), 3),
+    "calibrated": lambda: Calibrated(ExactSampler()),
+    "calibrated-by-energy": lambda: Calibrated(ExactSampler(), method="energy"),
+    "polished": lambda: Polished(ExactSampler()),
+    "reweighted": lambda: Reweighted(OffTemperature(0.8)),
+    "vetted": lambda: Vetted(BlockGibbsSampler()),
+    "in-double-precision": lambda: InDoublePrecision(),
+}
+GRAPHS = {
+    "bipartite": (graphs.bipartite(4, 4), 0),
+    "complete": (graphs.complete(6), 0),
+    "sparse": (graphs.from_networkx(nx.cycle_graph(7)), 0),
+    "factor": (graphs.from_networkx(nx.cycle_graph(7)), 2),
+}
+each_graph = pytest.mark.parametrize("graph", GRAPHS)
+
+
+class InDoublePrecision(Sampler):
+    """Somebody's sampler, which computes with numpy."""
+
+    def _sample(self, request, seed):
+        return Draw(np.random.default_rng(seed).choice([-1.0, 1.0], size=(request.n_samples, request.problem.n_spins)))
+
+
+def elsewhere(graph) -> tuple[IsingModel, IsingModel]:
+    """A problem in main memory, and the same on the device."""
+    graph, rank = GRAPHS[graph]
+    problem = random_problem(graph, rank=rank, dtype=torch.float32, seed=7)
+    return problem, problem.to(DEVICE)
+
+
+@pytest.mark.parametrize("graph", ["bipartite", "factor"])
+@pytest.mark.parametrize("build", LOCAL.values(), ids=LOCAL)
+def test_samplers_answer_for_a_problem_on_a_device_without_float64(build, graph, no_float64, tmp_path):
+    _, problem = elsewhere(graph)
+    sampler = Recorded(build(), tmp_path / "tape")
+    batch = sampler.sample(SamplingRequest(problem, 300, seed=1))
+    assert batch.spins.device == batch.energies.device == DEVICE
+    assert batch.moments(problem.graph)[0].device == DEVICE
+    assert batch.second_moments().device == DEVICE
+    sampler.sample(SamplingRequest(problem, 300, initial_spins=batch.spins, n_sweeps=2, seed=2))
+    fits_beta(problem, batch, 1.0)
+
+
+@each_graph
+@pytest.mark.parametrize("method", ["auto", "exact", "ais"])
+def test_log_z_of_a_problem_on_a_device_without_float64_is_that_in_main_memory(method, graph, no_float64):
+    problem, away = elsewhere(graph)
+    samples = ExactSampler().sample(SamplingRequest(problem, 100, seed=1)).spins
+    for start in (None, samples):
+        moved = None if start is None else start.to(DEVICE)
+        expected = estimate_log_z(problem, samples=start, n_chains=8, n_steps=10, method=method)
+        assert estimate_log_z(away, samples=moved, n_chains=8, n_steps=10, method=method) == expected
+
+
+@each_graph
+def test_a_problem_on_a_device_without_float64_is_read_in_main_memory(graph, no_float64):
+    problem, away = elsewhere(graph)
+    assert away.to_bqm() == problem.to_bqm()
+    assert problem_fingerprint(away) == problem_fingerprint(problem)
+    assert away.to("cpu", torch.float64).h.tolist() == problem.h.tolist()
+    assert problem.to(torch.float64).to(DEVICE, torch.float32).h.device == DEVICE
+    assert exact_moments(away)[0].tolist() == exact_moments(problem)[0].tolist()

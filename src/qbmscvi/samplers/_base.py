@@ -248,7 +248,7 @@ class Sampler:
     def _finish(self, request: SamplingRequest, draw: Draw, seed: int, seconds: float) -> SampleBatch:
         problem = request.problem
         try:
-            spins = torch.as_tensor(draw.spins).to(problem.h.device)
+            spins = torch.as_tensor(draw.spins)
             info = _with_numbers(dict(draw.info))
         except (AttributeError, TypeError, ValueError) as error:
             msg = f"{self.name} returned {type(draw).__name__}, which is not a Draw of spins and facts: {error}"
@@ -261,7 +261,7 @@ class Sampler:
             msg = f"{self.name} returned values other than -1 and +1. Convert bits with `qbmscvi.ising.bits_to_spins`."
             raise InvalidSamples(msg)
         info = {"sampler": self.name, "seed": seed, "beta": request.beta, "seconds": seconds, **info}
-        return SampleBatch(spins.to(torch.int8), problem, info)
+        return SampleBatch(spins.to(torch.int8).to(problem.h.device), problem, info)
 
     def _sample_batch(self, requests: list[SamplingRequest], seeds: list[int]) -> list[Draw]:
         return [self._sample(request, seed) for request, seed in zip(requests, seeds, strict=True)]

@@ -115,7 +115,7 @@ def fits_beta(problem: IsingModel, batch: SampleBatch, beta: float) -> bool:
 def _alignment(problem: IsingModel, batch: SampleBatch) -> Tensor:
     """Energy of each spin in its field, :math:`s_i f_i`."""
     dense = problem.to("cpu", torch.float64).to_dense()
-    spins = batch.spins.to("cpu", torch.float64)
+    spins = batch.spins.cpu().double()
     return spins * (dense.h + spins @ dense.couplings())
 
 
@@ -141,7 +141,7 @@ def _energy_matching(
         """Energy change of each sample under Gibbs sweeps at ``beta``, same random numbers for every ``beta``."""
         generator = torch.Generator(device=problem.h.device).manual_seed(seed)
         after = gibbs_sweeps(problem, spins, n_sweeps, beta, generator)
-        return (problem.energy(after) - problem.energy(spins)).to("cpu", torch.float64)
+        return (problem.energy(after) - problem.energy(spins)).cpu().double()
 
     beta = _bisect(lambda value: float(drift(value).mean()), bracket)
     change = drift(beta)
