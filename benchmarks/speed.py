@@ -55,7 +55,6 @@ ARMS: dict[str, dict | None] = {
     **FAMILIES,
     "spins, 64, Gumbel": {**SPINS, "smoothing": "gumbel"},
     "spins, 64, spike-and-exponential": {**SPINS, "smoothing": "spike-exponential"},
-    "spins, 64, DisARM (two decoder passes)": {**SPINS, "smoothing": "disarm"},
 }
 BASE = "SCVI, 10 Gaussians"
 SIDES = (64, 128, 256, 512, 1024)

@@ -56,15 +56,6 @@ class OffTemperature(ExactSampler):
         return replace(draw, info={"effective_beta": self.gain * request.beta} if self.reports else {})
 
 
-class Weighing(ExactSampler):
-    """Exact draws at three quarters of beta, with importance weights."""
-
-    def _sample(self, request, seed):
-        spins = super()._sample(replace(request, beta=0.75 * request.beta), seed).spins
-        weights = torch.softmax(-0.25 * request.beta * request.problem.energy(spins).double(), 0)
-        return Draw(spins, weights)
-
-
 def _flip_couplings(problem: IsingModel) -> IsingModel:
     dense = problem.to_dense()
     return replace(dense, J=-dense.J)
@@ -100,7 +91,7 @@ class Faulty(Composite):
         if self.fault == "sign-of-everything":
             asked = [replace(request, problem=_negative(request.problem)) for request in asked]
         shift = int(self.fault == "shifted-nodes")
-        return [Draw(batch.spins.roll(shift, dims=1), batch.weights) for batch in self.child.sample_batch(asked)]
+        return [Draw(batch.spins.roll(shift, dims=1)) for batch in self.child.sample_batch(asked)]
 
 
 @cache

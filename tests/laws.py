@@ -105,6 +105,18 @@ class Law:
         return torch.from_numpy(self.states[index].astype(np.int8))
 
 
+def set_exact_moments(prior) -> None:
+    """Give a prior the exact moments of its spins, as a sampler without sampling error would."""
+    law = Law.boltzmann(prior.to_ising())
+    i, j = prior.graph.edges.T
+    with torch.no_grad():
+        prior.spin_mean.copy_(torch.from_numpy(law.mean))
+        prior.edge_mean.copy_(torch.from_numpy(law.second[i, j]))
+        if prior.n_gaussian:
+            prior.spin_second.copy_(torch.from_numpy(law.second))
+        prior.n_updates.add_(1)
+
+
 # Laws of chains of finite length -----------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-r"""Laws of the factorial posterior and of the five relaxations of a spin.
+r"""Laws of the factorial posterior and of the four relaxations of a spin.
 
 Gradients are compared in expectation, without sampling where that is possible: the uniform noise that leads to each
 corner of the cube is fed in and weighted with the corner's probability (straight-through, ReinMax), or integrated by
@@ -20,7 +20,6 @@ from scipy import special, stats
 from torch.nn.functional import logsigmoid
 
 from qbmscvi.distributions import (
-    DisARM,
     FactorialPosterior,
     Gumbel,
     ReinMax,
@@ -33,7 +32,6 @@ from qbmscvi.enumeration import all_states
 SMOOTHINGS = {
     "straight-through": StraightThrough(),
     "reinmax": ReinMax(),
-    "disarm": DisARM(),
     "gumbel": Gumbel(temperature=0.4),
     "spike-exponential": SpikeExponential(sharpness=3.5),
 }
@@ -161,7 +159,7 @@ def relaxed(smoothing, n=20_000, seed=4):
     return smoothing.relax(LOGITS.expand(n, -1), uniform).numpy()
 
 
-@pytest.mark.parametrize("name", ["straight-through", "reinmax", "disarm"])
+@pytest.mark.parametrize("name", ["straight-through", "reinmax"])
 def test_hard_relaxations_draw_spins_of_the_posterior(name):
     """Alpha 1e-4 after Bonferroni over the spins."""
     zeta = relaxed(SMOOTHINGS[name])
@@ -178,7 +176,6 @@ def test_hard_relaxations_draw_spins_of_the_posterior(name):
             id="straight-through",
         ),
         pytest.param(ReinMax(), id="reinmax"),
-        pytest.param(DisARM(), id="disarm"),
     ],
 )
 @each_dtype
@@ -228,8 +225,7 @@ def test_relaxations_stay_finite_and_in_range_at_extreme_logits_and_noise(dtype,
     tiny, largest = torch.finfo(dtype).tiny, 1 - torch.finfo(dtype).eps / 2
     zeta = smoothing.relax(logits, torch.tensor([tiny, 0.5, largest], dtype=dtype).repeat(3))
     assert zeta.isfinite().all()
-    if not smoothing.needs_pair:
-        assert torch.autograd.grad(zeta.sum(), logits)[0].isfinite().all()
+    assert torch.autograd.grad(zeta.sum(), logits)[0].isfinite().all()
     assert (zeta.abs() <= 1 + torch.finfo(dtype).eps).all()
 
 
@@ -359,49 +355,6 @@ def test_reinmax_is_mostly_less_biased_than_straight_through_on_count_decoders()
     assert np.median(ratios) < 0.7
 
 
-def draws_of_pairs(uniform, f, logits=LOGITS):
-    """DisARM's gradient of each row of noise, with the pair's laws left to the posterior."""
-    rows = logits.expand(len(uniform), -1).clone().requires_grad_()
-    q = FactorialPosterior(rows[:, :0], rows[:, :0], rows, DisARM())
-    q._last_uniform = uniform
-    z = q.smoothing.relax(rows, uniform)
-    pair = q.antithetic(z)
-    return torch.autograd.grad(q.antithetic_gradient(z, pair, f(z) - f(pair)).sum(), rows)[0]
-
-
-@pytest.mark.parametrize(
-    "f",
-    [
-        pytest.param(multilinear, id="linear"),
-        pytest.param(quadratic, id="quadratic"),
-        pytest.param(cubic, id="cubic"),
-        pytest.param(poisson_decoder(3), id="counts"),
-    ],
-)
-def test_antithetic_pairs_are_unbiased_for_any_decoder(f):
-    """Exact: the noise of a spin matters only by which of three intervals it lies in, 81 cells for four spins."""
-    cuts = [sorted((p, 1 - p)) for p in torch.sigmoid(LOGITS).tolist()]
-    intervals = [((0.0, low), (low, high), (high, 1.0)) for low, high in cuts]
-    cells = list(itertools.product(*intervals))
-    uniform = torch.tensor([[0.5 * (a + b) for a, b in cell] for cell in cells], dtype=torch.float64)
-    weight = torch.tensor([math.prod(b - a for a, b in cell) for cell in cells], dtype=torch.float64)
-    found = weight @ draws_of_pairs(uniform, f)
-    assert torch.allclose(found, exact_gradient(f), rtol=0, atol=1e-12)
-
-
-def test_both_spins_of_a_pair_follow_the_posterior_and_share_its_gaussian_units():
-    """Binomial counts, alpha 1e-4 over three spins; noise and one minus noise."""
-    q, n = posterior(2, 3, batch=(), smoothing=DisARM()), 20_000
-    torch.manual_seed(14)
-    z = q.rsample((n,))
-    pair = q.antithetic(z)
-    assert torch.equal(pair[:, :2], z[:, :2])
-    ups = (pair[:, 2:] > 0).sum(0).numpy()
-    assert binomial_p_value(ups, n, torch.sigmoid(q.logits).numpy()).min() > 1e-4 / 3
-    likely = torch.where(q.logits > 0, 1.0, -1.0)
-    assert ((z[:, 2:] == likely) | (pair[:, 2:] == likely)).all()  # never both in the unlikely state
-
-
 def smooth(s):
     """Two spins, neither linear nor additive."""
     return torch.exp(0.6 * s[..., 0] - 0.3 * s[..., 1]) + torch.cos(s[..., 0] * s[..., 1] + 0.4 * s[..., 1])
@@ -470,18 +423,14 @@ def test_colder_gumbel_has_less_bias_for_the_discrete_objective_and_more_varianc
     for name, smoothing in [
         ("straight-through", StraightThrough()),
         ("reinmax", ReinMax()),
-        ("disarm", DisARM()),
         ("gumbel T=1", Gumbel(1.0)),
         ("gumbel T=0.5", Gumbel(0.5)),
         ("gumbel T=0.2", Gumbel(0.2)),
         ("spike-exponential 4", SpikeExponential(4.0)),
     ]:
         uniform = torch.rand(n, 4, dtype=torch.float64)
-        if smoothing.needs_pair:
-            gradient = draws_of_pairs(uniform, f)
-        else:
-            rows = LOGITS.expand(n, -1).clone().requires_grad_()
-            gradient = torch.autograd.grad(f(smoothing.relax(rows, uniform)).sum(), rows)[0]
+        rows = LOGITS.expand(n, -1).clone().requires_grad_()
+        gradient = torch.autograd.grad(f(smoothing.relax(rows, uniform)).sum(), rows)[0]
         variance = gradient.var(0).sum()
         # E |mean - exact|^2 is |bias|^2 plus the variance of the mean.
         square = (gradient.mean(0) - exact).square().sum() - variance / n
@@ -492,7 +441,6 @@ def test_colder_gumbel_has_less_bias_for_the_discrete_objective_and_more_varianc
     for hot, cold in (("gumbel T=1", "gumbel T=0.5"), ("gumbel T=0.5", "gumbel T=0.2")):
         assert table[hot][0] - table[cold][0] > 5 * math.hypot(table[hot][2], table[cold][2])
         assert table[cold][1] > 1.5 * table[hot][1]
-    assert table["disarm"][0] < 5 * table["disarm"][2]
     for name, smoothing in (("straight-through", StraightThrough()), ("reinmax", ReinMax())):
         assert abs(table[name][0] - bias_of(smoothing, f)) < 5 * table[name][2]
 
@@ -505,7 +453,6 @@ def test_colder_gumbel_has_less_bias_for_the_discrete_objective_and_more_varianc
     [
         pytest.param("straight-through", StraightThrough, id="straight-through"),
         pytest.param("reinmax", ReinMax, id="reinmax"),
-        pytest.param("disarm", DisARM, id="disarm"),
         pytest.param("gumbel", Gumbel, id="gumbel"),
         pytest.param("spike-exponential", SpikeExponential, id="spike-exponential"),
     ],

@@ -274,15 +274,13 @@ def test_edge_fields_and_coupling_matrix_carry_exact_gradients(graph):
     assert torch.autograd.gradcheck(lambda c: coupling_matrix(c, graph), (J,))
 
 
-def batch_of(n_spins, dtype=torch.float64, is_weighted=False, n_samples=50, seed=8):
+def batch_of(n_spins, dtype=torch.float64, n_samples=50, seed=8):
     rng = np.random.default_rng(seed)
     spins = torch.tensor(rng.choice([-1, 1], size=(n_samples, n_spins), p=[0.3, 0.7]), dtype=torch.int8)
-    weights = torch.tensor(rng.dirichlet(np.ones(n_samples)), dtype=dtype) if is_weighted else None
-    return SampleBatch(spins, torch.tensor(rng.normal(size=n_samples), dtype=dtype), weights)
+    return SampleBatch(spins, torch.tensor(rng.normal(size=n_samples), dtype=dtype))
 
 
 @each_dtype
-@pytest.mark.parametrize("is_weighted", [pytest.param(False, id="equal"), pytest.param(True, id="weighted")])
 @pytest.mark.parametrize(
     "graph",
     [
@@ -291,34 +289,27 @@ def batch_of(n_spins, dtype=torch.float64, is_weighted=False, n_samples=50, seed
         pytest.param(graphs.bipartite(3, 5), id="layers"),
     ],
 )
-def test_batch_moments_match_their_definition(graph, is_weighted, dtype, atol):
-    batch = batch_of(graph.n_nodes, dtype, is_weighted)
-    weight = [1 / 50] * 50 if batch.weights is None else batch.weights.tolist()
+def test_batch_moments_match_their_definition(graph, dtype, atol):
+    batch = batch_of(graph.n_nodes, dtype)
     rows = batch.spins.tolist()
     mean, edge_mean = batch.moments(graph)
     second = batch.second_moments()
     for i in range(graph.n_nodes):
-        assert math.isclose(mean[i], sum(w * row[i] for w, row in zip(weight, rows, strict=True)), abs_tol=atol)
+        assert math.isclose(mean[i], sum(row[i] for row in rows) / 50, abs_tol=atol)
         for j in range(graph.n_nodes):
-            expected = sum(w * row[i] * row[j] for w, row in zip(weight, rows, strict=True))
+            expected = sum(row[i] * row[j] for row in rows) / 50
             assert math.isclose(second[i, j], expected, abs_tol=atol)
     assert edge_mean.shape == (graph.n_edges,)
     for value, (i, j) in zip(edge_mean.tolist(), graph.edges.tolist(), strict=True):
         assert math.isclose(value, second[i, j], abs_tol=atol)
 
 
-@pytest.mark.parametrize("is_weighted", [pytest.param(False, id="equal"), pytest.param(True, id="weighted")])
-def test_part_of_a_batch_keeps_its_rows_and_normalizes_their_weights(is_weighted):
-    batch = batch_of(5, is_weighted=is_weighted)
+def test_part_of_a_batch_keeps_its_rows():
+    batch = batch_of(5)
     part = batch[10:25]
     assert part.n_samples == 15
     assert torch.equal(part.spins, batch.spins[10:25])
     assert torch.equal(part.energies, batch.energies[10:25])
-    if is_weighted:
-        assert torch.allclose(part.weights, batch.weights[10:25] / batch.weights[10:25].sum())
-        assert math.isclose(part.weights.sum(), 1.0, abs_tol=1e-12)
-    else:
-        assert part.weights is None
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.float32, torch.float64])

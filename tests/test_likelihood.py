@@ -37,7 +37,6 @@ CASES = {
     "spins-size-factor-gene-cell": SPINS | {"dispersion": "gene-cell", "size_factor": True},
     "latent-library": SPINS | {"n_latent": 4, "use_observed_lib_size": False},
     "gumbel": SPINS | {"smoothing": "gumbel"},
-    "disarm": SPINS | {"smoothing": "disarm"},
     "spike-exponential": SPINS | {"n_latent": 2, "smoothing": "spike-exponential"},
 }
 each_case = pytest.mark.parametrize("name", CASES)

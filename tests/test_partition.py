@@ -107,8 +107,8 @@ def test_a_faulty_path_misses_the_exact_value(monkeypatch, fault):
     """Each planted fault leaves fewer than half of the problems inside; the gate asks for 87 %."""
     build = _partition._AnnealingPath.__init__
 
-    def faulty(path, problem, generator):
-        build(path, problem, generator)
+    def faulty(path, problem, seed):
+        build(path, problem, seed)
         fault(path)
 
     monkeypatch.setattr(_partition._AnnealingPath, "__init__", faulty)

@@ -262,21 +262,11 @@ def test_interrupts_are_not_translated(problem, error):
     [
         pytest.param(None, id="none"),
         pytest.param(Draw([[1, -1], [1]]), id="ragged"),
-        pytest.param(Draw(torch.ones(4, 8), torch.tensor([0.5, 0.5])), id="too-few-weights"),
-        pytest.param(Draw(torch.ones(4, 8), torch.full((4,), 2.0)), id="weights-that-do-not-sum-to-one"),
-        pytest.param(Draw(torch.ones(4, 8), torch.tensor([2.0, -1.0, 0.0, 0.0])), id="negative-weights"),
     ],
 )
-def test_malformed_answers_and_weights_are_refused(problem, answer):
+def test_malformed_answers_are_refused(problem, answer):
     with pytest.raises(SamplerError):
         Scripted(answer).sample(SamplingRequest(problem, 4))
-
-
-def test_weights_in_another_precision_give_moments():
-    problem = PROBLEMS["bipartite-3x5"](dtype=torch.float32)
-    weights = torch.full((4,), 0.25, dtype=torch.float64)
-    batch = Scripted(Draw(torch.ones(4, 8), weights)).sample(SamplingRequest(problem, 4))
-    assert torch.equal(batch.moments(problem.graph)[0], torch.ones(8))
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.float32], ids=str)
@@ -293,11 +283,9 @@ def test_numpy_spins_are_taken(problem):
     assert torch.equal(batch.spins, torch.ones(4, 8, dtype=torch.int8))
 
 
-def test_weights_and_facts_of_the_run_are_carried_over(problem):
-    weights = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
-    draw = Draw(torch.ones(4, 8), weights, {"chain_breaks": 0.02})
+def test_facts_of_the_run_are_carried_over(problem):
+    draw = Draw(torch.ones(4, 8), {"chain_breaks": 0.02})
     batch = Scripted(draw).sample(SamplingRequest(problem, 4, 0.7, seed=9))
-    assert torch.equal(batch.weights, weights)
     assert batch.info.pop("seconds") >= 0
     assert batch.info == {"sampler": "Scripted", "seed": 9, "beta": 0.7, "chain_breaks": 0.02}
 
@@ -428,8 +416,8 @@ def test_samplers_refuse_values_without_meaning(build, match):
 @pytest.mark.parametrize(
     ("build", "match"),
     [
-        pytest.param(lambda: build_sampler(SteepestDescentSampler()), f"got {DESCENT}", id="unwrapped"),
-        pytest.param(lambda: build_sampler(ExactSampler), "got type.*", id="class"),
+        pytest.param(lambda: build_sampler(3), "got int", id="number"),
+        pytest.param(lambda: build_sampler(ExactSampler), r"ExactSampler is a class.*`ExactSampler\(\)`", id="class"),
         pytest.param(lambda: DimodSampler("tabu"), "'tabu' is not a dimod sampler", id="not-a-sampler"),
         pytest.param(lambda: Sampler(), "abstract", id="abstract"),
     ],
@@ -499,19 +487,11 @@ def test_repeated_samples_of_a_sample_set_are_expanded_and_columns_put_in_order(
     assert batch.info["sampler"] == "DimodSampler[Replay]"
 
 
-def test_a_sample_set_of_bits_is_refused(problem):
-    answer = dimod.SampleSet.from_samples(np.zeros((2, 8), dtype=np.int8), "BINARY", energy=0)
-    with pytest.raises(InvalidSamples, match="values other than -1 and"):
-        DimodSampler(Replay(answer)).sample(SamplingRequest(problem, 2))
-
-
 def test_exact_solver_answers_if_its_number_of_states_was_asked_for():
     problem = PROBLEMS["complete-6"]()
     batch = DimodSampler(dimod.ExactSolver()).sample(SamplingRequest(problem, 64, 0.7))
     assert sorted(batch.spins.tolist()) == state_table(6).tolist()
     assert np.allclose(np.sort(batch.energies.numpy()), np.sort(energy_table(problem)), rtol=0, atol=1e-12)
-    with pytest.raises(InvalidSamples, match=r"shape \(64, 6\); \(10, 6\) were asked for"):
-        DimodSampler(dimod.ExactSolver()).sample(SamplingRequest(problem, 10, 0.7))
 
 
 @each_problem

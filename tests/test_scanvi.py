@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import scvi
 import torch
-from laws import energy_table, state_table
+from laws import energy_table, set_exact_moments, state_table
 from torch.distributions import kl_divergence
 
 from qbmscvi import QBMSCANVI, QBMSCVI, graphs
@@ -15,7 +15,6 @@ from qbmscvi._labels import LabeledPrior
 from qbmscvi._prior import BoltzmannPrior
 from qbmscvi.datasets import synthetic_counts
 from qbmscvi.distributions import FactorialPosterior
-from qbmscvi.ising import SampleBatch
 from qbmscvi.samplers import ExactSampler, SamplingRequest
 
 N_LABELS = 3
@@ -132,10 +131,8 @@ def test_term_of_an_unlabeled_cell_has_the_best_factorial_type(prior):
 
 def test_gradients_of_the_joint_law_are_those_of_enumeration(prior):
     """Of -log p(z, y) with exact moments, against autograd through the sum over all states."""
-    problem = prior.to_ising()
     states = torch.from_numpy(state_table(8)).double()
-    weights = torch.softmax(-problem.energy(states), 0)
-    prior.set_moments(SampleBatch(states.to(torch.int8), problem.energy(states), weights))
+    set_exact_moments(prior)
     q = posterior_of(prior)
     kl_divergence(q, prior.distribution(torch.tensor([1]))).sum().backward()
     learned = {name: parameter for name, parameter in prior.named_parameters() if parameter.numel()}

@@ -12,7 +12,6 @@ import inspect
 import json
 import math
 import pickle
-import struct
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +48,7 @@ PROBLEM = PROBLEMS[torch.float64]["complete-6"]
 
 
 class Talkative(ExactSampler):
-    """Reports facts of every kind, and importance weights that are equal."""
+    """Reports facts of every kind."""
 
     def _sample(self, request, seed):
         facts = {
@@ -61,8 +60,7 @@ class Talkative(ExactSampler):
             "array": np.zeros(3),
             "tensor": torch.zeros(3),
         }
-        n = request.n_samples
-        return Draw(super()._sample(request, seed).spins, torch.full((n,), 1.0 / n).to(request.problem.h), facts)
+        return Draw(super()._sample(request, seed).spins, facts)
 
 
 def requests_of(dtype=torch.float64) -> list[SamplingRequest]:
@@ -108,7 +106,7 @@ def checksum(entry) -> str:
     "build",
     [
         pytest.param(Talkative, id="talkative"),
-        pytest.param(lambda: SpinReversed(Reweighted(ExactSampler(), 0.01), 1), id="weights"),
+        pytest.param(lambda: SpinReversed(Reweighted(ExactSampler(), 0.01), 1), id="resampled"),
     ],
 )
 def test_replayed_answers_equal_recorded_ones_bit_for_bit(build, dtype, tmp_path):
@@ -122,11 +120,6 @@ def test_replayed_answers_equal_recorded_ones_bit_for_bit(build, dtype, tmp_path
         assert torch.equal(first.spins, second.spins)
         assert first.energies.dtype == second.energies.dtype == dtype
         assert torch.equal(first.energies, second.energies)
-        if first.weights is None:
-            assert second.weights is None
-        else:
-            assert first.weights.dtype == second.weights.dtype
-            assert torch.equal(first.weights, second.weights)
         own = {"sampler", "seconds", "is_recorded", "is_replayed"}
         plain = {k: v for k, v in first.info.items() if isinstance(v, bool | int | float | str | None) and k not in own}
         assert plain == {key: value for key, value in second.info.items() if key not in own}
@@ -280,7 +273,7 @@ def test_a_tape_inside_other_composites(tmp_path):
 def test_header_names_format_and_version(tape):
     header = json.loads(tape.read_text().splitlines()[0])
     traits = dict.fromkeys(("is_remote", "is_persistent", "is_slow"), False)
-    assert header == {"format": "qbmscvi-tape", "version": 1, **traits}
+    assert header == {"format": "qbmscvi-tape", "version": 2, **traits}
 
 
 def test_the_file_is_plain_json_lines(tape):
@@ -288,12 +281,12 @@ def test_the_file_is_plain_json_lines(tape):
     assert text.endswith("\n")
     assert text.count("\n") == 5
     for entry in entries(tape):
-        assert set(entry) == {"call", "request", "shape", "spins", "weights", "info", "sha256"}
+        assert set(entry) == {"call", "request", "shape", "spins", "info", "sha256"}
         body = {key: value for key, value in entry.items() if key != "sha256"}
         assert entry["sha256"] == checksum(body)
 
 
-def test_spins_weights_and_facts_can_be_rebuilt_by_hand(tape):
+def test_spins_and_facts_can_be_rebuilt_by_hand(tape):
     for request, entry in zip(requests_of(), entries(tape), strict=True):
         n_samples, n_spins = entry["shape"]
         number = int.from_bytes(base64.b64decode(entry["spins"]), "big")
@@ -302,8 +295,6 @@ def test_spins_weights_and_facts_can_be_rebuilt_by_hand(tape):
         rows = [[2 * bit - 1 for bit in bits[k * n_spins : (k + 1) * n_spins]] for k in range(n_samples)]
         assert rows == ExactSampler().sample(request).spins.tolist()
         assert n_bits - n_samples * n_spins < 8
-        weights = struct.unpack(f"<{n_samples}d", base64.b64decode(entry["weights"]))
-        assert weights == (float(np.float32(1.0 / n_samples)),) * n_samples
         assert entry["info"]["effective_beta"] == 0.1 + 0.2
         assert (entry["info"]["sampler"], entry["info"]["beta"]) == ("Talkative", request.beta)
 
@@ -413,18 +404,19 @@ def test_no_single_changed_character_goes_unnoticed(tape):
 @pytest.mark.parametrize(
     "header",
     [
-        pytest.param('{"format": "qbmscvi-tape", "version": 2}', id="later-version"),
+        pytest.param('{"format": "qbmscvi-tape", "version": 3}', id="later-version"),
+        pytest.param('{"format": "qbmscvi-tape", "version": 1}', id="earlier-version"),
         pytest.param('{"format": "qbmscvi-tape"}', id="no-version"),
-        pytest.param('{"format": "other", "version": 1}', id="other-format"),
+        pytest.param('{"format": "other", "version": 2}', id="other-format"),
         pytest.param("{}", id="no-header"),
         pytest.param(
-            '{"format": "qbmscvi-tape", "version": 1}',
+            '{"format": "qbmscvi-tape", "version": 2}',
             id="no-traits",
         ),
     ],
 )
 def test_files_of_other_versions_and_formats_are_refused(tape, header):
-    with pytest.raises(InvalidSamples, match=r"is not a tape of version 1: it begins with \["):
+    with pytest.raises(InvalidSamples, match=r"is not a tape of version 2: it begins with \["):
         Replayed(rewrite(tape, lambda line: header, 1))
 
 

@@ -35,7 +35,7 @@ BETAS = (0.3, 1.0, 2.0)
 
 
 class Device(Sampler):
-    """Answers with ``answer(request)``: spins, or spins and weights."""
+    """Answers with ``answer(request)``: spins."""
 
     traits = SamplerTraits(is_persistent=True)
 
@@ -43,8 +43,7 @@ class Device(Sampler):
         self.answer = answer
 
     def _sample(self, request, seed):
-        answer = self.answer(replace(request, seed=seed))
-        return Draw(*answer) if isinstance(answer, tuple) else Draw(answer)
+        return Draw(self.answer(replace(request, seed=seed)))
 
 
 def exact(request, ratio=1.0) -> torch.Tensor:
@@ -135,46 +134,14 @@ def test_samples_of_the_opposite_sign_are_refused():
 
 
 @pytest.mark.parametrize("n_states", [1, 4, 16])
-@pytest.mark.parametrize("has_weights", [False, True])
-def test_repeated_states_are_refused(n_states, has_weights):
+def test_repeated_states_are_refused(n_states):
     problem = PROBLEMS["chimera-12"]
 
     def answer(request):
-        spins = exact(request)[:n_states].repeat(request.n_samples // n_states, 1)
-        weights = torch.full((request.n_samples,), 1.0 / request.n_samples, dtype=torch.float64)
-        return (spins, weights) if has_weights else spins
+        return exact(request)[:n_states].repeat(request.n_samples // n_states, 1)
 
     # One state may look too cold as well; which of the two reasons is given is a matter of order.
     assert "repeats states" in (reason := is_refused(answer, problem)) or (n_states == 1 and "ground states" in reason)
-
-
-def test_weights_count():
-    """Draws at half the inverse temperature asked for, beyond the ratio; weights make samples of them.
-
-    And honest draws whose weights cool them by the factor of eight do not pass.
-    """
-    problem = PROBLEMS["bipartite-3x5"].scaled(0.4)
-
-    def weighted(request, drawn, meant):
-        spins = exact(request, drawn)
-        energies = problem.energy(spins)
-        return spins, torch.softmax(-(meant - drawn) * energies, 0)
-
-    def strict(answer):
-        Vetted(Device(answer), max_ratio=1.5).sample(SamplingRequest(problem, 8192, seed=0))
-
-    with pytest.raises(InvalidSamples, match="as noise has"):
-        strict(lambda r: weighted(r, 0.5, 0.5))
-    strict(lambda r: weighted(r, 0.5, 1.0))
-    with pytest.raises(InvalidSamples, match="as ground states have"):
-        strict(lambda r: weighted(r, 1.0, 3.0))
-
-
-def test_weights_that_leave_too_few_samples_to_judge_are_refused():
-    def answer(request):
-        return exact(request), torch.softmax(-30.0 * request.problem.energy(exact(request)), 0)
-
-    assert "too few to tell samples from ground states" in is_refused(answer, PROBLEMS["chimera-12"])
 
 
 def test_the_last_answer_is_refused_for_another_question_and_taken_for_the_same():

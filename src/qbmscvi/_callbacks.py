@@ -20,6 +20,7 @@ from qbmscvi.diagnostics import estimate_log_z
 from qbmscvi.exceptions import SamplerError, TrainingDivergedError, require_integer
 from qbmscvi.ising import SampleBatch
 from qbmscvi.samplers import BlockGibbsSampler, Broker, SamplingRequest, vet
+from qbmscvi.samplers._composites import resample
 from qbmscvi.samplers._tape import problem_fingerprint
 
 if TYPE_CHECKING:
@@ -233,9 +234,8 @@ class SamplingCallback(Callback):
         return answer
 
     def _shuffle(self, batch: SampleBatch) -> Tensor:
-        """States in random order, as often as their weights say: devices sort by energy, and chains have roles."""
-        spins = batch.spins if batch.weights is None else batch.spins[self._resample(batch.weights)]
-        return spins[torch.randperm(len(spins), generator=self._seeds).to(spins.device)]
+        """States in random order: devices sort by energy, and chains have roles."""
+        return batch.spins[torch.randperm(batch.n_samples, generator=self._seeds).to(batch.spins.device)]
 
     def _begin(self) -> IsingModel:
         problem = self.prior.to_ising()
@@ -285,15 +285,8 @@ class SamplingCallback(Callback):
         prior.log_z.add_(gain)
         log_weights.sub_(gain)  # the weights are one in the mean
         if (2.0 * log_weights).exp().sum() > n_chains / _RESAMPLE_BELOW:
-            prior.chains[-n_chains:] = tracked.spins[self._resample(torch.softmax(log_weights, 0))]
+            prior.chains[-n_chains:] = tracked.spins[resample(torch.softmax(log_weights, 0), self._seeds)]
             log_weights.zero_()
-
-    def _resample(self, weights: Tensor) -> Tensor:
-        """Systematic resampling: indices of the chains that live on."""
-        n_chains = len(weights)
-        offset = float(torch.rand((), generator=self._seeds))
-        positions = (torch.arange(n_chains, device=weights.device) + offset) / n_chains
-        return torch.searchsorted(weights.cumsum(0), positions).clamp(max=n_chains - 1)
 
     def _note_failure(self, error: SamplerError, problem: IsingModel) -> None:
         if not problem.is_finite:

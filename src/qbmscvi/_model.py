@@ -74,7 +74,7 @@ class QBMSCVI(LikelihoodMixin, InterpretationMixin, ExpressionMixin, CheckedData
         :class:`networkx.Graph`: couplings between the spins, for devices of that graph. ``"independent"``: none, the
         control that shows what the couplings do.
     smoothing
-        What the decoder sees of a spin in training: ``"straight-through"``, ``"reinmax"``, ``"disarm"``,
+        What the decoder sees of a spin in training: ``"straight-through"``, ``"reinmax"``,
         ``"gumbel"``, ``"spike-exponential"``, or an instance from :mod:`qbmscvi.distributions`.
     n_chains
         Persistent chains of the prior. With 512, of which 448 give the moments, the sampling

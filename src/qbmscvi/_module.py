@@ -10,7 +10,7 @@ import torch
 from scvi import REGISTRY_KEYS
 from scvi.module import VAE
 from scvi.module._constants import MODULE_KEYS
-from scvi.module.base import LossOutput, auto_move_data
+from scvi.module.base import auto_move_data
 from torch import Tensor, nn
 
 from qbmscvi._count_likelihoods import with_sparse_log_prob
@@ -289,28 +289,6 @@ class QBMVAE(VAE):
     def _prior_given(self, y: Tensor | None) -> BoltzmannDistribution:
         """Return the prior of cells with labels ``y``, which have no part in it here."""
         return self.prior.distribution()
-
-    def loss(
-        self,
-        tensors: dict[str, Tensor],
-        inference_outputs: dict[str, Tensor | Distribution | None],
-        generative_outputs: dict[str, Distribution | None],
-        kl_weight: Tensor | float = 1.0,
-    ) -> LossOutput:
-        """Compute scVI's loss, from a pair of decoder passes if the smoothing needs one."""
-        losses = super().loss(tensors, inference_outputs, generative_outputs, kl_weight)
-        if not (self.training and self.z_encoder.smoothing.needs_pair):
-            return losses
-        qz, z = inference_outputs[MODULE_KEYS.QZ_KEY], inference_outputs[MODULE_KEYS.Z_KEY]
-        pair = qz.antithetic(z)
-        generative_input = self._get_generative_input(tensors, {**inference_outputs, MODULE_KEYS.Z_KEY: pair})
-        px = self.generative(**generative_input)[MODULE_KEYS.PX_KEY]
-        reconstruction = losses.dict_sum(losses.reconstruction_loss)
-        pair_reconstruction = -px.log_prob(tensors[REGISTRY_KEYS.X_KEY]).sum(-1)
-        difference = reconstruction - pair_reconstruction
-        # Both passes are draws of the same objective: their mean serves decoder and Gaussian layer.
-        losses.loss = losses.loss + (qz.antithetic_gradient(z, pair, difference) - 0.5 * difference).mean()
-        return losses
 
     def _decode(self, tensors: dict[str, Tensor], z: Tensor, library: Tensor) -> tuple[Tensor, Distribution | None]:
         """Log likelihood per cell at ``z`` and log library size, and the prior of the latter."""

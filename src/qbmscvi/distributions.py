@@ -23,15 +23,12 @@ from torch.nn.functional import logsigmoid, softplus
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-SmoothingName = Literal["straight-through", "reinmax", "disarm", "gumbel", "spike-exponential"]
+SmoothingName = Literal["straight-through", "reinmax", "gumbel", "spike-exponential"]
 
 
 @dataclass(frozen=True)
 class Smoothing(ABC):
     """Differentiable stand-in ``zeta`` for a spin ``z``."""
-
-    needs_pair: ClassVar[bool] = False
-    """Whether the gradient to the logits comes from a second, antithetic draw instead of through ``zeta``."""
 
     @abstractmethod
     def relax(self, logits: Tensor, uniform: Tensor) -> Tensor:
@@ -76,23 +73,6 @@ class ReinMax(Smoothing):
         middle = 0.5 * (0.5 * (spins + 1.0) + q)
         slope = 2.0 * (2.0 * middle * (1.0 - middle) - 0.5 * q * (1.0 - q))  # of a spin, twice that of a bit
         return spins + slope * (logits - logits.detach())
-
-
-@dataclass(frozen=True)
-class DisARM(Smoothing):
-    r"""Hard spins, and an unbiased gradient from an antithetic pair of them :cite:p:`Dong20`.
-
-    The decoder runs twice, on :math:`s = s(u)` and :math:`\tilde s = s(1 - u)`, with losses :math:`f` and
-    :math:`\tilde f`. The gradient to :math:`l_i` is
-    :math:`\tfrac14 (f - \tilde f)(s_i - \tilde s_i)\, \sigma(|l_i|)`: unbiased for any decoder, with more variance than
-    the others.
-    """
-
-    needs_pair: ClassVar[bool] = True
-
-    def relax(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        """Return hard spins without a gradient; see :meth:`FactorialPosterior.antithetic_gradient`."""
-        return _harden(logits, uniform).detach()
 
 
 @dataclass(frozen=True)
@@ -157,7 +137,6 @@ class SpikeExponential(Smoothing):
 _BY_NAME: dict[str, type[Smoothing]] = {
     "straight-through": StraightThrough,
     "reinmax": ReinMax,
-    "disarm": DisARM,
     "gumbel": Gumbel,
     "spike-exponential": SpikeExponential,
 }
@@ -223,7 +202,6 @@ class FactorialPosterior(Distribution):
         self.gaussian_scale = gaussian_scale
         self.logits = logits
         self.smoothing = StraightThrough() if smoothing is None else smoothing
-        self._last_uniform: Tensor | None = None
         self.given_spin_mean: Tensor | None = None
         width = gaussian_loc.shape[-1] + logits.shape[-1]
         super().__init__(torch.Size((*logits.shape[:-1], width)), validate_args=validate_args)
@@ -298,29 +276,7 @@ class FactorialPosterior(Distribution):
         normal, uniform = self._noise(sample_shape)
         v = self.gaussian_loc + self.gaussian_scale * normal
         zeta = self.smoothing.relax(self.logits.expand_as(uniform), uniform)
-        self._last_uniform = uniform
         return torch.cat([v, zeta], dim=-1)
-
-    def antithetic(self, z: Tensor) -> Tensor:
-        """Return the last draw ``z`` of :meth:`rsample` with its spins drawn from one minus the same uniforms.
-
-        The Gaussian layer, and its gradient, stay those of ``z``.
-        """
-        spins = _harden(self.logits, 1.0 - self._last_uniform).detach()
-        return torch.cat([z[..., : self.n_gaussian], spins], dim=-1)
-
-    def antithetic_gradient(self, z: Tensor, z_pair: Tensor, difference: Tensor) -> Tensor:
-        """Scalar per draw whose gradient to the logits is that of :class:`DisARM`.
-
-        Parameters
-        ----------
-        z, z_pair
-            A draw and its :meth:`antithetic`, shape ``(..., n_gaussian + n_spins)``.
-        difference
-            Loss of the draw minus loss of its antithetic, shape ``(...)``.
-        """
-        flip = 0.25 * (z - z_pair)[..., self.n_gaussian :] * torch.sigmoid(self.logits.abs())
-        return ((difference[..., None] * flip).detach() * self.logits).sum(-1)
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:

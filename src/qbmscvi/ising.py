@@ -173,11 +173,19 @@ class IsingModel:
         factor = None if self.factor is None else self.factor * gauge
         return replace(self, h=self.h * gauge, J=self.J * gauge[i] * gauge[j], factor=factor)
 
-    def to(self, *args: Any, **kwargs: Any) -> IsingModel:
-        """Move or cast all tensors, with the arguments of :meth:`torch.Tensor.to`."""
-        factor = None if self.factor is None else self.factor.to(*args, **kwargs)
-        offset = self.offset.to(*args, **kwargs) if isinstance(self.offset, Tensor) else self.offset
-        return replace(self, h=self.h.to(*args, **kwargs), J=self.J.to(*args, **kwargs), offset=offset, factor=factor)
+    def to(self, *targets: torch.device | str | torch.dtype) -> IsingModel:
+        """Move all tensors to a device, cast them to a precision, or both."""
+
+        def convert(values: Tensor) -> Tensor:
+            # Cast in main memory, before or after the move: some devices (Apple's MPS) have no float64.
+            is_on_cpu = values.device.type == "cpu"
+            for target in sorted(targets, key=lambda target: isinstance(target, torch.dtype) != is_on_cpu):
+                values = values.to(target)
+            return values
+
+        factor = None if self.factor is None else convert(self.factor)
+        offset = convert(self.offset) if isinstance(self.offset, Tensor) else self.offset
+        return replace(self, h=convert(self.h), J=convert(self.J), offset=offset, factor=factor)
 
     def __repr__(self) -> str:
         rank = "" if self.factor is None else f", factor of rank {len(self.factor)}"
@@ -235,7 +243,7 @@ class IsingModel:
 
 @dataclass(frozen=True, eq=False)
 class SampleBatch:
-    """Samples of one problem, and where they come from.
+    """Samples of one problem, all of equal weight, and where they come from.
 
     Parameters
     ----------
@@ -244,15 +252,12 @@ class SampleBatch:
     energies
         Shape ``(n_samples,)``: energies under the problem asked for, in nats at ``beta = 1``. Given that problem
         instead, they are computed when they are first looked at; do not change its tensors in place until then.
-    weights
-        Importance weights, shape ``(n_samples,)``, summing to one; None for equal weights.
     info
         Provenance: ``sampler``, ``seed``, ``beta``, ``seconds`` and what the sampler adds.
     """
 
     spins: Tensor
     energies: Tensor | IsingModel
-    weights: Tensor | None = None
     info: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -277,24 +282,19 @@ class SampleBatch:
         return self.spins.shape[0]
 
     def __getitem__(self, rows: slice | Tensor) -> SampleBatch:
-        """Some of the samples; weights are renormalized."""
-        weights = None if self.weights is None else self.weights[rows] / self.weights[rows].sum()
+        """Some of the samples."""
         energies = self.__dict__["energies"][rows] if "energies" in self.__dict__ else self._problem
-        return replace(self, spins=self.spins[rows], energies=energies, weights=weights)
+        return replace(self, spins=self.spins[rows], energies=energies)
 
     def moments(self, graph: Graph) -> tuple[Tensor, Tensor]:
         """Return ``<s_i>``, shape ``(n_spins,)``, and ``<s_i s_j>`` on the edges, shape ``(n_edges,)``."""
         spins = self.spins.to(self.dtype)
-        if self.weights is None:
-            return spins.sum(0) / self.n_samples, edge_products(spins, spins, graph) / self.n_samples
-        return self.weights @ spins, edge_products(spins * self.weights[:, None], spins, graph)
+        return spins.sum(0) / self.n_samples, edge_products(spins, spins, graph) / self.n_samples
 
     def second_moments(self) -> Tensor:
         """All ``<s_i s_j>``, shape ``(n_spins, n_spins)``."""
         spins = self.spins.to(self.dtype)
-        if self.weights is None:
-            return spins.T @ spins / self.n_samples
-        return spins.T @ (spins * self.weights[:, None])
+        return spins.T @ spins / self.n_samples
 
 
 def disjoint_union(problems: Sequence[IsingModel]) -> IsingModel:

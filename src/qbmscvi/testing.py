@@ -11,7 +11,9 @@ single chains, GPU problems and problems beyond enumeration are not tested here.
 
 from __future__ import annotations
 
+import io
 import math
+import pickle
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,13 +21,14 @@ from importlib.util import find_spec
 
 import numpy as np
 import torch
-from scipy import special, stats
+from scipy import stats
 
 from qbmscvi import graphs
 from qbmscvi.enumeration import all_states, exact_moments
 from qbmscvi.exceptions import GraphMismatchError, QBMSCVIError
 from qbmscvi.ising import IsingModel, SampleBatch
 from qbmscvi.samplers import Sampler, SamplingRequest
+from qbmscvi.samplers._dimod import as_sampler
 
 __all__ = [
     "Failure",
@@ -41,11 +44,10 @@ __all__ = [
 ALPHA = 1e-4
 MAX_TABLE_SPINS = 12
 
-_MIN_EFFECTIVE = 100  # samples; below, the normal approximation of the mean energy is not worth a p-value
+_MIN_SAMPLES = 100  # below, the normal approximation of the mean energy is not worth a p-value
 # Merged cells expect that many (effective) samples. At 10, Pearson's chi-square has the right tail down to 1e-4 within
-# a factor of 1.5 (simulated, 15 to 850 cells). Where there are weights, the central limit theorem needs more.
+# a factor of 1.5 (simulated, 15 to 850 cells).
 _MIN_EXPECTED = 10
-_MIN_EXPECTED_WEIGHTED = 25
 _N_CONTRACT = 200  # samples of the requests that test the contract, not the law
 _MAX_ORDER_Z = 5.0
 
@@ -109,8 +111,6 @@ class Verdict:
         p-value of the distribution over all states; None beyond 12 spins.
     worst_moment
         Name of the worst moment.
-    n_effective
-        Effective number of samples; their number where they have no weights.
     distance
         Total variation distance between the samples and the law; None beyond 12 spins.
     distance_by_chance
@@ -121,7 +121,6 @@ class Verdict:
     energy: float
     cells: float | None
     worst_moment: str
-    n_effective: float
     distance: float | None = None
     distance_by_chance: float | None = None
 
@@ -143,15 +142,9 @@ class Verdict:
 def compare_with_boltzmann(problem: IsingModel, batch: SampleBatch, beta: float) -> Verdict:
     r"""Compare samples with :math:`\exp(-\beta E)/Z`, taking them as independent.
 
-    Without weights: every mean spin and every pair product is a binomial count with an exact two-sided p-value
+    Every mean spin and every pair product is a binomial count with an exact two-sided p-value
     (Bonferroni over all :math:`n (n + 1) / 2`); the mean energy, sufficient for :math:`\beta`, has a z-score; and up to
     12 spins Pearson's chi-square runs over all states, merged from the least likely up until each cell expects 10.
-
-    With weights: moments and energy become weighted means, whose standard errors
-    :math:`(\sum_r w_r^2 (x_r - \langle x \rangle)^2)^{1/2}` count effective samples; p-values are those of a
-    t-distribution with :math:`1 / \sum_r w_r^2 - 1` degrees of freedom. Cells are tested one by one (Bonferroni), their
-    effective counts as Poisson numbers. Moments that expect fewer than 25 effective samples on their rarer side are not
-    judged, and cells expect at least 25.
 
     Parameters
     ----------
@@ -165,23 +158,18 @@ def compare_with_boltzmann(problem: IsingModel, batch: SampleBatch, beta: float)
     Raises
     ------
     ValueError
-        If there are fewer than 100 effective samples, or their width is not that of the problem.
+        If there are fewer than 100 samples, or their width is not that of the problem.
     GraphMismatchError
         If the problem is too large to enumerate.
     """
     if batch.spins.shape[1:] != (problem.n_spins,):
         msg = f"The samples have shape {tuple(batch.spins.shape)}, the problem {problem.n_spins} spins."
         raise ValueError(msg)
-    weights = None if batch.weights is None else batch.weights.to("cpu", torch.float64).numpy()
-    n_effective = float(batch.n_samples if weights is None else 1.0 / np.square(weights).sum())
-    if not n_effective >= _MIN_EFFECTIVE:
-        msg = (
-            f"{batch.n_samples} samples are worth {n_effective:.0f} independent ones, but a verdict needs at least "
-            f"{_MIN_EFFECTIVE}. Ask for more samples."
-        )
+    if batch.n_samples < _MIN_SAMPLES:
+        msg = f"A verdict needs at least {_MIN_SAMPLES} samples, but there are {batch.n_samples}. Ask for more samples."
         raise ValueError(msg)
     problem = problem.to_dense().to("cpu", torch.float64)
-    spins = batch.spins.to("cpu", torch.float64)
+    spins = batch.spins.cpu().double()
     energies = problem.energy(spins).numpy()
     spins = spins.numpy().astype(np.int64)
     n_spins = problem.n_spins
@@ -195,10 +183,7 @@ def compare_with_boltzmann(problem: IsingModel, batch: SampleBatch, beta: float)
     # What is compared, one column each: rates of up spins and of equal pairs.
     rates = np.clip(0.5 * (1.0 + np.concatenate([mean, second[i, j]])), 0.0, 1.0)
     hits = np.concatenate([spins > 0, spins[:, i] == spins[:, j]], axis=1)  # (n_samples, n_moments)
-    if weights is None:
-        p_moments = _binomial_p_values(hits.sum(0), batch.n_samples, rates)
-    else:
-        p_moments = _weighted_p_values(hits, rates, weights, n_effective)
+    p_moments = _binomial_p_values(hits.sum(0), batch.n_samples, rates)
     worst = int(p_moments.argmin())
     name = f"<s_{worst}>" if worst < n_spins else f"<s_{i[worst - n_spins]} s_{j[worst - n_spins]}>"
 
@@ -209,19 +194,17 @@ def compare_with_boltzmann(problem: IsingModel, batch: SampleBatch, beta: float)
         law = torch.softmax(-beta * table_energies, 0).numpy()
         energy_scale = math.sqrt(law @ np.square(table_energies.numpy() - mean_energy))
         rows = ((spins + 1) // 2) @ (1 << np.arange(n_spins - 1, -1, -1))  # row of `all_states`
-        p_cells = _cell_p_value(rows, law, weights, n_effective)
-        found = np.bincount(rows, weights, minlength=len(law)) / (batch.n_samples if weights is None else 1.0)
-        distance = 0.5 * float(np.abs(found - law).sum())
-        by_chance = _mean_distance(law, round(n_effective))
-    if weights is not None:
-        p_energy = float(_weighted_p_values(energies[:, None], np.array([mean_energy]), weights, n_effective)[0])
-    elif energy_scale > 0:
-        z = (energies.mean() - mean_energy) / energy_scale * math.sqrt(n_effective)
+        counts = np.bincount(rows, minlength=len(law))
+        p_cells = _cell_p_value(counts, law)
+        distance = 0.5 * float(np.abs(counts / batch.n_samples - law).sum())
+        by_chance = _mean_distance(law, batch.n_samples)
+    if energy_scale > 0:
+        z = (energies.mean() - mean_energy) / energy_scale * math.sqrt(batch.n_samples)
         p_energy = float(2.0 * stats.norm.sf(abs(z)))
     else:  # all samples at one energy: moments and cells judge
         p_energy = 1.0
     p_moment = min(1.0, len(p_moments) * float(p_moments[worst]))
-    return Verdict(p_moment, p_energy, p_cells, name, n_effective, distance, by_chance)
+    return Verdict(p_moment, p_energy, p_cells, name, distance, by_chance)
 
 
 def assert_boltzmann(problem: IsingModel, batch: SampleBatch, beta: float, *, alpha: float = ALPHA) -> None:
@@ -253,43 +236,21 @@ def _binomial_p_values(counts: np.ndarray, n: int, rates: np.ndarray) -> np.ndar
     return np.minimum(1.0, 2.0 * tails)
 
 
-def _weighted_p_values(values: np.ndarray, expected: np.ndarray, weights: np.ndarray, n_effective: float) -> np.ndarray:
-    """Two-sided p-values of weighted means of the columns of ``values``, shape ``(n_samples, n_columns)``."""
-    deviations = values - expected
-    scale = np.sqrt(np.square(weights) @ np.square(deviations))
-    z = np.abs(weights @ deviations) / np.maximum(scale, np.finfo(float).tiny)
-    p_values = 2.0 * stats.t.sf(z, n_effective - 1.0)
-    if values.dtype == bool:
-        p_values[n_effective * np.minimum(expected, 1.0 - expected) < _MIN_EXPECTED_WEIGHTED] = 1.0
-    return p_values
-
-
-def _cell_p_value(rows: np.ndarray, law: np.ndarray, weights: np.ndarray | None, n_effective: float) -> float:
+def _cell_p_value(counts: np.ndarray, law: np.ndarray) -> float:
     """p-value of the distribution over states, rare ones merged into cells."""
-    enough = _MIN_EXPECTED if weights is None else _MIN_EXPECTED_WEIGHTED
+    n_samples = counts.sum()
     cell, n_cells, filled = np.empty(len(law), dtype=np.int64), 0, 0.0
     for state in np.argsort(law, kind="stable"):
         cell[state] = n_cells
-        filled += n_effective * law[state]
-        if filled >= enough:
+        filled += n_samples * law[state]
+        if filled >= _MIN_EXPECTED:
             n_cells, filled = n_cells + 1, 0.0
     cell = np.minimum(cell, n_cells - 1)  # what is left over joins the last cell, which holds the likeliest states
     if n_cells < 2:
         return 1.0
-    rates = np.bincount(cell, law, n_cells)
-    if weights is None:
-        due = n_effective * rates
-        chi_square = (np.square(np.bincount(cell[rows], minlength=n_cells) - due) / due).sum()
-        return float(stats.chi2.sf(chi_square, n_cells - 1))
-    # Within a cell energies, and so importance weights, are alike: its effective count is nearly a Poisson number. (A
-    # standard error from the weights themselves is too small where a cell happens to be poor.)
-    total = np.bincount(cell[rows], weights, n_cells)
-    size = np.bincount(cell[rows], np.square(weights), n_cells)
-    size = np.where(total > 0, size / np.where(total > 0, total, 1.0), 1.0 / n_effective)  # typical weight in the cell
-    tails = np.minimum(
-        special.gammaincc(total / size + 1.0, rates / size), special.gammainc(total / size, rates / size)
-    )
-    return min(1.0, 2.0 * n_cells * float(tails.min()))
+    due = n_samples * np.bincount(cell, law, n_cells)
+    chi_square = (np.square(np.bincount(cell, counts, n_cells) - due) / due).sum()
+    return float(stats.chi2.sf(chi_square, n_cells - 1))
 
 
 def _mean_distance(law: np.ndarray, n: int) -> float:
@@ -369,11 +330,12 @@ def check_sampler(
 
     On each of :func:`tiny_problems` and in each precision:
 
-    - ``answers``: no exception; spins int8, -1 or +1, of shape ``(n_samples, n_spins)``; weights, if any, not negative
-      and summing to one;
+    - ``answers``: no exception; spins int8, -1 or +1, of shape ``(n_samples, n_spins)``;
     - ``energies``: those of the problem, recomputed in float64;
     - ``seeds``: equal seeds give equal samples bit for bit, and for ``target="boltzmann"`` different seeds different
       ones; not asked of remote samplers;
+    - ``state``: with ``state_dict`` of an earlier moment the sampler gives the answers that followed it, and that state
+      can be read as plain values and tensors; not asked of remote samplers, and of those that break ``seeds``;
     - ``random state``: torch's, numpy's and Python's global streams stay as they were;
     - ``requests``: problems and chain states of a request are not modified;
     - ``order``: several requests in one batch are answered in order;
@@ -408,7 +370,7 @@ def check_sampler(
     SamplerCheckError
         If a law is broken; the message lists every one, ``error.report`` has the details.
     TypeError
-        If ``sampler`` is not an instance of :class:`~qbmscvi.samplers.Sampler`.
+        If ``sampler`` is no sampler, or a class in place of an instance.
     ValueError
         If ``n_samples`` is below 100, or there are no ``betas`` or ``dtypes``.
 
@@ -418,15 +380,10 @@ def check_sampler(
     >>> check_sampler(ExactSampler(), betas=(1.0,)).has_passed
     True
     """
-    if not isinstance(sampler, Sampler):
+    sampler = as_sampler(sampler)
+    if n_samples < _MIN_SAMPLES or not len(betas) or not len(dtypes):
         msg = (
-            f"`sampler` must be an instance of qbmscvi.samplers.Sampler, got {type(sampler).__name__}. Subclass it, or "
-            "wrap a dimod sampler as `qbmscvi.samplers.DimodSampler(sampler)`."
-        )
-        raise TypeError(msg)
-    if n_samples < _MIN_EFFECTIVE or not len(betas) or not len(dtypes):
-        msg = (
-            f"n_samples={n_samples}, betas={tuple(betas)}, dtypes={tuple(dtypes)}: at least {_MIN_EFFECTIVE} samples, "
+            f"n_samples={n_samples}, betas={tuple(betas)}, dtypes={tuple(dtypes)}: at least {_MIN_SAMPLES} samples, "
             "one temperature and one precision are needed."
         )
         raise ValueError(msg)
@@ -510,12 +467,6 @@ class _Examination:
         if not bool((batch.spins.abs() == 1).all()):
             self.fail("answers", case, "spins have values other than -1 and +1")
             return False
-        if batch.weights is not None:
-            weights = batch.weights.double()
-            is_valid = weights.shape == expected[:1] and bool((weights >= 0).all())
-            if not (is_valid and math.isclose(float(weights.sum()), 1.0, rel_tol=0, abs_tol=1e-4)):
-                self.fail("answers", case, "weights are not one number per sample, at least 0, with sum 1")
-                return False
         dense = request.problem.to_dense().to("cpu", torch.float64)
         tolerance = 1e-4 if request.problem.h.dtype == torch.float32 else 1e-9
         due = dense.energy(batch.spins.cpu())
@@ -537,10 +488,30 @@ class _Examination:
             return
         again = self.ask(case, _copy(request))
         other = self.ask(case, _copy(replace(request, seed=self.next_seed())))
-        if again is not None and not _are_equal(first[0], again[0]):
+        if again is not None and not torch.equal(first[0].spins, again[0].spins):
             self.fail("seeds", case, "two calls with the same seed gave different samples")
+        elif again is not None:
+            initial_spins = first[0].spins if traits.is_persistent else None
+            self.check_state(case, replace(request, initial_spins=initial_spins))
         if other is not None and traits.target == "boltzmann" and torch.equal(first[0].spins, other[0].spins):
             self.fail("seeds", case, "two calls with different seeds gave the same samples")
+
+    def check_state(self, case: str, request: SamplingRequest) -> None:
+        """Ask, ask something else, go back to the state from before, and ask again."""
+        file = io.BytesIO()
+        torch.save(self.sampler.state_dict(), file)
+        file.seek(0)
+        try:
+            state = torch.load(file, weights_only=True)
+        except pickle.UnpicklingError as error:
+            self.fail("state", case, f"the state holds more than plain values and tensors: {error}")
+            return
+        due = self.ask(case, _copy(request))
+        self.ask(case, _copy(replace(request, seed=self.next_seed())))
+        self.sampler.load_state_dict(state)
+        found = self.ask(case, _copy(request))
+        if due is not None and found is not None and not torch.equal(due[0].spins, found[0].spins):
+            self.fail("state", case, "another answer followed the same state: something it depends on is not saved")
 
     def check_order(self, problems: list[IsingModel]) -> None:
         """Three requests of one shape, whose spins point in different directions, and a fourth of another shape."""
@@ -560,7 +531,7 @@ class _Examination:
         for k, batch in enumerate(batches[:3]):
             for other in (1, 2):
                 # Only an answer that fits another question better is wrong: a poor sampler is none of this law.
-                excess = batch.spins.double() @ (fields[(k + other) % 3] - fields[k]).double()
+                excess = batch.spins.cpu().double() @ (fields[(k + other) % 3] - fields[k]).cpu().double()
                 if float(excess.mean()) < -_MAX_ORDER_Z * float(excess.std()) / math.sqrt(len(excess)):
                     self.fail("order", case, f"answer {k + 1} fits another request better than its own")
 
@@ -602,10 +573,3 @@ def _copy(request: SamplingRequest) -> SamplingRequest:
     tensors = {name: value.clone() for name, value in _tensors(request).items()}
     initial_spins = tensors.pop("initial_spins", None)
     return replace(request, problem=replace(request.problem, **tensors), initial_spins=initial_spins)
-
-
-def _are_equal(first: SampleBatch, second: SampleBatch) -> bool:
-    if (first.weights is None) != (second.weights is None):
-        return False
-    have_equal_weights = first.weights is None or torch.equal(first.weights, second.weights)
-    return torch.equal(first.spins, second.spins) and have_equal_weights

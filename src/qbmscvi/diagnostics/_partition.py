@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _MAX_ENUMERATED = 16  # 2**16 states: milliseconds
 _MAX_TREEWIDTH = 20  # two seconds and 100 MB at most
+_WITHOUT_FLOAT64 = ("mps",)  # types of devices
 
 
 @dataclass(frozen=True)
@@ -104,12 +105,12 @@ def estimate_log_z(
         if value is not None:
             return LogPartition(value, value, value, 0.0, "exact")
 
-    path = _AnnealingPath(problem, torch.Generator(device=problem.h.device).manual_seed(int(seed)))
+    path = _AnnealingPath(problem, int(seed))
     forward, state = path.run(path.independent(n_chains), torch.linspace(0.0, 1.0, n_steps + 1))
     if samples is not None:
         generator = torch.Generator().manual_seed(int(seed))
         chosen = torch.randint(len(samples), (n_chains,), generator=generator).to(samples.device)
-        state = path.complete(samples[chosen].to(path.h), 1.0)
+        state = path.complete(samples[chosen].to(path.h.device).to(path.h), 1.0)
     backward, _ = path.run(state, torch.linspace(1.0, 0.0, n_steps + 1))
     (lower, lower_scale), (negative_upper, upper_scale) = (
         (float(value), float(error)) for value, error in map(log_mean_exp, (forward, backward))
@@ -140,10 +141,13 @@ def log_mean_exp(log_weights: Tensor) -> tuple[Tensor, Tensor]:
 class _AnnealingPath:
     """Problems with couplings scaled by ``t``, over spins ``s`` and, with a factor, its Gaussian variable ``v``."""
 
-    def __init__(self, problem: IsingModel, generator: torch.Generator) -> None:
-        problem = problem.to(torch.float64)
+    def __init__(self, problem: IsingModel, seed: int) -> None:
         device = problem.h.device
-        self.h, self.offset, self.generator = problem.h, float(problem.offset), generator
+        if device.type in _WITHOUT_FLOAT64:
+            device = torch.device("cpu")
+        problem = problem.to(device, torch.float64)
+        self.h, self.offset = problem.h, float(problem.offset)
+        self.generator = torch.Generator(device=device).manual_seed(seed)
         self.coupling = coupling_matrix(problem.J, problem.graph)
         empty = self.h.new_zeros(0, problem.n_spins)
         self.factor = empty if problem.factor is None else problem.factor

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from qbmscvi.samplers._base import Draw, Sampler, SamplerTraits, SamplingRequest
 from qbmscvi.samplers._broker import Broker, Ledger
 from qbmscvi.samplers._cim import CoherentIsingSampler, build_coherent_ising_sampler
@@ -11,6 +13,7 @@ from qbmscvi.samplers._dimod import (
     PathIntegralAnnealingSampler,
     SimulatedAnnealingSampler,
     TreeDecompositionSampler,
+    as_sampler,
 )
 from qbmscvi.samplers._dwave import DWaveSampler, build_dwave_sampler
 from qbmscvi.samplers._exact import ExactSampler
@@ -21,6 +24,9 @@ from qbmscvi.samplers._tape import Recorded, Replayed
 from qbmscvi.samplers._temperature import BetaEstimate, effective_beta
 from qbmscvi.samplers._tempering import ParallelTemperingSampler
 from qbmscvi.samplers._vetting import Vetted
+
+if TYPE_CHECKING:
+    import dimod
 
 __all__ = [
     "SAMPLER_NAMES",
@@ -85,8 +91,8 @@ def vet(sampler: Sampler) -> Sampler:
     return sampler if is_trusted else Vetted(sampler)
 
 
-def build_sampler(spec: str | Sampler) -> Sampler:
-    """Turn a sampler's name into an instance with default settings.
+def build_sampler(spec: str | Sampler | dimod.Sampler) -> Sampler:
+    """Turn a sampler's name into an instance with default settings, and wrap a dimod sampler in :class:`DimodSampler`.
 
     Names: ``"gibbs"``, ``"parallel_tempering"``, ``"simulated_annealing"``, ``"path_integral_annealing"``,
     ``"tree_decomposition"``, ``"exact"``, ``"coherent_ising"`` (a simulation; see
@@ -98,12 +104,10 @@ def build_sampler(spec: str | Sampler) -> Sampler:
     ValueError
         If the name is unknown.
     TypeError
-        If ``spec`` is neither a name nor a :class:`Sampler`.
+        If ``spec`` is none of these, or a class in place of an instance.
     SamplerUnavailable
         If ``"dwave"`` or ``"kaiwu"`` is not installed, not configured, or cannot be reached.
     """
-    if isinstance(spec, Sampler):
-        return spec
     if isinstance(spec, str):
         if spec in _BY_NAME:
             return _BY_NAME[spec]()
@@ -112,8 +116,4 @@ def build_sampler(spec: str | Sampler) -> Sampler:
             "class in `qbmscvi.samplers`."
         )
         raise ValueError(msg)
-    msg = (
-        f"`sampler` must be a name or a qbmscvi.samplers.Sampler, got {type(spec).__name__}. "
-        "Wrap a dimod sampler as `qbmscvi.samplers.DimodSampler(sampler)`."
-    )
-    raise TypeError(msg)
+    return as_sampler(spec, "a name, a qbmscvi.samplers.Sampler or a dimod sampler")

@@ -120,7 +120,6 @@ class SamplingRequest:
         return cls(**{**state, "problem": IsingModel.from_state_dict(state["problem"])})
 
 
-_WEIGHT_TOLERANCE = 1e-4  # sums of many float32 weights
 _AMOUNTS = ("seconds", "device_seconds", "n_attempts")  # facts that are added up
 _NUMBERS = (*_AMOUNTS, "effective_beta", "effective_share", "exchange_rate")  # facts that the package computes with
 _PLAIN_FIELDS = ("n_samples", "beta", "n_sweeps", "seed", "purpose", "request_id")
@@ -128,10 +127,12 @@ _PLAIN_FIELDS = ("n_samples", "beta", "n_sweeps", "seed", "purpose", "request_id
 
 @dataclass(frozen=True, eq=False)
 class Draw:
-    """Answer of a sampler's private hook: spins ``(n_samples, n_spins)``, weights and facts about the run."""
+    """Answer of a sampler's private hook: spins ``(n_samples, n_spins)`` and facts about the run.
+
+    Every row counts alike: a sampler that weights its samples resamples them, as :class:`Reweighted` does.
+    """
 
     spins: Tensor
-    weights: Tensor | None = None
     info: dict[str, Any] = field(default_factory=dict)
 
 
@@ -174,11 +175,11 @@ class Sampler:
         """Give up the question under way, if that is possible: nobody waits for its answer any more."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What questions to a device depend on beside request and settings: plain values, for checkpoints."""
+        """What answers depend on beside request and settings: plain values and tensors, for checkpoints."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state, so that a question that was under way is asked again as it was."""
+        """Take over a state, so that the next answers are those that would have followed it."""
 
     def check(self, problem: IsingModel) -> None:
         """Raise if this sampler cannot take a problem of this size and graph.
@@ -247,8 +248,7 @@ class Sampler:
     def _finish(self, request: SamplingRequest, draw: Draw, seed: int, seconds: float) -> SampleBatch:
         problem = request.problem
         try:
-            spins = torch.as_tensor(draw.spins).to(problem.h.device)
-            weights = None if draw.weights is None else torch.as_tensor(draw.weights).to(problem.h)
+            spins = torch.as_tensor(draw.spins)
             info = _with_numbers(dict(draw.info))
         except (AttributeError, TypeError, ValueError) as error:
             msg = f"{self.name} returned {type(draw).__name__}, which is not a Draw of spins and facts: {error}"
@@ -260,17 +260,8 @@ class Sampler:
         if not are_spins(spins):
             msg = f"{self.name} returned values other than -1 and +1. Convert bits with `qbmscvi.ising.bits_to_spins`."
             raise InvalidSamples(msg)
-        if weights is not None:
-            total = weights.sum()
-            is_good = weights.shape == (request.n_samples,) and bool((weights >= 0).all())
-            if not is_good or not torch.isclose(total, torch.ones_like(total), atol=_WEIGHT_TOLERANCE):
-                msg = (
-                    f"{self.name} returned weights of shape {tuple(weights.shape)} and sum {float(total):g}; "
-                    f"{request.n_samples} weights, none negative, with sum 1 are needed."
-                )
-                raise InvalidSamples(msg)
         info = {"sampler": self.name, "seed": seed, "beta": request.beta, "seconds": seconds, **info}
-        return SampleBatch(spins.to(torch.int8), problem, weights, info)
+        return SampleBatch(spins.to(torch.int8).to(problem.h.device), problem, info)
 
     def _sample_batch(self, requests: list[SamplingRequest], seeds: list[int]) -> list[Draw]:
         return [self._sample(request, seed) for request, seed in zip(requests, seeds, strict=True)]

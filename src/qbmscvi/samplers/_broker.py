@@ -327,6 +327,6 @@ def _ask_packed(sampler: Sampler, requests: Sequence[SamplingRequest]) -> list[S
     parts = batch.spins.split([request.problem.n_spins for request in requests], dim=1)
     info = {**batch.info, "n_packed": len(requests)}
     return [
-        SampleBatch(spins.contiguous(), request.problem.energy(spins), batch.weights, dict(info))
+        SampleBatch(spins.contiguous(), request.problem.energy(spins), dict(info))
         for request, spins in zip(requests, parts, strict=True)
     ]

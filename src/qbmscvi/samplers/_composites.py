@@ -16,14 +16,18 @@ import torch
 
 from qbmscvi.exceptions import InvalidSamples
 from qbmscvi.samplers._base import Draw, Sampler, derive_seed
+from qbmscvi.samplers._dimod import as_sampler
 from qbmscvi.samplers._gibbs import gibbs_sweeps
 from qbmscvi.samplers._temperature import effective_beta, fits_beta
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from qbmscvi.ising import IsingModel, SampleBatch
     from qbmscvi.samplers._base import SamplerTraits, SamplingRequest
 
 _OWN_FACTS = ("sampler", "seed", "beta", "seconds")
+_N_PARTING_SWEEPS = 5  # of copies; after one of them `Vetted` finds no repeats any more
 
 
 class Composite(Sampler):
@@ -32,11 +36,16 @@ class Composite(Sampler):
     Parameters
     ----------
     child
-        The wrapped sampler.
+        The wrapped sampler; a dimod sampler is taken as :class:`DimodSampler`.
+
+    Raises
+    ------
+    TypeError
+        If ``child`` is no sampler, or a class in place of an instance.
     """
 
     def __init__(self, child: Sampler) -> None:
-        self.child = child
+        self.child = as_sampler(child)
 
     @property
     def traits(self) -> SamplerTraits:
@@ -63,11 +72,11 @@ class Composite(Sampler):
 
     def state_dict(self) -> dict[str, Any]:
         """That of the child."""
-        return self.child.state_dict()
+        return {"child": self.child.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Hand it to the child."""
-        self.child.load_state_dict(state)
+        self.child.load_state_dict(state["child"])
 
     def check(self, problem: IsingModel) -> None:
         """Raise if the child cannot take the problem."""
@@ -88,7 +97,7 @@ class Composite(Sampler):
 def pass_on(batch: SampleBatch, **facts: Any) -> Draw:
     """Hand a child's batch upwards, with further facts beside those that it reported."""
     inherited = {key: value for key, value in batch.info.items() if key not in _OWN_FACTS}
-    return Draw(batch.spins, batch.weights, {**inherited, **facts})
+    return Draw(batch.spins, {**inherited, **facts})
 
 
 class Rescaled(Composite):
@@ -215,16 +224,13 @@ class SpinReversed(Composite):
             parts = list(zip(batches, gauges, strict=True))[position : position + n_parts]
             position += n_parts
             spins = torch.cat([batch.spins * gauge for batch, gauge in parts])
-            weights = None
-            if parts[0][0].weights is not None:
-                weights = torch.cat([batch.weights * batch.n_samples for batch, _ in parts]) / request.n_samples
             facts = {"n_gauges": n_parts}
             if "device_seconds" in parts[0][0].info:
                 facts["device_seconds"] = sum(batch.info["device_seconds"] for batch, _ in parts)
             if "chain_break_rate" in parts[0][0].info:
                 broken = [batch.info["chain_break_rate"] * batch.n_samples for batch, _ in parts]
                 facts["chain_break_rate"] = sum(broken) / request.n_samples
-            draws.append(replace(pass_on(parts[0][0], **facts), spins=spins, weights=weights))
+            draws.append(replace(pass_on(parts[0][0], **facts), spins=spins))
         return draws
 
 
@@ -268,7 +274,7 @@ class Calibrated(Composite):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the gain."""
         super().load_state_dict(state)
-        self.log_gain = state.get("log_gain", self.log_gain)
+        self.log_gain = state["log_gain"]
 
     def _sample_batch(self, requests: list[SamplingRequest], seeds: list[int]) -> list[Draw]:
         gain = 1.0 if self.log_gain is None else float(torch.tensor(self.log_gain).exp())
@@ -329,10 +335,13 @@ class Polished(Composite):
 
 
 class Reweighted(Composite):
-    r"""Weight samples drawn at another temperature, :math:`w \propto e^{-(\beta - \beta_\text{eff}) E}`.
+    r"""Resample answers that were drawn at another temperature.
 
-    The effective temperature is the one the child reports, or an estimate. Too few effective samples are an error and
-    not an answer.
+    Rows are drawn anew by their weights, :math:`w \propto e^{-(\beta - \beta_\text{eff}) E}`. The effective temperature
+    is the one the child reports, or an estimate. A row that weighs much comes back several times; Gibbs sweeps at the
+    requested temperature then move the copies apart. Too few effective samples are an error and not an answer. ``info``
+    has ``drawn_beta``, the temperature of the child's answer, and ``effective_share``, the share of its samples that
+    the weights leave.
 
     Parameters
     ----------
@@ -351,29 +360,39 @@ class Reweighted(Composite):
 
     def _sample_batch(self, requests: list[SamplingRequest], seeds: list[int]) -> list[Draw]:
         asked = [replace(request, seed=seed) for request, seed in zip(requests, seeds, strict=True)]
-        draws = []
-        for request, batch in zip(asked, self.child.sample_batch(asked), strict=True):
-            # The temperature of the samples as they are: after weighting, and not from before a polish.
-            reported = None if "n_polish_sweeps" in batch.info else batch.info.get("effective_beta")
-            beta = batch.info.get("weighted_beta", reported)
-            if beta is None:
-                try:
-                    beta = effective_beta(request.problem, batch).value
-                except ValueError as error:
-                    msg = f"The answer of {self.child.name} has no temperature: {error}"
-                    raise InvalidSamples(msg) from error
-            log_weights = -(request.beta - beta) * batch.energies
-            if batch.weights is not None:
-                log_weights = log_weights + batch.weights.log()
-            weights = torch.softmax(log_weights, 0)
-            share = float(1.0 / weights.square().sum() / len(weights))
-            if share < self.min_effective_share:
-                msg = (
-                    f"Samples of {self.child.name} drawn at beta={beta:.3g} are worth {share:.1%} of their number at "
-                    f"beta={request.beta:.3g}; at least {self.min_effective_share:.0%} is asked for. Calibrate the "
-                    "sampler, or use `Polished` instead of weights."
-                )
-                raise InvalidSamples(msg)
-            facts = {"effective_beta": beta, "effective_share": share, "weighted_beta": request.beta}
-            draws.append(replace(pass_on(batch, **facts), weights=weights))
-        return draws
+        batches = self.child.sample_batch(asked)
+        return [self._resample(request, batch) for request, batch in zip(asked, batches, strict=True)]
+
+    def _resample(self, request: SamplingRequest, batch: SampleBatch) -> Draw:
+        problem = request.problem
+        # A temperature from before a polish is not that of the samples.
+        beta = None if "n_polish_sweeps" in batch.info else batch.info.get("effective_beta")
+        if beta is None:
+            try:
+                beta = effective_beta(problem, batch).value
+            except ValueError as error:
+                msg = f"The answer of {self.child.name} has no temperature: {error}"
+                raise InvalidSamples(msg) from error
+        weights = torch.softmax(-(request.beta - beta) * batch.energies, 0)
+        share = float(1.0 / weights.square().sum() / len(weights))
+        if share < self.min_effective_share:
+            msg = (
+                f"Samples of {self.child.name} drawn at beta={beta:.3g} are worth {share:.1%} of their number at "
+                f"beta={request.beta:.3g}; at least {self.min_effective_share:.0%} is asked for. Calibrate the "
+                "sampler, or use `Polished` instead of weights."
+            )
+            raise InvalidSamples(msg)
+        seed = self._own_seed(request.seed)
+        spins = batch.spins[resample(weights, torch.Generator().manual_seed(seed))]
+        generator = torch.Generator(device=problem.h.device).manual_seed(derive_seed(seed, "sweeps"))
+        spins = gibbs_sweeps(problem, spins.to(problem.h), _N_PARTING_SWEEPS, request.beta, generator)
+        facts = {"drawn_beta": beta, "effective_beta": request.beta, "effective_share": share}
+        return replace(pass_on(batch, **facts), spins=spins)
+
+
+def resample(weights: Tensor, generator: torch.Generator) -> Tensor:
+    """Systematic resampling: numbers of the rows that live on, each as often as its weight says."""
+    n_rows = len(weights)
+    offset = float(torch.rand((), generator=generator))
+    positions = (torch.arange(n_rows, dtype=weights.dtype, device=weights.device) + offset) / n_rows
+    return torch.searchsorted(weights.cumsum(0), positions).clamp(max=n_rows - 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qbmscvi.exceptions import BudgetExceeded, SamplerError, SamplerTimeout
 from qbmscvi.samplers._background import call_in_background
@@ -151,6 +151,15 @@ class Budgeted(Composite):
             msg = "A budget needs a limit: set n_calls, n_samples or device_seconds."
             raise ValueError(msg)
         self.spent = {"n_calls": 0, "n_samples": 0, "device_seconds": 0.0}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is spent."""
+        return {**super().state_dict(), "spent": dict(self.spent)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what was spent."""
+        super().load_state_dict(state)
+        self.spent = dict(state["spent"])
 
     def _sample_batch(self, requests: list[SamplingRequest], seeds: list[int]) -> list[Draw]:
         asked = [replace(request, seed=seed) for request, seed in zip(requests, seeds, strict=True)]

@@ -1,11 +1,10 @@
 """Record what a sampler answered, and play it back without the sampler.
 
-A tape is a text file of JSON lines. First a header with ``"format": "qbmscvi-tape"``, ``"version": 1`` and the traits
+A tape is a text file of JSON lines. First a header with ``"format": "qbmscvi-tape"``, ``"version": 2`` and the traits
 that a training run depends on. Then, for call number ``"call"`` (from 1):
 
-- one line per answer with the fingerprint of the request, the spins (bits packed most significant first, base64),
-  weights (little-endian float64, base64, or null) and the facts of ``info`` that JSON can hold; or one line
-  ``"failure"`` with the type and words of the error;
+- one line per answer with the fingerprint of the request, the spins (bits packed most significant first, base64) and
+  the facts of ``info`` that JSON can hold; or one line ``"failure"`` with the type and words of the error;
 - one line ``"age"``: the steps after which the answer was used or dropped. A call that never answered has none.
 
 Each line has a checksum. A tape can be read by anything and runs nothing when read.
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
 
 # What a run does depends on these traits, so a replay must have them.
 _RUN_TRAITS = ("is_remote", "is_persistent", "is_slow")
-_HEADER = {"format": "qbmscvi-tape", "version": 1}
+_HEADER = {"format": "qbmscvi-tape", "version": 2}
 _ERRORS = {kind.__name__: kind for kind in (BudgetExceeded, InvalidSamples, SamplerTimeout, SamplerUnavailable)}
 
 
@@ -83,7 +82,7 @@ class Recorded(Composite):
         if self.path.exists():
             msg = f"{self.path} exists. Recording would append to another run: choose a new name or delete it."
             raise FileExistsError(msg)
-        traits = {name: getattr(child.traits, name) for name in _RUN_TRAITS}
+        traits = {name: getattr(self.traits, name) for name in _RUN_TRAITS}
         self.path.write_text(json.dumps({**_HEADER, **traits}) + "\n")
         self._is_intact = True
         self._n_calls = 0
@@ -154,7 +153,17 @@ class Replayed(Sampler):
         for number, line in enumerate(lines[1:], start=2):
             self._file(_verify(line, self.path, number))
         self._position = 0
+        self._checksum = hashlib.sha256(self.path.read_bytes()).hexdigest()
         self.traits = SamplerTraits(**{name: header[name] for name in _RUN_TRAITS}, is_replay=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place on the tape."""
+        return {"tape": self._checksum, "position": self._position, "is_past_end": self._is_past_end}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to that place; another tape is played from its start."""
+        if state["tape"] == self._checksum:
+            self._position, self._is_past_end = state["position"], state["is_past_end"]
 
     def _file(self, entry: dict[str, Any]) -> None:
         """Put an entry to its call; calls without an answer leave no other trace than a gap."""
@@ -199,32 +208,24 @@ class Replayed(Sampler):
         if not entries:
             msg = f"Call {self._position} of {self.path} was never answered."
             raise SamplerTimeout(msg)
-        return [_decode(entry, request) for entry, request in zip(entries, requests, strict=True)]
+        return [_decode(entry) for entry in entries]
 
 
 def _encode(request: SamplingRequest, batch: SampleBatch) -> dict[str, Any]:
     bits = np.packbits(batch.spins.cpu().numpy() > 0)
-    weights = None
-    if batch.weights is not None:
-        weights = base64.b64encode(batch.weights.cpu().numpy().astype("<f8").tobytes()).decode()
     return {
         "request": fingerprint(request),
         "shape": list(batch.spins.shape),
         "spins": base64.b64encode(bits.tobytes()).decode(),
-        "weights": weights,
         "info": _plain(batch.info),
     }
 
 
-def _decode(entry: dict[str, Any], request: SamplingRequest) -> Draw:
+def _decode(entry: dict[str, Any]) -> Draw:
     shape = tuple(entry["shape"])
     bits = np.unpackbits(np.frombuffer(base64.b64decode(entry["spins"]), dtype=np.uint8), count=shape[0] * shape[1])
     spins = torch.from_numpy(2 * bits.astype(np.int8) - 1).reshape(shape)
-    weights = None
-    if entry["weights"] is not None:
-        values = np.frombuffer(base64.b64decode(entry["weights"]), dtype="<f8").copy()
-        weights = torch.from_numpy(values).to(request.problem.h)
-    return Draw(spins, weights, {**entry["info"], "is_replayed": True})
+    return Draw(spins, {**entry["info"], "is_replayed": True})
 
 
 def _plain(value: Any) -> Any:

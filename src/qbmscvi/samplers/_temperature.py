@@ -95,12 +95,6 @@ def effective_beta(
     raise ValueError(msg)
 
 
-def _weights(batch: SampleBatch) -> Tensor:
-    if batch.weights is None:
-        return torch.full((batch.n_samples,), 1.0 / batch.n_samples, dtype=torch.float64)
-    return batch.weights.to("cpu", torch.float64)
-
-
 def pseudo_likelihood_score(problem: IsingModel, batch: SampleBatch, beta: float) -> Tensor:
     """Derivative of the log pseudo-likelihood of each sample with respect to ``beta``, shape ``(n_samples,)``.
 
@@ -114,14 +108,14 @@ def fits_beta(problem: IsingModel, batch: SampleBatch, beta: float) -> bool:
 
     Where the problem is too flat for their number to have a temperature, they fit whatever is asked for.
     """
-    score, weights = pseudo_likelihood_score(problem, batch, beta), _weights(batch)
-    return abs(float(weights @ score)) <= _MAX_Z * float((weights * score).square().sum().sqrt())
+    score = pseudo_likelihood_score(problem, batch, beta)
+    return abs(float(score.sum())) <= _MAX_Z * float(score.norm())
 
 
 def _alignment(problem: IsingModel, batch: SampleBatch) -> Tensor:
     """Energy of each spin in its field, :math:`s_i f_i`."""
     dense = problem.to("cpu", torch.float64).to_dense()
-    spins = batch.spins.to("cpu", torch.float64)
+    spins = batch.spins.cpu().double()
     return spins * (dense.h + spins @ dense.couplings())
 
 
@@ -130,33 +124,31 @@ def _score(alignment: Tensor, beta: float) -> Tensor:
 
 
 def _pseudo_likelihood(problem: IsingModel, batch: SampleBatch, bracket: tuple[float, float]) -> BetaEstimate:
-    alignment, weights = _alignment(problem, batch), _weights(batch)
-    beta = _bisect(lambda value: float(weights @ _score(alignment, value)), bracket)
+    alignment = _alignment(problem, batch)
+    beta = _bisect(lambda value: float(_score(alignment, value).mean()), bracket)
     p = torch.sigmoid(2.0 * beta * alignment)
-    curvature = float(weights @ (4.0 * alignment.square() * p * (1.0 - p)).sum(-1))
+    curvature = float((4.0 * alignment.square() * p * (1.0 - p)).sum())
     # Sandwich: flips within a sample are correlated, samples are not.
-    spread = float((weights * _score(alignment, beta)).square().sum())
-    return BetaEstimate(beta, math.sqrt(spread) / curvature, "pseudo-likelihood")
+    return BetaEstimate(beta, float(_score(alignment, beta).norm()) / curvature, "pseudo-likelihood")
 
 
 def _energy_matching(
     problem: IsingModel, batch: SampleBatch, bracket: tuple[float, float], seed: int, n_sweeps: int = 5
 ) -> BetaEstimate:
-    spins, weights = batch.spins.to(problem.h), _weights(batch)
+    spins = batch.spins.to(problem.h)
 
     def drift(beta: float) -> Tensor:
         """Energy change of each sample under Gibbs sweeps at ``beta``, same random numbers for every ``beta``."""
         generator = torch.Generator(device=problem.h.device).manual_seed(seed)
         after = gibbs_sweeps(problem, spins, n_sweeps, beta, generator)
-        return (problem.energy(after) - problem.energy(spins)).to("cpu", torch.float64)
+        return (problem.energy(after) - problem.energy(spins)).cpu().double()
 
-    beta = _bisect(lambda value: float(weights @ drift(value)), bracket)
+    beta = _bisect(lambda value: float(drift(value).mean()), bracket)
     change = drift(beta)
     # At the temperature of the samples, p K = p under sweeps K; its derivative says that the mean drift falls with beta
     # by Var(E) - Cov(E, E'), which is half the mean squared change of the energy, for any kernel.
-    slope = 0.5 * float(weights @ change.square())
-    centered = change - float(weights @ change)
-    return BetaEstimate(beta, math.sqrt(float((weights * centered).square().sum())) / slope, "energy")
+    slope = 0.5 * float(change.square().sum())
+    return BetaEstimate(beta, float((change - change.mean()).norm()) / slope, "energy")
 
 
 def _bisect(decreasing: Callable[[float], float], bracket: tuple[float, float]) -> float:

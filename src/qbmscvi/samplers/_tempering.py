@@ -3,13 +3,17 @@ r"""Parallel tempering over block Gibbs chains.
 Replicas of every chain run at a ladder of inverse temperatures that ends at the requested one,
 :math:`\beta_1 < \dots < \beta_T = \beta`; after each sweep neighbors exchange their states with probability
 :math:`\min(1, \exp((\beta_{t+1} - \beta_t)(E_{t+1} - E_t)))`. Hot replicas cross barriers that a cold chain does not,
-so shares of far-apart modes become right. The hot replicas are kept by the sampler from one request to the next, as
-long as problems of one size are asked; a new one starts from random spins.
+so shares of far-apart modes become right.
+
+The hot replicas are the state of the sampler, kept from one request to the next as long as it is asked for as many
+chains of as many spins. Chains that a new sampler is to continue may be in equilibrium, which replicas of the wrong
+temperature would spoil. So its hot replicas start from these chains, and run by themselves before they exchange with
+them.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -38,7 +42,8 @@ class ParallelTemperingSampler(Sampler):
     n_sweeps
         Sweeps, and rounds of exchange, of chains that continue, unless the request says otherwise.
     burn_in
-        The same for chains that start from random spins.
+        The same for chains that start from random spins, and of the hot replicas alone for chains that continue without
+        any.
     """
 
     traits = SamplerTraits(target="boltzmann", is_persistent=True)
@@ -53,32 +58,48 @@ class ParallelTemperingSampler(Sampler):
         self.ladder = np.geomspace(lowest, 1.0, n_rungs)
         self.n_sweeps = n_sweeps
         self.burn_in = burn_in
-        self._hot: Tensor | None = None  # (n_rungs - 1, n_samples, n_spins)
+        self._hot: Tensor | None = None  # (n_rungs - 1, n_samples, n_spins), int8
+
+    def state_dict(self) -> dict[str, Any]:
+        """The hot replicas."""
+        return {"hot": self._hot}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the hot replicas."""
+        self._hot = state["hot"]
 
     def _sample(self, request: SamplingRequest, seed: int) -> Draw:
         problem = request.problem
         generator = torch.Generator(device=problem.h.device).manual_seed(seed)
         fresh = request.initial_spins is None
         n_sweeps = request.n_sweeps or (self.burn_in if fresh else self.n_sweeps)
-        cold = random_spins(request.n_samples, problem, generator) if fresh else request.initial_spins.to(problem.h)
-        replicas = torch.stack([*self._hot_replicas(request, generator, fresh), cold])
         betas = (self.ladder * request.beta).tolist()
-        accepted = np.zeros(len(betas) - 1)
-        for _ in range(n_sweeps):
-            replicas = torch.stack(
-                [gibbs_sweeps(problem, s, 1, beta, generator) for s, beta in zip(replicas, betas, strict=True)]
-            )
-            accepted += _exchange(problem, replicas, betas, generator)
-        self._hot = replicas[:-1]
-        rates = accepted / n_sweeps
+        n_hot = len(betas) - 1
+        if fresh:
+            cold = random_spins(request.n_samples, problem, generator)
+            hot = torch.stack([random_spins(request.n_samples, problem, generator) for _ in range(n_hot)])
+        else:
+            cold = request.initial_spins.to(problem.h)
+            if self._hot is not None and self._hot.shape[1:] == cold.shape:
+                hot = self._hot.to(problem.h)
+            else:
+                hot, _ = _temper(problem, cold.expand(n_hot, *cold.shape), betas[:-1], self.burn_in, generator)
+        replicas, rates = _temper(problem, torch.cat([hot, cold[None]]), betas, n_sweeps, generator)
+        self._hot = replicas[:-1].to(torch.int8)
         return Draw(replicas[-1], info={"n_sweeps": n_sweeps, "exchange_rate": float(rates.min())})
 
-    def _hot_replicas(self, request: SamplingRequest, generator: torch.Generator, fresh: bool) -> Tensor:
-        problem = request.problem
-        shape = (len(self.ladder) - 1, request.n_samples, problem.n_spins)
-        if not fresh and self._hot is not None and self._hot.shape == shape:
-            return self._hot.to(problem.h)
-        return torch.stack([random_spins(request.n_samples, problem, generator) for _ in range(shape[0])])
+
+def _temper(
+    problem: IsingModel, replicas: Tensor, betas: list[float], n_sweeps: int, generator: torch.Generator
+) -> tuple[Tensor, np.ndarray]:
+    """Sweep the replicas and exchange neighbors, so many times; return them and the share of exchanges, per pair."""
+    accepted = np.zeros(len(betas) - 1)
+    for _ in range(n_sweeps):
+        replicas = torch.stack(
+            [gibbs_sweeps(problem, s, 1, beta, generator) for s, beta in zip(replicas, betas, strict=True)]
+        )
+        accepted += _exchange(problem, replicas, betas, generator)
+    return replicas, accepted / n_sweeps
 
 
 def _exchange(problem: IsingModel, replicas: Tensor, betas: list[float], generator: torch.Generator) -> np.ndarray:

@@ -3,7 +3,7 @@ r"""A gate for answers that cannot be samples of the problem at the temperature 
 It rests on one fact. Let :math:`s'` be what reversible Gibbs sweeps at the temperature asked for make of :math:`s`. If
 :math:`s` is a Boltzmann sample, the pair can be exchanged: any function that changes its sign when :math:`s` and
 :math:`s'` change places is positive and negative equally often. For independent samples the signs are coin flips, given
-everything else, so that their weighted sum exceeds :math:`z` of its standard deviations with probability
+everything else, so that their sum exceeds :math:`z` of its standard deviations with probability
 :math:`e^{-z^2/2}` at most (Hoeffding's inequality), whatever the problem and however few the samples. An honest answer
 is refused by each test once in a million.
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -36,7 +36,6 @@ _ALPHA = 1e-6
 _MAX_Z = math.sqrt(-2.0 * math.log(_ALPHA))  # 5.3: no fewer than 28 samples can be refused
 _N_SWEEPS = 5
 _MAX_LOSS = 0.1
-_MIN_WEIGHTED = 32  # samples that weights must leave, so that there is something to judge
 _MIN_SORTED = 12  # distinct energies; 12 come in order by chance once in 10**8 answers
 _MIN_RETURNED = 16  # distinct states; 16 come twice, in whatever order, with probability 16! / 16**16 at most
 # Chains of which so many are elsewhere after five sweeps: if each moves with a tenth of that probability in what the
@@ -55,7 +54,6 @@ class Vetted(Composite):
     - The last answer comes back for another problem, 16 states or more of it; or chains have not moved, though of 139
       or more of them sweeps do not leave the state as it is.
     - Chains that were to go on come back sorted by energy.
-    - Weights leave fewer than 32 effective samples, and less than half of the answer.
 
     What passes may still be wrong: one of several far-apart modes, say, looks like the whole to single spin flips, and
     fewer than 28 samples prove nothing. ``info`` has ``effective_beta`` (where there is an estimate) and
@@ -83,6 +81,15 @@ class Vetted(Composite):
         self.max_ratio = max_ratio
         self._last: tuple[str, Tensor] | None = None
 
+    def state_dict(self) -> dict[str, Any]:
+        """The last answer, which must not come back."""
+        return {**super().state_dict(), "last": self._last}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the last answer."""
+        super().load_state_dict(state)
+        self._last = state["last"]
+
     def _sample_batch(self, requests: list[SamplingRequest], seeds: list[int]) -> list[Draw]:
         asked = [replace(request, seed=seed) for request, seed in zip(requests, seeds, strict=True)]
         batches = self.child.sample_batch(asked)
@@ -91,36 +98,22 @@ class Vetted(Composite):
     def _vet(self, request: SamplingRequest, batch: SampleBatch) -> Draw:
         problem = request.problem.to("cpu", torch.float64)
         spins = batch.spins.cpu()
-        weights = torch.full((len(spins),), 1.0 / len(spins), dtype=torch.float64)
-        if batch.weights is not None:
-            weights = batch.weights.to(weights) / batch.weights.sum().to(weights)
         generator = torch.Generator().manual_seed(self._own_seed(request.seed))
         swept = _sweep(problem, spins, request.beta, generator)
         energies, swept_energies = problem.energy(torch.stack([spins, swept]))
         states, swept_states = _number(spins, swept)
 
-        self._refuse_few_weights(weights)
         self._refuse_old_states(request, spins, states, int((states != swept_states).sum()))
         self._refuse_sorted(request, energies)
-        self._refuse_temperature(request, batch, weights, swept_energies - energies)
+        self._refuse_temperature(request, batch, swept_energies - energies)
 
-        facts = {"effective_share": _n_effective(states, weights) / len(spins)}
+        facts = {"effective_share": _n_effective(states) / len(spins)}
         try:
             facts["effective_beta"] = effective_beta(problem, batch).value
         except ValueError:  # flat, or all ground states: every temperature fits, or none
             pass
-        self._refuse_repeats(problem, spins, request.beta, facts, weights, swept, generator)
+        self._refuse_repeats(problem, spins, request.beta, facts, swept, generator)
         return pass_on(batch, **facts)
-
-    def _refuse_few_weights(self, weights: Tensor) -> None:
-        n_samples, n_effective = len(weights), float(1.0 / weights.square().sum())
-        if n_effective < min(_MIN_WEIGHTED, n_samples / 2):
-            msg = (
-                f"The weights of {self.child.name} make {n_samples} samples worth {n_effective:.1f}, too few to tell "
-                "samples from ground states. Lower its temperature error (`qbmscvi.samplers.Calibrated`), or use "
-                "`qbmscvi.samplers.Polished` instead of weights."
-            )
-            raise InvalidSamples(msg)
 
     def _refuse_old_states(self, request: SamplingRequest, spins: Tensor, states: Tensor, n_moved: int) -> None:
         name, start = problem_fingerprint(request.problem), request.initial_spins
@@ -147,11 +140,11 @@ class Vetted(Composite):
             )
             raise InvalidSamples(msg)
 
-    def _refuse_temperature(self, request: SamplingRequest, batch: SampleBatch, weights: Tensor, rise: Tensor) -> None:
-        beta, z = request.beta, _z_score(rise.sign(), weights)
+    def _refuse_temperature(self, request: SamplingRequest, batch: SampleBatch, rise: Tensor) -> None:
+        beta, z = request.beta, _z_score(rise.sign())
         highest, lowest = beta * self.max_ratio, beta / self.max_ratio
-        is_cold = z > _MAX_Z and float(weights @ pseudo_likelihood_score(request.problem, batch, highest)) > 0.0
-        is_hot = z < -_MAX_Z and float(weights @ pseudo_likelihood_score(request.problem, batch, lowest)) < 0.0
+        is_cold = z > _MAX_Z and float(pseudo_likelihood_score(request.problem, batch, highest).sum()) > 0.0
+        is_hot = z < -_MAX_Z and float(pseudo_likelihood_score(request.problem, batch, lowest).sum()) < 0.0
         if is_cold or is_hot:
             where = f"above {highest:.3g}, as ground states have" if is_cold else f"below {lowest:.3g}, as noise has"
             msg = (
@@ -167,16 +160,15 @@ class Vetted(Composite):
         spins: Tensor,
         beta: float,
         facts: dict[str, float],
-        weights: Tensor,
         swept: Tensor,
         generator: torch.Generator,
     ) -> None:
-        z, _ = _loss_of_states(spins, swept, weights, generator)
+        z, _ = _loss_of_states(spins, swept, generator)
         if z <= _MAX_Z:
             return
         # Samples that are colder than asked for, within the limits, lose states as well, but not at their own beta.
         again = _sweep(problem, spins, facts.get("effective_beta", beta), generator)
-        z, share = _loss_of_states(spins, again, weights, generator)
+        z, share = _loss_of_states(spins, again, generator)
         if z > _MAX_Z and share > _MAX_LOSS:
             msg = (
                 f"The answer of {self.child.name} repeats states: {len(spins)} samples are worth "
@@ -196,23 +188,22 @@ def _number(spins: Tensor, swept: Tensor) -> tuple[Tensor, ...]:
     return torch.unique(torch.cat([spins, swept]), dim=0, return_inverse=True)[1].split(len(spins))
 
 
-def _loss_of_states(spins: Tensor, swept: Tensor, weights: Tensor, generator: torch.Generator) -> tuple[float, float]:
+def _loss_of_states(spins: Tensor, swept: Tensor, generator: torch.Generator) -> tuple[float, float]:
     """Significance and size of the loss of known states: share of the rows in them, before less after the sweeps."""
     states, swept_states = _number(spins, swept)
     # A quarter of the answer says which states to look for in the rest, which is independent of it.
     chosen, rest = torch.randperm(len(states), generator=generator).tensor_split([len(states) // 4])
     is_known, stays = (torch.isin(values[rest], states[chosen]) for values in (states, swept_states))
-    change, weights = is_known.double() - stays.double(), weights[rest]
-    return _z_score(change, weights), float(weights @ change / weights.sum())
+    change = is_known.double() - stays.double()
+    return _z_score(change), float(change.mean())
 
 
-def _z_score(signs: Tensor, weights: Tensor) -> float:
-    """Weighted sum of -1, 0 and +1 over the standard deviation it has if signs are coin flips."""
-    scale = float((weights * signs).square().sum().sqrt())
-    return float(weights @ signs) / scale if scale > 0.0 else 0.0
+def _z_score(signs: Tensor) -> float:
+    """Sum of -1, 0 and +1 over the standard deviation it has if signs are coin flips."""
+    scale = float(signs.norm())
+    return float(signs.sum()) / scale if scale > 0.0 else 0.0
 
 
-def _n_effective(states: Tensor, weights: Tensor) -> float:
+def _n_effective(states: Tensor) -> float:
     """Effective number of distinct states, given as numbers."""
-    shares = torch.zeros(int(states.max()) + 1, dtype=weights.dtype).index_add_(0, states, weights)
-    return float(1.0 / shares.square().sum())
+    return len(states) ** 2 / float(states.bincount().square().sum())
