@@ -17,7 +17,7 @@ from qbmscvi._callbacks import _MAX_STALENESS
 from qbmscvi._module import resolve_latent_sizes
 from qbmscvi._prior import _TRACKING_SHARE
 from qbmscvi._scanvae import QBMSCANVAE
-from qbmscvi._training_plan import _LATE_PRIOR_LR_SHARE, _PRIOR_LR_SHARE, QBMTrainingPlan, auto_kl_warmup
+from qbmscvi._training_plan import _PRIOR_LR_SHARE, QBMTrainingPlan, auto_kl_warmup
 from qbmscvi.diagnostics._partition import _MAX_ENUMERATED, _MAX_TREEWIDTH
 from qbmscvi.enumeration import MAX_ENUMERATED_SPINS
 from qbmscvi.samplers import SamplerTraits, Vetted, build_kaiwu_sampler
@@ -87,15 +87,12 @@ def wrong_in_source(source: str) -> list[str]:
 
 
 ORDINAL = {
-    Fraction(1, 5): "fifth",
     Fraction(1, 8): "one chain in eight",
     Fraction(1, 10): "tenth",
     Fraction(1, 40): "fortieth",
 }
 WARMUP = ORDINAL[Fraction(auto_kl_warmup(10_000), 10_000)]
-PRIOR_RATE, LATE_PRIOR_RATE = (
-    ORDINAL[Fraction(share).limit_denominator(100)] for share in (_PRIOR_LR_SHARE, _LATE_PRIOR_LR_SHARE)
-)
+PRIOR_RATE = ORDINAL[Fraction(_PRIOR_LR_SHARE).limit_denominator(100)]
 NUMBER = {2: "two", 4: "four", 20: "twenty"}
 schedule = qbmscvi.SamplingSchedule()
 # What pages say of the code's numbers, with these filled in.
@@ -124,7 +121,6 @@ CLAIMS = [
     ),
     ("docs/model.md", f"learns at a {PRIOR_RATE} of the networks'"),
     ("docs/settings.md", f"by default a {PRIOR_RATE} of `lr`"),
-    ("docs/settings.md", f"of a prior at a {LATE_PRIOR_RATE} of `lr`"),
     ("docs/settings.md", f'`"{default(QBMTrainingPlan, "n_epochs_kl_warmup")}"` is the first {WARMUP} of the steps'),
     ("docs/samplers.md", f"older than `max_staleness` steps: {_MAX_STALENESS}, and without limit"),
     ("docs/samplers.md", f"off by more than a factor of {NUMBER[int(default(Vetted, 'max_ratio'))]},"),
