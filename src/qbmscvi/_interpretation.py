@@ -136,7 +136,7 @@ class InterpretationMixin:
                 n_at_once = max(1, _ENTRIES_PER_PASS // (2 * len(z) * len(genes)))
                 for start in range(0, len(chosen), n_at_once):
                     units = [n_gaussian + spin for spin in chosen[start : start + n_at_once]]
-                    effect[start : start + len(units)] += self._flip(z, given, units).sum(1).double().cpu()
+                    effect[start : start + len(units)] += self._flip(z, given, units).sum(1).cpu().double()
         module.train(was_training)
 
         effect = (effect / len(rows)).numpy()
