@@ -228,8 +228,12 @@ def test_everything_but_log_prob_is_scvis():
             torch.manual_seed(0)
             draws.append(distribution.sample((2,)))
         assert torch.equal(*draws)
-    normal = scvi.distributions.Normal(parameters["mu"], parameters["mu"])
-    assert with_sparse_log_prob(normal) is normal
+    normal = scvi.distributions.Normal(parameters["mu"], parameters["mu"], normal_mu=parameters["mu"])
+    ours = with_sparse_log_prob(normal)
+    assert isinstance(ours, scvi.distributions.Normal)
+    for key in ("mu", "scale"):
+        assert torch.equal(ours.get_normalized(key), normal.get_normalized(key))
+    assert torch.equal(ours.stddev, normal.stddev)
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,7 @@ CONSTRUCTIONS = [
             ("zinb", "SparseZeroInflatedNegativeBinomial"),
             ("nb", "SparseNegativeBinomial"),
             ("poisson", "SparsePoisson"),
-            ("normal", "Normal"),
+            ("normal", "RebuildableNormal"),
         ]
     ),
     pytest.param({"dispersion": "gene"}, {}, lambda module, px: module.px_r.shape == (N_GENES,), id="dispersion-gene"),

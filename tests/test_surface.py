@@ -107,9 +107,9 @@ SURFACE = {
         "trainer_kwargs",
     ),
     "transfer_fields": ("inherited", "adata"),
-    "update_setup_method_args": ("inherited", "setup_method_args"),
+    "update_setup_method_args": ("overridden", "setup_method_args"),
     "view_anndata_setup": ("inherited", "adata hide_state_registries"),
-    "view_registry": ("inherited", "hide_state_registries"),
+    "view_registry": ("overridden", "hide_state_registries"),
     "view_setup_args": ("inherited", "dir_path prefix"),
     "view_setup_method_args": ("inherited", ""),
 }

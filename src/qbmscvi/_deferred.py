@@ -50,6 +50,16 @@ class DeferredInitialization(BaseModelClass):
             raise ValueError(msg)
         return super().get_var_names(*args, **kwargs)
 
+    # Both fail in scvi-tools 1.4, which looks for the registry under a name that it never sets.
+
+    def view_registry(self, hide_state_registries: bool = False) -> None:
+        """Print a summary of the registry; arguments as in scvi-tools."""
+        self.view_anndata_setup(hide_state_registries=hide_state_registries)
+
+    def update_setup_method_args(self, setup_method_args: dict) -> None:
+        """Update the arguments of ``setup_anndata`` in the registry; arguments as in scvi-tools."""
+        self.registry_["setup_args"].update(setup_method_args)
+
     def _require_module(self) -> nn.Module:
         if self.module is None:
             msg = (

@@ -334,11 +334,11 @@ class LikelihoodMixin:
             log_qz = FactorialPosterior(*(p[k] for p in parameters)).log_prob(hard).sum(-1)
             log_proposal = torch.logaddexp(log_proposal, log_qz)
         # log Z cancels: it is in p(z) and in every p(x_n).
-        log_weights = (log_target - log_proposal + module.prior.distribution().log_prob(hard)).double()
+        log_weights = (log_target - log_proposal + module.prior.distribution().log_prob(hard)).cpu().double()
         if truncation:
             log_mean = torch.logsumexp(log_weights, 0) - math.log(len(log_weights))
             log_weights = log_weights.clamp(max=log_mean + 0.5 * math.log(len(log_weights)))
-        return torch.softmax(log_weights, 0).cpu().numpy()
+        return torch.softmax(log_weights, 0).numpy()
 
     @torch.inference_mode()
     def get_aggregated_posterior(

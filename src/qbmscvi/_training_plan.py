@@ -276,6 +276,8 @@ class QBMTrainRunner(TrainRunner):
         Learning rates have the names that they have in scVI, whose Adam lends its name to AdamW, with ``-prior`` for
         that of the prior; Lightning numbers the parameter groups.
         """
+        if not self.trainer.optimizers:  # stopped before it began
+            return
         optimizer = type(self.trainer.optimizers[0]).__name__
         ours = "lr-Adam" if optimizer == "AdamW" else f"lr-{optimizer}"
         linear, prior, others = (f"lr-{optimizer}/pg{group}" for group in (1, 2, 3))

@@ -9,9 +9,11 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
+from scvi.dataloaders import DataSplitter
 from torch.distributions import kl_divergence
 
 from qbmscvi import QBMSCANVI, QBMSCVI, SamplingSchedule
+from qbmscvi._training_plan import _avoid_batches_of_one
 from qbmscvi.datasets import synthetic_counts
 from qbmscvi.distributions import FactorialPosterior
 from qbmscvi.exceptions import TrainingDivergedError
@@ -287,6 +289,18 @@ def test_ctrl_c_before_the_first_step_leaves_an_untrained_model(plant):
     assert_equal_states(networks, state_of(model))
 
 
+def test_ctrl_c_while_training_is_set_up_leaves_an_untrained_model():
+    class Early(Callback):
+        def setup(self, trainer, pl_module, stage):
+            raise KeyboardInterrupt
+
+    model = build()
+    with pytest.raises(SystemExit):
+        model.train(**QUICK, callbacks=[Early()])
+    assert not model.is_trained
+    assert not model.module.training
+
+
 def test_ctrl_c_closes_the_worker_of_a_remote_sampler():
     class Remote(BlockGibbsSampler):
         traits = BlockGibbsSampler.traits.__class__(**{**vars(BlockGibbsSampler.traits), "is_remote": True})
@@ -303,3 +317,21 @@ def test_ctrl_c_closes_the_worker_of_a_remote_sampler():
         model.train(**QUICK, sampler=Remote(), callbacks=[Stop(3, error=KeyboardInterrupt())])
     assert not plans[0].sampling.broker.is_busy
     assert np.isfinite(model.get_latent_representation()).all()
+
+
+@pytest.mark.parametrize(
+    ("n_cells", "drop_dataset_tail", "is_left_out"),
+    [
+        pytest.param(130, False, True, id="65-each"),
+        pytest.param(129, False, True, id="65-each-one-twice"),
+        pytest.param(129, True, False, id="64-each"),
+        pytest.param(65, False, False, id="33-each"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Last batch will have a small size")
+def test_batches_of_each_process_are_counted_where_several_train(n_cells, drop_dataset_tail, is_left_out):
+    model = build(n_cells=n_cells)
+    options = {"distributed_sampler": True, "drop_dataset_tail": drop_dataset_tail}
+    splitter = DataSplitter(model.adata_manager, train_size=1.0, batch_size=64, **options)
+    _avoid_batches_of_one(splitter, model.module, n_ranks=2)
+    assert splitter.drop_last == is_left_out
