@@ -227,7 +227,8 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
 
             return create_grouped
 
-        shared = {"fused": True} if self.device.type in ("cpu", "cuda") else {}
+        is_wanted = getattr(self, "fused_optimizer", True)  # an argument since scvi-tools 1.5
+        shared = {"fused": True} if is_wanted and self.device.type in ("cpu", "cuda") else {}
         linear_ids = {id(layer.weight) for layer in self.module.modules() if isinstance(layer, Linear)}
 
         def create_decayed(parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
