@@ -7,6 +7,7 @@ import re
 import threading
 import zipfile
 from dataclasses import replace
+from inspect import signature
 
 import dimod
 import networkx as nx
@@ -432,6 +433,15 @@ def test_fused_optimizer_makes_the_steps_of_scvis(adata, optimizer):
     assert flags == [True] * 3
     assert plain_flags == [None] * 3
     np.testing.assert_allclose(fused, plain, rtol=1e-7)
+
+
+@pytest.mark.skipif(
+    "fused_optimizer" not in signature(scvi.train.TrainingPlan.__init__).parameters,
+    reason="an argument of scvi-tools 1.5 and newer",
+)
+def test_fused_optimizer_can_be_declined(adata):
+    model = train(build(adata), max_epochs=1, plan_kwargs={"fused_optimizer": False})
+    assert not any(group["fused"] for group in model.trainer.optimizers[0].param_groups)
 
 
 def test_config_objects_of_scvi_do_not_bring_its_defaults_back(adata):
