@@ -326,9 +326,10 @@ SHOWN = (
 
 def named(name: str) -> Callable[[Task], Fit]:
     """The setting as a model of :func:`~qbmscvi.benchmark.compare`, which tells functions apart by their names."""
+    model = LEVERS[name]
 
     def lever(task: Task) -> Fit:
-        return LEVERS[name](task)
+        return model(task)
 
     lever.__name__ = name
     return lever

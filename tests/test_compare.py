@@ -215,7 +215,8 @@ def fake_records():
                     "knn_accuracy": offset + split + 0.001 * rng.normal(),
                     "elbo": None if model == "PCA" else -9.0,
                 }
-                facts = {"n_cells": 10, "n_genes": 5, "max_epochs": 2, "cpu_s": 1.0, "versions": {}, "commit": "abc"}
+                facts = {"n_cells": 10, "n_genes": 5, "max_epochs": 2, "cpu_s": 1.0, "versions": {}, "settings": {}}
+                facts["commit"] = "abc"
                 key = {"data": data, "model": model, "seed": seed, "schedule": "native"}
                 records.append({**key, **facts, "scores": scores})
             shuffled = {"model": "QBMSCVI, J shuffled", "scores": {"elbo": -9.5}}

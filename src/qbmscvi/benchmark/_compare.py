@@ -2,7 +2,8 @@
 
 A record is a dictionary, one line of a JSON-lines file: ``data``, ``model``, ``seed`` and ``schedule`` name the run,
 ``scores`` holds the numbers, ``settings``, ``versions`` and ``commit`` say exactly what was run, ``cpu_s`` what it
-cost. A run that the file has is not repeated, so a comparison goes on where it stopped.
+cost. A run that the file has is not repeated, so a comparison goes on where it stopped; one that was made with other
+settings of its model stays in the file and is not used.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import re
 import subprocess
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -25,12 +28,14 @@ import scvi
 import torch
 
 from qbmscvi._counts import check_counts
+from qbmscvi.benchmark._definitions import agree, agreed, define
 from qbmscvi.benchmark._metrics import as_codes, as_order
 from qbmscvi.benchmark._models import (
     MODEL_NAMES,
     MODELS,
     SHUFFLED,
     Fit,
+    NeuralModel,
     Schedule,
     Task,
     available_models,
@@ -41,9 +46,11 @@ from qbmscvi.benchmark._scores import N_NEIGHBORS, require_extra, score_all
 from qbmscvi.exceptions import require_integer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from anndata import AnnData
+
+    from qbmscvi.benchmark._definitions import Definition
 
     Model = Callable[[Task], Fit | np.ndarray]
     Record = dict[str, Any]
@@ -93,7 +100,9 @@ def compare(
     models
         Names from :data:`~qbmscvi.benchmark.MODEL_NAMES`, or functions of your own, which take a
         :class:`~qbmscvi.benchmark.Task` and return a :class:`~qbmscvi.benchmark.Fit` or just the representation; their
-        ``__name__`` names them in the records. None for all names that suit the data.
+        ``__name__`` names them in the records. None for all names that suit the data. Runs in the file count as done
+        if the function had the same code, arguments of a partial, defaults, closure, attributes and globals; what a
+        run itself changes, such as a counter, does not matter.
     n_seeds, first_seed
         Number of seeds and the first of them; one run per model and seed.
     max_epochs
@@ -124,6 +133,12 @@ def compare(
     TypeError, ValueError
         If an argument does not fit; before any training.
 
+    Warns
+    -----
+    UserWarning
+        If the file has runs of a model with other settings, or of another version of this package: they stay there, are
+        not used, and their seeds are run again.
+
     Examples
     --------
     >>> import qbmscvi
@@ -150,7 +165,10 @@ def compare(
         max_epochs = get_max_epochs_heuristic(adata.n_obs)
     require_integer("max_epochs", max_epochs, 1)
     facts = {"n_cells": adata.n_obs, "n_genes": adata.n_vars, "max_epochs": int(max_epochs)}
-    done = _read_done(records, name, schedule, facts)
+    keys = {"label_key": label_key, "batch_key": batch_key, "order_key": order_key}
+    first = Task(adata, batch_key, first_seed, int(max_epochs), schedule, accelerator)
+    definitions = cache(lambda model: _define(model, chosen[model], first))
+    done = _read_done(records, name, schedule, {**facts, **keys}, chosen, definitions)
 
     labels = np.asarray(adata.obs[label_key], dtype=str)
     batches = None if batch_key is None else np.asarray(adata.obs[batch_key], dtype=str)
@@ -169,9 +187,11 @@ def compare(
         with _quiet():
             scvi.settings.seed = seed
             torch.set_num_threads(n_threads)  # numba, under scanpy, sets the threads of torch's OpenMP anew
+            before = {} if model in MODEL_NAMES else define(chosen[model])
             started = time.process_time()
             fit = chosen[model](task)
             seconds = time.process_time() - started
+            own = {} if model in MODEL_NAMES else {"definition": agreed(before, define(chosen[model]))}
             fit = _check_fit(fit, model, adata.n_obs)
             started = time.process_time()
             scores = score_all(fit.latent, labels, batches, order, unintegrated, seed) | fit.scores
@@ -183,6 +203,8 @@ def compare(
             "scoring_cpu_s": round(time.process_time() - started, 2),
             "scores": scores,
             **facts,
+            **keys,
+            **own,
             "settings": {**fit.settings, "accelerator": accelerator, "n_threads": n_threads},
             **provenance,
         }
@@ -202,7 +224,9 @@ def latent_path(records: Path, record: Record) -> Path:
 
 
 def read_records(path: str | Path) -> list[Record]:
-    """Read the records of a JSON-lines file.
+    """Read the records of a JSON-lines file that are in force.
+
+    Of each model on a data set these are the runs with the settings of its latest run, of each seed the latest.
 
     Raises
     ------
@@ -216,7 +240,28 @@ def read_records(path: str | Path) -> list[Record]:
         except json.JSONDecodeError as error:
             msg = f"Line {number} of {path} is no record; it may have been cut off. Remove it: its run will be redone."
             raise ValueError(msg) from error
-    return found
+    latest = {(r["data"], r["schedule"], r["model"]): _recorded_definition(r) for r in found}
+    in_force = {}
+    for r in found:
+        key = (r["data"], r["schedule"], r["model"])
+        if agree(_recorded_definition(r), latest[key]):
+            in_force[*key, r["seed"]] = r
+    return list(in_force.values())
+
+
+def _define(model: str, function: Model, task: Task) -> Definition:
+    """What decides the runs of a model; of a built-in one these are the package's version and the model's arguments."""
+    if model not in MODEL_NAMES:
+        return define(function)
+    with _quiet():
+        given = _plain(function.arguments(task)) if isinstance(function, NeuralModel) else None
+    return {"qbmscvi": version("qbmscvi"), "given": given}
+
+
+def _recorded_definition(record: Record) -> Definition:
+    if record["model"] in MODEL_NAMES:
+        return {"qbmscvi": record["versions"].get("qbmscvi"), "given": record["settings"].get("given")}
+    return record.get("definition", {})
 
 
 def _check_models(models: Sequence[str | Model] | None, batch_key: str | None) -> dict[str, Model]:
@@ -303,23 +348,40 @@ def _check_fit(fit: Fit | np.ndarray, model: str, n_cells: int) -> Fit:
 
 
 def _read_done(
-    path: str | Path | None, name: str, schedule: str, facts: dict[str, int]
+    path: str | Path | None,
+    name: str,
+    schedule: str,
+    facts: dict[str, Any],
+    models: Iterable[str],
+    definitions: Callable[[str], Definition],
 ) -> dict[tuple[str, int], Record]:
-    """Finished runs of this data set and schedule, by model and seed."""
+    """Finished runs of these models on this data set, with the settings that they have now, by model and seed."""
     if path is None or not Path(path).exists():
         return {}
-    done = {}
+    done, others = {}, Counter()
     for record in read_records(path):
         if (record["data"], record["schedule"]) != (name, schedule):
             continue
-        found = {key: record[key] for key in facts}
+        found = {key: record.get(key, value) for key, value in facts.items()}  # older records lack the columns
         if found != facts:
             msg = (
                 f"{path} has runs of {name!r} with {found}, but now there are {facts}: they do not compare. Use "
                 "another file for `records`, or another `name`."
             )
             raise ValueError(msg)
-        done[record["model"], record["seed"]] = record
+        if record["model"] not in models:
+            continue
+        if agree(_recorded_definition(record), definitions(record["model"])):
+            done[record["model"], record["seed"]] = record
+        else:
+            others[record["model"]] += 1
+    for model, n_runs in others.items():
+        warnings.warn(
+            f"{path} has {n_runs} runs of {model!r} on {name!r} with other settings of the model, or of another "
+            "version of qbmscvi. They stay in the file and are not used.",
+            UserWarning,
+            stacklevel=3,
+        )
     return done
 
 
