@@ -32,7 +32,7 @@ def adata():
 def quick_scores(monkeypatch):
     """scIB compiles for half a minute; what the scores are is not the matter of most tests."""
 
-    def score(latent, labels, batches, order, unintegrated, seed):
+    def score(latent, labels, batches, order, unintegrated, seed, lineages):
         assert len(latent) == len(labels) == len(unintegrated)
         return {"knn_accuracy": float(np.abs(latent).mean()), "none": np.nan}
 
@@ -378,7 +378,7 @@ def test_prepare_keeps_labeled_cells_and_variable_genes(adata):
     assert list(few.obs_names) == list(
         prepare(adata, label_key="cell_type", layer="counts", max_cells=50, seed=1).obs_names
     )
-    with pytest.raises(ValueError, match="no column 'type'"):
+    with pytest.raises(ValueError, match="'type' is no column"):
         prepare(adata, label_key="type")
     with pytest.raises(ValueError, match="no layer 'raw'"):
         prepare(adata, label_key="cell_type", layer="raw")

@@ -28,8 +28,9 @@ import scvi
 import torch
 
 from qbmscvi._counts import check_counts
+from qbmscvi.benchmark._data import check_column, require_column
 from qbmscvi.benchmark._definitions import agree, agreed, define
-from qbmscvi.benchmark._metrics import as_codes, as_order
+from qbmscvi.benchmark._metrics import as_codes, as_numbers, as_order, order_by_lineage
 from qbmscvi.benchmark._models import (
     MODEL_NAMES,
     MODELS,
@@ -66,6 +67,7 @@ def compare(
     label_key: str,
     batch_key: str | None = None,
     order_key: str | None = None,
+    lineage_key: str | None = None,
     layer: str | None = None,
     name: str = "data",
     models: Sequence[str | Model] | None = None,
@@ -93,6 +95,8 @@ def compare(
         Column with the batch; None for data without one, on which nothing about batches is scored.
     order_key
         Numeric column with a known order, such as the day; NaN for cells off the trajectory.
+    lineage_key
+        Column with the lineage, where the order holds within each lineage only; missing for cells of none.
     layer
         Layer with the counts; None for ``X``.
     name
@@ -158,21 +162,22 @@ def compare(
     if save_latents and records is None:
         msg = "save_latents=True needs a place beside the records, but records=None. Name a file for the records."
         raise ValueError(msg)
-    adata = _check_data(adata, label_key, batch_key, order_key, layer)
+    adata = check_data(adata, label_key, batch_key, order_key, lineage_key, layer)
     if max_epochs is None:
         from scvi.model._utils import get_max_epochs_heuristic
 
         max_epochs = get_max_epochs_heuristic(adata.n_obs)
     require_integer("max_epochs", max_epochs, 1)
     facts = {"n_cells": adata.n_obs, "n_genes": adata.n_vars, "max_epochs": int(max_epochs)}
-    keys = {"label_key": label_key, "batch_key": batch_key, "order_key": order_key}
+    keys = {"label_key": label_key, "batch_key": batch_key, "order_key": order_key, "lineage_key": lineage_key}
     first = Task(adata, batch_key, first_seed, int(max_epochs), schedule, accelerator)
     definitions = cache(lambda model: _define(model, chosen[model], first))
     done = _read_done(records, name, schedule, {**facts, **keys}, chosen, definitions)
 
     labels = np.asarray(adata.obs[label_key], dtype=str)
     batches = None if batch_key is None else np.asarray(adata.obs[batch_key], dtype=str)
-    order = None if order_key is None else adata.obs[order_key].to_numpy(dtype=np.float64)
+    order = None if order_key is None else as_numbers(adata.obs[order_key])
+    lineages = None if lineage_key is None else adata.obs[lineage_key].to_numpy(dtype=object)
     seeds = range(first_seed, first_seed + n_seeds)
     runs = [(seed, model) for seed in seeds for model in chosen]
     open_runs = [(seed, model) for seed, model in runs if (model, seed) not in done]
@@ -194,7 +199,7 @@ def compare(
             own = {} if model in MODEL_NAMES else {"definition": agreed(before, define(chosen[model]))}
             fit = _check_fit(fit, model, adata.n_obs)
             started = time.process_time()
-            scores = score_all(fit.latent, labels, batches, order, unintegrated, seed) | fit.scores
+            scores = score_all(fit.latent, labels, batches, order, unintegrated, seed, lineages) | fit.scores
         key = {"data": name, "model": model, "seed": seed, "schedule": schedule}
         record = {
             **{**key, "model": "QBMSCVI" if model == SHUFFLED else model},
@@ -295,14 +300,21 @@ def _check_models(models: Sequence[str | Model] | None, batch_key: str | None) -
     return chosen
 
 
-def _check_data(
-    adata: AnnData, label_key: str, batch_key: str | None, order_key: str | None, layer: str | None
+def check_data(
+    adata: AnnData,
+    label_key: str,
+    batch_key: str | None,
+    order_key: str | None,
+    lineage_key: str | None,
+    layer: str | None,
 ) -> AnnData:
     """Check everything that would fail after training; return a copy with the counts in ``X``."""
-    for what, key in (("label_key", label_key), ("batch_key", batch_key), ("order_key", order_key)):
-        if key not in adata.obs and not (key is None and what != "label_key"):
-            msg = f"{what}={key!r} is no column of `adata.obs`. There are: {', '.join(map(repr, adata.obs))}."
-            raise ValueError(msg)
+    keys = {"label_key": label_key, "batch_key": batch_key, "order_key": order_key, "lineage_key": lineage_key}
+    for what, key in keys.items():
+        if what == "order_key" and key is not None:
+            require_column(adata.obs, key, what)
+        elif key is not None or what == "label_key":
+            check_column(adata.obs, key, what, may_miss=what == "lineage_key")
     if layer is not None and layer not in adata.layers:
         msg = f"layer={layer!r} is no layer of the data. There are: {', '.join(map(repr, adata.layers)) or 'none'}."
         raise ValueError(msg)
@@ -325,13 +337,21 @@ def _check_data(
             )
             raise ValueError(msg)
     if order_key is not None:
-        as_order(adata.obs[order_key].to_numpy(), adata.n_obs, N_NEIGHBORS)
+        order = as_order(adata.obs[order_key], adata.n_obs, N_NEIGHBORS, "order_key")
+    if lineage_key is not None:
+        if order_key is None:
+            msg = (
+                f"lineage_key={lineage_key!r} is given but `order_key` is not. Pass the order that holds within these "
+                "lineages too, or leave `lineage_key` out."
+            )
+            raise ValueError(msg)
+        order_by_lineage(adata.obs[lineage_key], order, N_NEIGHBORS, "lineage_key")
     counts = adata.X if layer is None else adata.layers[layer]
     if counts is None:
         msg = "The data have no `X`. Choose the layer with raw counts with `layer`."
         raise ValueError(msg)
     check_counts(counts, adata.n_obs)
-    columns = [key for key in (label_key, batch_key, order_key) if key is not None]
+    columns = list(dict.fromkeys(key for key in keys.values() if key is not None))
     return type(adata)(counts.copy(), obs=adata.obs[columns].copy(), var=adata.var[[]].copy())
 
 

@@ -51,6 +51,7 @@ def score_all(
     order: np.ndarray | None,
     unintegrated: np.ndarray,
     seed: int,
+    lineages: np.ndarray | None = None,
 ) -> dict[str, float]:
     """Score a latent representation in every way.
 
@@ -65,6 +66,8 @@ def score_all(
         of the batch is left.
     seed
         Seed of folds and clusters.
+    lineages
+        Lineage of each cell, where ``order`` holds within each only; missing for cells of none.
 
     Returns
     -------
@@ -78,7 +81,7 @@ def score_all(
         warnings.simplefilter("ignore")
         clusters = _leiden(latent, labels, seed)
         return {
-            **score_latent(latent, labels, batches, order=order, n_neighbors=N_NEIGHBORS, seed=seed),
+            **score_latent(latent, labels, batches, order=order, lineages=lineages, n_neighbors=N_NEIGHBORS, seed=seed),
             **_scib(latent, labels, batches, unintegrated, clusters),
             **clusters,
             **_boosting(latent, labels, seed),
