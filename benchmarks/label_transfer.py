@@ -24,11 +24,10 @@ import numpy as np
 import pandas as pd
 import scvi
 import torch
-from scipy import stats
 from sklearn.metrics import f1_score
 
 import qbmscvi
-from qbmscvi.benchmark import prepare
+from qbmscvi.benchmark import paired_difference, prepare
 
 HERE = Path(__file__).parent
 DATA_SETS = {"kang_ifnb": "batch", "pbmc_facs": None}
@@ -74,12 +73,11 @@ def run(adata: anndata.AnnData, name: str, batch_key: str | None, seed: int) -> 
     }
 
 
-def paired_difference(table: pd.DataFrame, model: str, reference: str, metric: str) -> str:
+def difference(table: pd.DataFrame, model: str, reference: str, metric: str) -> str:
     """Mean over seeds of model minus reference, with the 95 % interval of Student's t."""
     wide = table.pivot(index="seed", columns="model", values=metric)
-    difference = (wide[model] - wide[reference]).dropna().to_numpy()
-    half = stats.t.ppf(0.975, len(difference) - 1) * difference.std(ddof=1) / np.sqrt(len(difference))
-    return f"{difference.mean():+.4f} ({difference.mean() - half:+.4f} to {difference.mean() + half:+.4f})"
+    result = paired_difference(wide[model], wide[reference])
+    return f"{result.mean:+.4f} ({result.low:+.4f} to {result.high:+.4f})"
 
 
 def write_table(records_path: Path, table_path: Path) -> None:
@@ -106,7 +104,7 @@ def write_table(records_path: Path, table_path: Path) -> None:
         lines += ["", "Paired differences over seeds (95 % interval, Student's t):", ""]
         lines += ["| | against | " + " | ".join(METRICS.values()) + " |", "|---|---|---|---|"]
         for reference in [name for name in REFERENCES if name in set(part["model"])]:
-            cells = [paired_difference(part, "QBMSCANVI", reference, metric) for metric in METRICS]
+            cells = [difference(part, "QBMSCANVI", reference, metric) for metric in METRICS]
             lines.append(f"| QBMSCANVI | {reference} | " + " | ".join(cells) + " |")
         lines.append("")
     table_path.write_text("\n".join(lines))

@@ -27,7 +27,7 @@ from scvi.model import SCVI
 from scvi.train import TrainingPlan
 
 from qbmscvi import QBMSCVI, QBMTrainingPlan, SamplingSchedule
-from qbmscvi.benchmark import METRICS, compare, paired_difference, pooled_difference, read_records
+from qbmscvi.benchmark import METRICS, Difference, compare, pooled_difference, read_records
 from qbmscvi.benchmark.__main__ import add_options, arguments
 from qbmscvi.benchmark._models import MODELS, NeuralModel
 from qbmscvi.benchmark._report import as_table, compute_differences
@@ -219,9 +219,10 @@ SHOWN = (
 
 def named(name: str) -> Callable[[Task], Fit]:
     """The setting as a model of :func:`~qbmscvi.benchmark.compare`, which tells functions apart by their names."""
+    model = LEVERS[name]
 
     def lever(task: Task) -> Fit:
-        return LEVERS[name](task)
+        return model(task)
 
     lever.__name__ = name
     return lever
@@ -233,10 +234,10 @@ def to_markdown(records: list[dict], defaults: list[dict], long: list[dict]) -> 
         "# What else was tried",
         "",
         "Written by `levers.py`. Each setting minus the default, or minus what is named: mean of paired differences "
-        "over seeds, Student's 95 % interval in brackets; over several data sets, the mean of their means, with the "
-        "interval of a bootstrap of data sets and seeds, which is too narrow where these are few. The settings were "
-        "tried on the data sets that judge them, and many scores are shown: one interval in twenty misses zero by "
-        "chance alone. Held-out ELBO in nats per cell.",
+        "over seeds, Student's 95 % interval in brackets; over several data sets, the mean of their means, with "
+        "Student's interval over these means, which is wide where they are few. The settings were tried on the data "
+        "sets that judge them, and many scores are shown: one interval in twenty misses zero by chance alone. Held-out "
+        "ELBO in nats per cell.",
         "",
         f"Commits {', '.join(sorted({r['commit'] or 'none' for r in records + long}))}.",
         *_section("Several data sets", records, defaults, n_sets=2),
@@ -265,24 +266,20 @@ def _section(heading: str, tried: list[dict], beside: list[dict], n_sets: int = 
 
 def _beside_scvi(tried: list[dict], beside: list[dict]) -> list[str]:
     """The settings that were tried on all data sets with the first seeds, against the best variant of scVI."""
-    native = [r for r in beside if r["schedule"] == "native"]
+    sets = {r["data"] for r in tried}
+    native = [r for r in beside if r["schedule"] == "native" and r["data"] in sets]
     full = {(r["data"], r["seed"]) for r in native if r["model"] == "SCVI" and r["seed"] < N_SEEDS}
     names = [n for n in LEVERS if full <= {(r["data"], r["seed"]) for r in tried if r["model"] == n}]
     runs = [{**r, "model": f"QBMSCVI, {r['model']}"} for r in tried if r["model"] in names]
     differences = compute_differences(as_table(native + runs))
-    differences = differences.set_index(["model", "reference", "metric", "data"]).sort_index()
-    shown = [metric for metric in SHOWN if metric in differences.index.levels[2]]
+    pooled = differences[differences["data"] == "all"].set_index(["model", "reference", "metric"]).sort_index()
+    pooled = pooled[[*Difference._fields]]
+    shown = [metric for metric in SHOWN if metric in pooled.index.levels[2]]
     rows = []
     for name in ["QBMSCVI", *(f"QBMSCVI, {name}" for name in ["J = 0", *names])]:
         for reference in ("best SCVI of other seeds", "best SCVI"):
             cells = ["the default" if name == "QBMSCVI" else name.removeprefix("QBMSCVI, "), reference]
-            for metric in shown:
-                of_sets = differences.loc[(name, reference, metric)]
-                if "all" in of_sets.index:
-                    mean, low, high = of_sets.loc["all", ["mean", "bootstrap_low", "bootstrap_high"]]
-                else:
-                    mean, low, high = of_sets[["mean", "t_low", "t_high"]].iloc[0]
-                cells.append(_interval(metric, mean, low, high))
+            cells += [_interval(metric, Difference(*pooled.loc[(name, reference, metric)])) for metric in shown]
             rows.append(_row(cells))
     titles = ["setting", "minus", *(METRICS[metric].title for metric in shown)]
     text = (
@@ -313,18 +310,11 @@ def _difference(pairs: dict[str, list[tuple[dict, dict]]], metric: str) -> str:
     known = {data: np.array(values).T for data, values in both.items() if None not in np.ravel(values)}
     if not known:
         return ""
-    if len(known) > 1:
-        pooled = pooled_difference({data: one - other for data, (one, other) in known.items()})
-        is_spread_known = min(len(one) for one, _ in known.values()) > 1
-        mean, low, high = pooled.mean, pooled.low if is_spread_known else np.nan, pooled.high
-    else:
-        ((one, other),) = known.values()
-        paired = paired_difference(one, other)
-        mean, low, high = paired.mean, paired.t_low, paired.t_high
-    return _interval(metric, mean, low, high)
+    return _interval(metric, pooled_difference({data: one - other for data, (one, other) in known.items()}))
 
 
-def _interval(metric: str, mean: float, low: float, high: float) -> str:
+def _interval(metric: str, difference: Difference) -> str:
+    mean, low, high, _ = difference
     digits = 1 if metric == "elbo" else 3
     interval = f" ({low:+.{digits}f} to {high:+.{digits}f})" if np.isfinite(low) else ""
     return f"{mean:+.{digits}f}{interval}"

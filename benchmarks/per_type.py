@@ -83,7 +83,7 @@ def to_markdown(scores: dict, commits: set[str]) -> str:
 def _difference(ours: dict, theirs: dict, kind: str) -> str:
     seeds = sorted(set(ours) & set(theirs))
     result = paired_difference([ours[s][kind][1] for s in seeds], [theirs[s][kind][1] for s in seeds])
-    return f"{result.mean:+.3f} ({result.t_low:+.3f} to {result.t_high:+.3f})"
+    return f"{result.mean:+.3f} ({result.low:+.3f} to {result.high:+.3f})"
 
 
 def _row(cells: list[str]) -> str:

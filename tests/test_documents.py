@@ -86,9 +86,7 @@ def intervals_without_a_source(text: str) -> list[tuple[str, ...]]:
     tables = [(folder / name).read_text() for name in ("LEVERS.md", "PER_TYPE.md")]
     known = [[float(number) for number in match] for table in tables for match in INTERVAL.findall(table)]
     for row in csv.DictReader((folder / "results" / "differences.csv").open()):
-        names = ("mean", "bootstrap_low", "bootstrap_high") if row["data"] == "all" else ("mean", "t_low", "t_high")
-        if all(row[name] for name in names):
-            known.append([float(row[name]) for name in names])
+        known.append([float(row[name]) for name in ("mean", "low", "high")])
     known += [[-mean, -high, -low] for mean, low, high in known]
 
     def is_known(stated: tuple[str, ...]) -> bool:

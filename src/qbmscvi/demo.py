@@ -12,6 +12,7 @@ import argparse
 import json
 import logging
 import platform
+import sys
 import time
 import warnings
 from importlib.metadata import version
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
     from qbmscvi import QBMSCVI
 
+_OPTIONS = {name: f"--{name.replace('_', '-')}" for name in ("label_key", "batch_key", "order_key", "layer", "n_genes")}
+_OPTIONS |= {"max_epochs": "--max-epochs", "threads": "--threads", "sampler": "--sampler"}
+_SAMPLERS = ("gibbs", "parallel_tempering", "simulated_annealing", "path_integral_annealing", "coherent_ising")
 _MAX_SCORED_CELLS = 20_000
 _COLUMNS = {
     "reconstruction": "held-out reconstruction, nats (lower)",
@@ -60,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--latent", choices=["spins", "gaussian-spins"], default="spins", help="latent family of QBMSCVI"
     )
-    parser.add_argument("--sampler", default="gibbs", help="gibbs, simulated_annealing or exact")
+    parser.add_argument("--sampler", choices=_SAMPLERS, default="gibbs", help="sampler of QBMSCVI (default gibbs)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="threads of torch; the matrices are small (default 1)")
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for table and figures")
@@ -72,10 +76,18 @@ def load_counts(options: argparse.Namespace) -> AnnData:
 
     Raises
     ------
-    SystemExit
-        If the file or a column is missing; the message names what there is.
+    ValueError
+        If the file cannot be read, or a column or number does not fit.
     """
+    from qbmscvi.benchmark._compare import check_data
+    from qbmscvi.benchmark._data import labeled_cells
     from qbmscvi.datasets import synthetic_counts
+    from qbmscvi.exceptions import require_integer
+
+    require_integer("n_genes", options.n_genes, 1)
+    require_integer("threads", options.threads, 1)
+    if options.max_epochs is not None:
+        require_integer("max_epochs", options.max_epochs, 1)
 
     if options.data is None:
         options.batch_key, options.label_key, options.order_key = "batch", "cell_type", "pseudotime"
@@ -84,22 +96,19 @@ def load_counts(options: argparse.Namespace) -> AnnData:
     import scanpy as sc
 
     if not options.data.is_file():
-        msg = f"error: {options.data} is not a file. Pass --data with the path of an .h5ad file."
-        raise SystemExit(msg)
+        msg = f"--data {options.data} is not a file. Pass the path of an .h5ad file."
+        raise ValueError(msg)
+    try:
+        adata = anndata.read_h5ad(options.data)
+    except OSError as error:
+        msg = f"--data {options.data} cannot be read as an .h5ad file: {error}. Pass another file."
+        raise ValueError(msg) from error
     if options.label_key is None:
-        msg = "error: --label-key is needed with --data: the column of obs with the cell type."
-        raise SystemExit(msg)
-    adata = anndata.read_h5ad(options.data)
-    if options.layer is not None:
-        if options.layer not in adata.layers:
-            msg = f"error: there is no layer {options.layer!r}. There are: {', '.join(adata.layers) or 'none'}."
-            raise SystemExit(msg)
-        adata.X = adata.layers[options.layer]
-    for key in filter(None, (options.batch_key, options.label_key, options.order_key)):
-        if key not in adata.obs:
-            msg = f"error: there is no column {key!r} in obs. There are: {', '.join(adata.obs)}."
-            raise SystemExit(msg)
-    adata = adata[adata.obs[options.label_key].notna()].copy()
+        columns = ", ".join(map(repr, adata.obs)) or "none"
+        msg = f"`label_key` is needed with --data: the column of obs with the cell type. There are: {columns}."
+        raise ValueError(msg)
+    adata = adata[labeled_cells(adata.obs, options.label_key)]
+    adata = check_data(adata, options.label_key, options.batch_key, options.order_key, None, options.layer)
     if adata.n_vars > options.n_genes:
         # The pearson-residual flavor takes counts and needs no further package.
         sc.experimental.pp.highly_variable_genes(adata, n_top_genes=options.n_genes, batch_key=options.batch_key)
@@ -145,17 +154,24 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     options = build_parser().parse_args(argv)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
-    adata = load_counts(options)
+    from qbmscvi.benchmark.__main__ import name_options
+
+    try:
+        adata = load_counts(options)
+    except ValueError as error:
+        hint = "With `make demo` the options --data, --batch-key and --label-key are DATA=, BATCH_KEY= and LABEL_KEY=."
+        sys.exit(f"error: {name_options(error, _OPTIONS)} {hint}")
 
     from scvi.model import SCVI
 
     from qbmscvi._model import QBMSCVI
     from qbmscvi.benchmark import score_latent
+    from qbmscvi.benchmark._metrics import as_numbers
 
     options.out.mkdir(parents=True, exist_ok=True)
     zeros = 1.0 - np.count_nonzero(adata.X.data if hasattr(adata.X, "data") else adata.X) / np.prod(adata.shape)
     print(f"{adata.n_obs} cells, {adata.n_vars} genes, {zeros:.0%} zeros")
-    order = None if options.order_key is None else adata.obs[options.order_key].astype(float).to_numpy()
+    order = None if options.order_key is None else as_numbers(adata.obs[options.order_key])
     scored = np.random.default_rng(options.seed).permutation(adata.n_obs)[:_MAX_SCORED_CELLS]
     runs = {
         "QBMSCVI": (QBMSCVI, {"latent": options.latent}, {"sampler": options.sampler}),

@@ -7,14 +7,13 @@ from ._data import prepare
 from ._metrics import score_latent
 from ._models import MODEL_NAMES, Fit, Task, available_models
 from ._report import METRICS, write_report
-from ._statistics import PairedDifference, PooledDifference, paired_difference, pooled_difference
+from ._statistics import Difference, paired_difference, pooled_difference
 
 __all__ = [
     "METRICS",
     "MODEL_NAMES",
+    "Difference",
     "Fit",
-    "PairedDifference",
-    "PooledDifference",
     "Task",
     "available_models",
     "compare",

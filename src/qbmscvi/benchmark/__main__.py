@@ -8,6 +8,7 @@ single one again and says how far its scores are from those in the file.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,9 +19,25 @@ from qbmscvi.benchmark._models import MODEL_NAMES
 from qbmscvi.benchmark._report import write_report
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from anndata import AnnData
+
+_OPTIONS = {
+    "label_key": "--label-key",
+    "batch_key": "--batch-key",
+    "order_key": "--order-key",
+    "lineage_key": "--lineage-key",
+    "layer": "--layer",
+    "models": "--models",
+    "n_seeds": "--seeds",
+    "first_seed": "--first-seed",
+    "max_epochs": "--epochs",
+    "schedule": "--schedule",
+    "n_genes": "--n-genes",
+    "max_cells": "--max-cells",
+    "n_threads": "--threads",
+}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +68,14 @@ def arguments(options: argparse.Namespace) -> dict:
     }
 
 
+def name_options(message: object, options: Mapping[str, str] = _OPTIONS) -> str:
+    """Text of an error, with the options of a command in place of the Python arguments that it names."""
+    text = re.sub(r"`setup_anndata\(\.\.\., layer='?(.+?)'?\)`", r"`layer` \1", str(message))
+    names = "|".join(options)
+    pattern = rf"(?<=`)({names})(?=`)|(?<=\()({names})(?=\))|\b({names})="
+    return re.sub(pattern, lambda found: options[found[0].rstrip("=")] + " " * found[0].endswith("="), text)
+
+
 def rerun_cell(adata: AnnData, cell: Sequence[str], given: dict, records: Path) -> float | None:
     """Run one model with one seed again; print its scores beside those in the file and return the largest distance."""
     model, seed = cell
@@ -78,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--label-key", required=True, help="column of obs with the cell type")
     parser.add_argument("--batch-key", help="column of obs with the batch")
     parser.add_argument("--order-key", help="numeric column of obs with a known order, such as the day")
+    parser.add_argument("--lineage-key", help="column of obs with the lineage, if the order holds within each only")
     parser.add_argument("--layer", help="layer that holds the counts; X without it")
     parser.add_argument("--unlabeled", help="label of cells without one, which are left out")
     add_options(parser)
@@ -91,21 +117,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     keys = {"label_key": options.label_key, "batch_key": options.batch_key}
     records = options.out / "comparison.jsonl"
     try:
+        adata = anndata.read_h5ad(options.data)
+    except OSError as error:
+        parser.error(f"{options.data} cannot be read as an .h5ad file: {error}. Pass another file.")
+    try:
         adata = prepare(
-            anndata.read_h5ad(options.data),
+            adata,
             **keys,
             layer=options.layer,
             n_genes=options.n_genes,
             max_cells=options.max_cells,
             unlabeled=options.unlabeled,
         )
-        given = {**keys, "order_key": options.order_key, "name": options.data.stem, **arguments(options)}
+        keys |= {"order_key": options.order_key, "lineage_key": options.lineage_key}
+        given = {**keys, "name": options.data.stem, **arguments(options)}
         if options.cell:
             rerun_cell(adata, options.cell, given, records)
             return
         compare(adata, records=records, **given)
     except (ValueError, ImportError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {name_options(error)}")
     print(f"wrote {write_report(records, options.out, title=f'Comparison on {options.data.stem}')}")
 
 

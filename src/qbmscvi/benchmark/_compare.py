@@ -2,7 +2,8 @@
 
 A record is a dictionary, one line of a JSON-lines file: ``data``, ``model``, ``seed`` and ``schedule`` name the run,
 ``scores`` holds the numbers, ``settings``, ``versions`` and ``commit`` say exactly what was run, ``cpu_s`` what it
-cost. A run that the file has is not repeated, so a comparison goes on where it stopped.
+cost. A run that the file has is not repeated, so a comparison goes on where it stopped; one that was made with other
+settings of its model stays in the file and is not used.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import re
 import subprocess
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -25,12 +28,15 @@ import scvi
 import torch
 
 from qbmscvi._counts import check_counts
-from qbmscvi.benchmark._metrics import as_codes, as_order
+from qbmscvi.benchmark._data import check_column, require_column
+from qbmscvi.benchmark._definitions import agree, agreed, define
+from qbmscvi.benchmark._metrics import as_codes, as_numbers, as_order, order_by_lineage
 from qbmscvi.benchmark._models import (
     MODEL_NAMES,
     MODELS,
     SHUFFLED,
     Fit,
+    NeuralModel,
     Schedule,
     Task,
     available_models,
@@ -41,9 +47,11 @@ from qbmscvi.benchmark._scores import N_NEIGHBORS, require_extra, score_all
 from qbmscvi.exceptions import require_integer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from anndata import AnnData
+
+    from qbmscvi.benchmark._definitions import Definition
 
     Model = Callable[[Task], Fit | np.ndarray]
     Record = dict[str, Any]
@@ -59,6 +67,7 @@ def compare(
     label_key: str,
     batch_key: str | None = None,
     order_key: str | None = None,
+    lineage_key: str | None = None,
     layer: str | None = None,
     name: str = "data",
     models: Sequence[str | Model] | None = None,
@@ -86,6 +95,8 @@ def compare(
         Column with the batch; None for data without one, on which nothing about batches is scored.
     order_key
         Numeric column with a known order, such as the day; NaN for cells off the trajectory.
+    lineage_key
+        Column with the lineage, where the order holds within each lineage only; missing for cells of none.
     layer
         Layer with the counts; None for ``X``.
     name
@@ -93,7 +104,9 @@ def compare(
     models
         Names from :data:`~qbmscvi.benchmark.MODEL_NAMES`, or functions of your own, which take a
         :class:`~qbmscvi.benchmark.Task` and return a :class:`~qbmscvi.benchmark.Fit` or just the representation; their
-        ``__name__`` names them in the records. None for all names that suit the data.
+        ``__name__`` names them in the records. None for all names that suit the data. Runs in the file count as done
+        if the function had the same code, arguments of a partial, defaults, closure, attributes and globals; what a
+        run itself changes, such as a counter, does not matter.
     n_seeds, first_seed
         Number of seeds and the first of them; one run per model and seed.
     max_epochs
@@ -124,6 +137,12 @@ def compare(
     TypeError, ValueError
         If an argument does not fit; before any training.
 
+    Warns
+    -----
+    UserWarning
+        If the file has runs of a model with other settings, or of another version of this package: they stay there, are
+        not used, and their seeds are run again.
+
     Examples
     --------
     >>> import qbmscvi
@@ -143,18 +162,22 @@ def compare(
     if save_latents and records is None:
         msg = "save_latents=True needs a place beside the records, but records=None. Name a file for the records."
         raise ValueError(msg)
-    adata = _check_data(adata, label_key, batch_key, order_key, layer)
+    adata = check_data(adata, label_key, batch_key, order_key, lineage_key, layer)
     if max_epochs is None:
         from scvi.model._utils import get_max_epochs_heuristic
 
         max_epochs = get_max_epochs_heuristic(adata.n_obs)
     require_integer("max_epochs", max_epochs, 1)
     facts = {"n_cells": adata.n_obs, "n_genes": adata.n_vars, "max_epochs": int(max_epochs)}
-    done = _read_done(records, name, schedule, facts)
+    keys = {"label_key": label_key, "batch_key": batch_key, "order_key": order_key, "lineage_key": lineage_key}
+    first = Task(adata, batch_key, first_seed, int(max_epochs), schedule, accelerator)
+    definitions = cache(lambda model: _define(model, chosen[model], first))
+    done = _read_done(records, name, schedule, {**facts, **keys}, chosen, definitions)
 
     labels = np.asarray(adata.obs[label_key], dtype=str)
     batches = None if batch_key is None else np.asarray(adata.obs[batch_key], dtype=str)
-    order = None if order_key is None else adata.obs[order_key].to_numpy(dtype=np.float64)
+    order = None if order_key is None else as_numbers(adata.obs[order_key])
+    lineages = None if lineage_key is None else adata.obs[lineage_key].to_numpy(dtype=object)
     seeds = range(first_seed, first_seed + n_seeds)
     runs = [(seed, model) for seed in seeds for model in chosen]
     open_runs = [(seed, model) for seed, model in runs if (model, seed) not in done]
@@ -169,12 +192,14 @@ def compare(
         with _quiet():
             scvi.settings.seed = seed
             torch.set_num_threads(n_threads)  # numba, under scanpy, sets the threads of torch's OpenMP anew
+            before = {} if model in MODEL_NAMES else define(chosen[model])
             started = time.process_time()
             fit = chosen[model](task)
             seconds = time.process_time() - started
+            own = {} if model in MODEL_NAMES else {"definition": agreed(before, define(chosen[model]))}
             fit = _check_fit(fit, model, adata.n_obs)
             started = time.process_time()
-            scores = score_all(fit.latent, labels, batches, order, unintegrated, seed) | fit.scores
+            scores = score_all(fit.latent, labels, batches, order, unintegrated, seed, lineages) | fit.scores
         key = {"data": name, "model": model, "seed": seed, "schedule": schedule}
         record = {
             **{**key, "model": "QBMSCVI" if model == SHUFFLED else model},
@@ -183,6 +208,8 @@ def compare(
             "scoring_cpu_s": round(time.process_time() - started, 2),
             "scores": scores,
             **facts,
+            **keys,
+            **own,
             "settings": {**fit.settings, "accelerator": accelerator, "n_threads": n_threads},
             **provenance,
         }
@@ -202,7 +229,9 @@ def latent_path(records: Path, record: Record) -> Path:
 
 
 def read_records(path: str | Path) -> list[Record]:
-    """Read the records of a JSON-lines file.
+    """Read the records of a JSON-lines file that are in force.
+
+    Of each model on a data set these are the runs with the settings of its latest run, of each seed the latest.
 
     Raises
     ------
@@ -216,7 +245,28 @@ def read_records(path: str | Path) -> list[Record]:
         except json.JSONDecodeError as error:
             msg = f"Line {number} of {path} is no record; it may have been cut off. Remove it: its run will be redone."
             raise ValueError(msg) from error
-    return found
+    latest = {(r["data"], r["schedule"], r["model"]): _recorded_definition(r) for r in found}
+    in_force = {}
+    for r in found:
+        key = (r["data"], r["schedule"], r["model"])
+        if agree(_recorded_definition(r), latest[key]):
+            in_force[*key, r["seed"]] = r
+    return list(in_force.values())
+
+
+def _define(model: str, function: Model, task: Task) -> Definition:
+    """What decides the runs of a model; of a built-in one these are the package's version and the model's arguments."""
+    if model not in MODEL_NAMES:
+        return define(function)
+    with _quiet():
+        given = _plain(function.arguments(task)) if isinstance(function, NeuralModel) else None
+    return {"qbmscvi": version("qbmscvi"), "given": given}
+
+
+def _recorded_definition(record: Record) -> Definition:
+    if record["model"] in MODEL_NAMES:
+        return {"qbmscvi": record["versions"].get("qbmscvi"), "given": record["settings"].get("given")}
+    return record.get("definition", {})
 
 
 def _check_models(models: Sequence[str | Model] | None, batch_key: str | None) -> dict[str, Model]:
@@ -250,14 +300,21 @@ def _check_models(models: Sequence[str | Model] | None, batch_key: str | None) -
     return chosen
 
 
-def _check_data(
-    adata: AnnData, label_key: str, batch_key: str | None, order_key: str | None, layer: str | None
+def check_data(
+    adata: AnnData,
+    label_key: str,
+    batch_key: str | None,
+    order_key: str | None,
+    lineage_key: str | None,
+    layer: str | None,
 ) -> AnnData:
     """Check everything that would fail after training; return a copy with the counts in ``X``."""
-    for what, key in (("label_key", label_key), ("batch_key", batch_key), ("order_key", order_key)):
-        if key not in adata.obs and not (key is None and what != "label_key"):
-            msg = f"{what}={key!r} is no column of `adata.obs`. There are: {', '.join(map(repr, adata.obs))}."
-            raise ValueError(msg)
+    keys = {"label_key": label_key, "batch_key": batch_key, "order_key": order_key, "lineage_key": lineage_key}
+    for what, key in keys.items():
+        if what == "order_key" and key is not None:
+            require_column(adata.obs, key, what)
+        elif key is not None or what == "label_key":
+            check_column(adata.obs, key, what, may_miss=what == "lineage_key")
     if layer is not None and layer not in adata.layers:
         msg = f"layer={layer!r} is no layer of the data. There are: {', '.join(map(repr, adata.layers)) or 'none'}."
         raise ValueError(msg)
@@ -280,13 +337,21 @@ def _check_data(
             )
             raise ValueError(msg)
     if order_key is not None:
-        as_order(adata.obs[order_key].to_numpy(), adata.n_obs, N_NEIGHBORS)
+        order = as_order(adata.obs[order_key], adata.n_obs, N_NEIGHBORS, "order_key")
+    if lineage_key is not None:
+        if order_key is None:
+            msg = (
+                f"lineage_key={lineage_key!r} is given but `order_key` is not. Pass the order that holds within these "
+                "lineages too, or leave `lineage_key` out."
+            )
+            raise ValueError(msg)
+        order_by_lineage(adata.obs[lineage_key], order, N_NEIGHBORS, "lineage_key")
     counts = adata.X if layer is None else adata.layers[layer]
     if counts is None:
         msg = "The data have no `X`. Choose the layer with raw counts with `layer`."
         raise ValueError(msg)
     check_counts(adata, layer=layer)
-    columns = [key for key in (label_key, batch_key, order_key) if key is not None]
+    columns = list(dict.fromkeys(key for key in keys.values() if key is not None))
     return type(adata)(counts.copy(), obs=adata.obs[columns].copy(), var=adata.var[[]].copy())
 
 
@@ -303,23 +368,40 @@ def _check_fit(fit: Fit | np.ndarray, model: str, n_cells: int) -> Fit:
 
 
 def _read_done(
-    path: str | Path | None, name: str, schedule: str, facts: dict[str, int]
+    path: str | Path | None,
+    name: str,
+    schedule: str,
+    facts: dict[str, Any],
+    models: Iterable[str],
+    definitions: Callable[[str], Definition],
 ) -> dict[tuple[str, int], Record]:
-    """Finished runs of this data set and schedule, by model and seed."""
+    """Finished runs of these models on this data set, with the settings that they have now, by model and seed."""
     if path is None or not Path(path).exists():
         return {}
-    done = {}
+    done, others = {}, Counter()
     for record in read_records(path):
         if (record["data"], record["schedule"]) != (name, schedule):
             continue
-        found = {key: record[key] for key in facts}
+        found = {key: record.get(key, value) for key, value in facts.items()}  # older records lack the columns
         if found != facts:
             msg = (
                 f"{path} has runs of {name!r} with {found}, but now there are {facts}: they do not compare. Use "
                 "another file for `records`, or another `name`."
             )
             raise ValueError(msg)
-        done[record["model"], record["seed"]] = record
+        if record["model"] not in models:
+            continue
+        if agree(_recorded_definition(record), definitions(record["model"])):
+            done[record["model"], record["seed"]] = record
+        else:
+            others[record["model"]] += 1
+    for model, n_runs in others.items():
+        warnings.warn(
+            f"{path} has {n_runs} runs of {model!r} on {name!r} with other settings of the model, or of another "
+            "version of qbmscvi. They stay in the file and are not used.",
+            UserWarning,
+            stacklevel=3,
+        )
     return done
 
 

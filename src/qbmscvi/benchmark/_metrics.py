@@ -25,6 +25,7 @@ _N_KMEANS_SEEDS = 3
 _N_ROOTS = 5
 _MAX_SILHOUETTE_CELLS = 2000
 _SLOW_EIGENVALUE = 0.9994  # scanpy.neighbors.Neighbors._get_dpt_row takes such components for the stationary state
+_MIN_LINEAGE_CELLS = 20
 _MIN_ORDERED_CELLS = 6  # scanpy wants at least three diffusion components, and the eigensolver fewer than cells
 
 
@@ -34,6 +35,7 @@ def score_latent(
     batches: ArrayLike | None = None,
     *,
     order: ArrayLike | None = None,
+    lineages: ArrayLike | None = None,
     root: int | Sequence[int] | None = None,
     n_neighbors: int = 15,
     seed: int = 0,
@@ -50,6 +52,9 @@ def score_latent(
         Batch of each cell.
     order
         Known position of each cell along a trajectory (a stage, a day, a true pseudotime); NaN for cells off it.
+    lineages
+        Lineage of each cell, where ``order`` holds within a lineage only; missing for cells of none. Pseudotime then
+        has a graph and roots for each lineage.
     root
         Position in ``latent`` of the cell, or cells, from which pseudotime starts. By default the five cells with the
         smallest ``order``, ties broken at random.
@@ -79,20 +84,24 @@ def score_latent(
     - ``pseudotime_slow_components``, with ``order``: number of diffusion components with an eigenvalue of 0.9994 or
       more, beyond the one that belongs to each piece of the graph. scanpy gives these the smallest weight in the
       pseudotime, although they carry the longest paths: above zero, ``pseudotime_tau`` may miss an order that is there.
+    - ``lineage_tau_<name>``, with ``lineages``: tau within each lineage. ``pseudotime_tau`` and ``pseudotime_finite``
+      are then means over lineages, ``pseudotime_slow_components`` is the sum.
 
     Raises
     ------
     ValueError
         If ``latent`` is not a finite, non-empty table; a length differs from ``n_cells``; a label or batch is missing;
         fewer than two labels, or no batch, have five cells; ``order`` is not numeric, has an infinite value or fewer
-        than two different ones; ``root`` is given without ``order`` or is not on the trajectory; or there are too few
-        cells for ``n_neighbors``, or it is below two.
+        than two different ones; ``root`` is given without ``order``, beside ``lineages`` or is not on the trajectory;
+        ``lineages`` are given without ``order`` or none can be scored; or there are too few cells for ``n_neighbors``,
+        or it is below two.
 
     Warns
     -----
     UserWarning
         If a label or batch has fewer than five cells: it is left out of the classifiers, not of the other numbers. If
-        ``pseudotime_slow_components`` is above zero.
+        ``pseudotime_slow_components`` is above zero. If a lineage has fewer than 20 cells with an order, or a single
+        stage: it is left out.
 
     Examples
     --------
@@ -112,10 +121,17 @@ def score_latent(
     if root is not None and order is None:
         msg = f"`root` is given ({root!r}) but `order` is not. Pass the known order too, or leave `root` out."
         raise ValueError(msg)
+    if lineages is not None and (order is None or root is not None):
+        msg = (
+            f"`lineages` are given {'without `order`' if order is None else f'beside root={root!r}'}, but pseudotime "
+            "within each lineage needs an order, and starts at the earliest cells of each. Pass `order` and no `root`."
+        )
+        raise ValueError(msg)
     batches = None if batches is None else as_codes("batches", batches, len(latent))
     if order is not None:
         order = as_order(order, len(latent), n_neighbors)
         roots = choose_roots(order, root, seed)
+    orders = {} if lineages is None else order_by_lineage(lineages, order, n_neighbors)
 
     x, y = classifiable("labels", latent, labels, n_neighbors, minimum_groups=2)
     scores = {
@@ -127,7 +143,9 @@ def score_latent(
         x, y = classifiable("batches", latent, batches, n_neighbors, minimum_groups=1)
         scores["batch_knn_accuracy"] = cross_validate(knn_classifier(n_neighbors), x, y, seed, "knn")["knn_accuracy"]
         scores["batch_chance"] = float(np.bincount(y).max() / len(y))
-    if order is not None:
+    if orders:
+        scores |= _lineage_scores(latent, orders, n_neighbors, seed)
+    elif order is not None:
         scores |= pseudotime_scores(latent, order, roots, n_neighbors, seed)
     return scores
 
@@ -182,19 +200,27 @@ def as_codes(name: str, values: ArrayLike, n_cells: int) -> np.ndarray:
     return pd.factorize(values)[0]
 
 
-def as_order(order: ArrayLike, n_cells: int, n_neighbors: int) -> np.ndarray:
+def as_numbers(values: ArrayLike) -> np.ndarray:
+    """Turn numbers of any type into floats, NaN for what is missing."""
+    values = np.asarray(values)
+    if values.dtype == object:
+        values = np.where(pd.isna(values), np.nan, values)
+    return values.astype(np.float64)
+
+
+def as_order(order: ArrayLike, n_cells: int, n_neighbors: int, name: str = "order") -> np.ndarray:
     try:
-        order = np.asarray(order, dtype=np.float64)
+        order = as_numbers(order)
     except (TypeError, ValueError) as error:
         msg = (
-            "`order` is not numeric, but it must hold one number per cell, NaN for cells off the trajectory. "
+            f"`{name}` is not numeric, but it must hold one number per cell, NaN for cells off the trajectory. "
             "Map stages to integers first."
         )
         raise ValueError(msg) from error
-    _require_length("order", order, n_cells)
+    _require_length(name, order, n_cells)
     if np.isinf(order).any():
         msg = (
-            f"`order` is infinite for {np.isinf(order).sum()} cells, but only finite numbers and NaN are allowed. "
+            f"`{name}` is infinite for {np.isinf(order).sum()} cells, but only finite numbers and NaN are allowed. "
             "Use NaN for cells off the trajectory."
         )
         raise ValueError(msg)
@@ -202,17 +228,50 @@ def as_order(order: ArrayLike, n_cells: int, n_neighbors: int) -> np.ndarray:
     n_needed = max(_MIN_ORDERED_CELLS, n_neighbors + 1)
     if len(known) < n_needed:
         msg = (
-            f"`order` places {len(known)} cells on the trajectory, but a graph of {n_neighbors} neighbors needs at "
-            f"least {n_needed}. Lower `n_neighbors`, or leave `order` out."
+            f"`{name}` places {len(known)} cells on the trajectory, but a graph of {n_neighbors} neighbors needs at "
+            f"least {n_needed}. Lower `n_neighbors`, or leave `{name}` out."
         )
         raise ValueError(msg)
     if known.min() == known.max():
         msg = (
-            f"`order` has the single value {known[0]:g}, but a rank correlation needs at least two different ones. "
-            "Leave `order` out."
+            f"`{name}` has the single value {known[0]:g}, but a rank correlation needs at least two different ones. "
+            f"Leave `{name}` out."
         )
         raise ValueError(msg)
     return order
+
+
+def order_by_lineage(
+    lineages: ArrayLike, order: np.ndarray, n_neighbors: int, name: str = "lineages"
+) -> dict[str, np.ndarray]:
+    """For each lineage that can be scored the order of its cells, NaN for all others."""
+    lineages = pd.Series(np.array(lineages, dtype=object))
+    _require_length(name, lineages.to_numpy(), len(order))
+    n_needed = max(_MIN_LINEAGE_CELLS, n_neighbors + 1)
+    orders, left_out = {}, []
+    masks = {str(one): (lineages == one).to_numpy() for one in lineages.dropna().unique()}
+    for lineage, is_own in sorted(masks.items()):
+        own = np.where(is_own, order, np.nan)
+        known = own[~np.isnan(own)]
+        n_stages = len(np.unique(known))
+        if len(known) < n_needed or n_stages < 2:
+            left_out.append(f"{lineage!r} ({len(known)} cells with an order, {n_stages} different values)")
+        else:
+            orders[lineage] = own
+    if not orders:
+        msg = (
+            f"`{name}` has no lineage that can be scored: {', '.join(left_out) or 'every value is missing'}. One "
+            f"needs {n_needed} cells with an order, of two different values or more. Leave `{name}` out."
+        )
+        raise ValueError(msg)
+    if left_out:
+        warnings.warn(
+            f"Lineages with fewer than {n_needed} cells with an order, or a single value of it, are left out: "
+            f"{', '.join(left_out)}.",
+            UserWarning,
+            stacklevel=3,
+        )
+    return orders
 
 
 def choose_roots(order: np.ndarray, root: int | Sequence[int] | None, seed: int) -> np.ndarray:
@@ -303,6 +362,21 @@ def _cluster_scores(latent: np.ndarray, labels: np.ndarray, seed: int) -> dict[s
     has_two_labels = len(np.unique(labels[sample])) > 1
     width = silhouette_score(latent[sample], labels[sample]) if has_two_labels else np.nan
     return {"kmeans_ari": float(np.mean(ari)), "silhouette": float((width + 1) / 2)}
+
+
+def _lineage_scores(latent: np.ndarray, orders: dict[str, np.ndarray], n_neighbors: int, seed: int) -> dict[str, float]:
+    """Pseudotime within each lineage: means over lineages, the sum of slow components, and each tau."""
+    by_lineage = {
+        name: pseudotime_scores(latent, order, choose_roots(order, None, seed), n_neighbors, seed)
+        for name, order in orders.items()
+    }
+    table = pd.DataFrame(by_lineage)
+    return {
+        "pseudotime_tau": float(table.loc["pseudotime_tau"].mean()),
+        "pseudotime_finite": float(table.loc["pseudotime_finite"].mean()),
+        "pseudotime_slow_components": float(table.loc["pseudotime_slow_components"].sum()),
+        **{f"lineage_tau_{name}": scores["pseudotime_tau"] for name, scores in by_lineage.items()},
+    }
 
 
 def pseudotime_scores(
