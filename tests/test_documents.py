@@ -96,15 +96,41 @@ def intervals_without_a_source(text: str) -> list[tuple[str, ...]]:
     return [stated for stated in INTERVAL.findall(text) if not is_known(stated)]
 
 
-def test_intervals_of_the_comparison_are_those_of_its_tables() -> None:
-    text = (ROOT / "docs" / "comparison.md").read_text()
-    stated = INTERVAL.findall(text)
-    assert len(stated) >= 8
+CLAIMING = [ROOT / "README.md", ROOT / "docs" / "comparison.md", ROOT / "docs" / "settings.md"]
+
+
+@pytest.mark.parametrize("page", CLAIMING, ids=lambda page: page.name)
+def test_intervals_of_a_page_are_those_of_the_tables(page: Path) -> None:
+    text = page.read_text()
+    assert len(INTERVAL.findall(text)) >= 5
     assert intervals_without_a_source(text) == []
-    first = INTERVAL.search(text)[0]
-    for number in stated[0]:
-        wrong = first.replace(number, f"{number[:-1]}{(int(number[-1]) + 5) % 10}", 1)
+    first = INTERVAL.search(text)
+    for number in first.groups():
+        wrong = first[0].replace(number, f"{number[:-1]}{(int(number[-1]) + 5) % 10}", 1)
         assert len(intervals_without_a_source(wrong)) == 1
+
+
+def claims_that_hold_zero(text: str) -> list[str]:
+    """Intervals that hold zero, but for those of a table whose other intervals are bold; and bold ones that do."""
+    wrong = []
+    for match in INTERVAL.finditer(text):
+        line = text[text.rfind("\n", 0, match.start()) + 1 :].partition("\n")[0]
+        is_bold = text[max(match.start() - 2, 0) : match.start()] == "**"
+        holds_zero = float(match[2]) <= 0.0 <= float(match[3])
+        if holds_zero if is_bold or not line.startswith("|") else not holds_zero and "**" in line:
+            wrong.append(match[0])
+    return wrong
+
+
+@pytest.mark.parametrize("page", CLAIMING, ids=lambda page: page.name)
+def test_no_claim_of_a_page_has_an_interval_that_holds_zero(page: Path) -> None:
+    assert claims_that_hold_zero(page.read_text()) == []
+
+
+def test_a_claim_whose_interval_holds_zero_is_found() -> None:
+    assert claims_that_hold_zero("it is better, 0.01 (-0.01 to 0.03)") == ["0.01 (-0.01 to 0.03)"]
+    assert claims_that_hold_zero("| total | **+0.01 (-0.01 to +0.03)** |") == ["+0.01 (-0.01 to +0.03)"]
+    assert claims_that_hold_zero("| total | +0.01 (-0.01 to +0.03) | **-2.0 (-3.0 to -1.0)** |") == []
 
 
 def test_every_citation_has_an_entry() -> None:

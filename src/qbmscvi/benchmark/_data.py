@@ -81,7 +81,7 @@ def prepare(
     adata = adata[cells].copy()
     if layer is not None:
         adata.X = adata.layers[layer].copy()
-    check_counts(adata.X, adata.n_obs, needs_library_size=False)
+    check_counts(adata, needs_library_size=False)
     if adata.n_vars > n_genes:
         adata = adata[:, _variable_genes(adata, int(n_genes), batch_key)].copy()
     sc.pp.filter_cells(adata, min_counts=1)
