@@ -33,6 +33,8 @@ def as_rows(indices: Any, adata: AnnData) -> np.ndarray:
         If these are neither integers nor a mask.
     ValueError
         If a mask is not of all cells.
+    IndexError
+        If there is no cell of a number.
     """
     if isinstance(indices, slice):
         return np.arange(adata.n_obs)[indices]
@@ -54,7 +56,12 @@ def as_rows(indices: Any, adata: AnnData) -> np.ndarray:
             "`adata.obs_names.get_indexer(names)`."
         )
         raise TypeError(msg)
-    return rows.astype(np.int64)
+    rows = rows.astype(np.int64)
+    beyond = rows[(rows >= adata.n_obs) | (rows < -adata.n_obs)]
+    if len(beyond):
+        msg = f"`indices` names the row {beyond[0]}, but there are {adata.n_obs} cells. Count rows from 0."
+        raise IndexError(msg)
+    return rows
 
 
 def as_list(names: Any) -> list:

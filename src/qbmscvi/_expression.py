@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
+from scvi import REGISTRY_KEYS
 from scvi.module._constants import MODULE_KEYS
 
 from qbmscvi._arguments import as_list, as_rows
 from qbmscvi._input_checks import as_typed, check_groups, suggest
+from qbmscvi.exceptions import require_integer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -59,13 +62,19 @@ class ExpressionMixin:
         Raises
         ------
         ValueError
-            If ``n_samples_overall`` draws are to come from no cell, or the model has none of the genes.
+            If ``n_samples_overall`` draws are to come from no cell, the model has none of the genes or no such batch,
+            or ``library_size`` is neither a positive number nor ``"latent"``.
 
         Warns
         -----
         UserWarning
             If the model lacks some of the genes.
         """
+        if library_size != "latent" and not (isinstance(library_size, Real) and 0 < library_size < np.inf):
+            msg = f"library_size={library_size!r} must be a positive number, or 'latent' for that of each cell."
+            raise ValueError(msg)
+        require_integer("n_samples", n_samples, 1)
+        self._check_batches("transform_batch", transform_batch)
         arguments = {
             "transform_batch": transform_batch,
             "gene_list": self._known_genes(gene_list),
@@ -148,6 +157,7 @@ class ExpressionMixin:
         for name in ("batchid1", "batchid2"):
             if kwargs.get(name) is not None:
                 kwargs[name] = as_list(kwargs[name])
+                self._check_batches(name, kwargs[name])
         return super().differential_expression(adata, groupby, group1, group2, *args, **kwargs)
 
     def posterior_predictive_sample(
@@ -166,8 +176,17 @@ class ExpressionMixin:
         -------
         As :meth:`scvi.model.SCVI.posterior_predictive_sample`.
         """
+        self._check_batches("transform_batch", transform_batch)
         genes = self._known_genes(gene_list)
         return super().posterior_predictive_sample(adata, indices, transform_batch, n_samples, genes, *args, **kwargs)
+
+    def _check_batches(self, argument: str, batches: Any) -> None:
+        """Raise unless the model knows each batch, one or several."""
+        known = list(self.get_state_registry(REGISTRY_KEYS.BATCH_KEY).categorical_mapping)
+        for batch in [batches] if batches is None or np.ndim(batches) == 0 else batches:
+            if batch is not None and batch not in known:
+                msg = f"{argument}={batch!r} is no batch of the model. {suggest(batch, known)}"
+                raise ValueError(msg)
 
     def _known_genes(self, gene_list: Sequence[str] | None) -> list[str] | None:
         """Names of the genes that the model has; None for all."""

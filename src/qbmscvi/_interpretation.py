@@ -101,8 +101,13 @@ class InterpretationMixin:
                 "with 'nb', 'zinb' or 'poisson'."
             )
             raise ValueError(msg)
-        chosen = list(range(n_spins)) if spins is None else [int(spin) for spin in spins]
-        if not chosen or min(chosen) < 0 or max(chosen) >= n_spins or len(set(chosen)) < len(chosen):
+        given = np.arange(n_spins) if spins is None else np.atleast_1d(spins)
+        chosen = given.tolist()
+        if (
+            given.dtype.kind not in "iu"
+            or not set(chosen) <= set(range(n_spins))
+            or len(set(chosen)) < max(1, len(chosen))
+        ):
             msg = (
                 f"`spins` is {spins!r}, but it must hold different numbers from 0 to {n_spins - 1}. "
                 "Leave it out for all."

@@ -21,7 +21,7 @@ from qbmscvi._checked_data import CheckedDataMixin
 from qbmscvi._counts import totals_per_cell
 from qbmscvi._deferred import DeferredInitialization
 from qbmscvi._expression import ExpressionMixin
-from qbmscvi._input_checks import as_typed
+from qbmscvi._input_checks import as_typed, require_anndata
 from qbmscvi._interpretation import InterpretationMixin
 from qbmscvi._likelihood import Layer, LikelihoodMixin
 from qbmscvi._module import QBMVAE, LatentName, resolve_latent_sizes
@@ -505,7 +505,9 @@ class QBMSCVI(LikelihoodMixin, InterpretationMixin, ExpressionMixin, CheckedData
         return torch.cat(energies).numpy()
 
     @classmethod
-    def load_query_data(cls, *args: Any, freeze_prior: bool = True, **kwargs: Any) -> QBMSCVI:
+    def load_query_data(
+        cls, adata: AnnData | None = None, *args: Any, freeze_prior: bool = True, **kwargs: Any
+    ) -> QBMSCVI:
         """Map new data onto a trained model (scArches).
 
         Arguments not listed here are those of :meth:`scvi.model.SCVI.load_query_data`. The prior comes along with its
@@ -516,8 +518,17 @@ class QBMSCVI(LikelihoodMixin, InterpretationMixin, ExpressionMixin, CheckedData
         freeze_prior
             Leave the prior as it is, so that the latent space keeps its meaning. False goes on learning it from the new
             data, as ``unfrozen=True`` does.
+
+        Raises
+        ------
+        TypeError
+            If ``adata`` is no AnnData.
+        ValueError
+            If its columns or genes are not those that the model was set up with.
         """
-        model = super().load_query_data(*args, **kwargs)
+        if adata is not None:
+            require_anndata(adata)
+        model = super().load_query_data(adata, *args, **kwargs)
         if not freeze_prior:
             model.module.prior.unfreeze()
         return model

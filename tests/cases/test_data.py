@@ -512,6 +512,46 @@ def test_categories_without_cells_are_left_out(trained, grouped):
 
 
 @pytest.mark.parametrize(
+    "call",
+    [
+        pytest.param(lambda model, batch: model.get_normalized_expression(transform_batch=batch), id="expression"),
+        pytest.param(lambda model, batch: model.get_normalized_expression(transform_batch=[batch]), id="several"),
+        pytest.param(lambda model, batch: model.posterior_predictive_sample(transform_batch=batch), id="predictive"),
+        pytest.param(
+            lambda model, batch: model.differential_expression(
+                groupby="cell_type", batch_correction=True, batchid1=[batch], batchid2=["batch_0"], silent=True
+            ),
+            id="differential",
+        ),
+    ],
+)
+def test_batches_that_the_model_lacks_are_named(trained, call):
+    with pytest.raises(ValueError, match=r"'batch_9'.*'batch_0', 'batch_1'"):
+        call(trained, "batch_9")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        pytest.param({"library_size": np.nan}, ValueError, "library_size=nan", id="library-nan"),
+        pytest.param({"library_size": -1}, ValueError, "library_size=-1", id="library-negative"),
+        pytest.param({"library_size": "latnt"}, ValueError, "library_size='latnt'", id="library-text"),
+        pytest.param({"n_samples": 0}, ValueError, "n_samples=0", id="no-samples"),
+        pytest.param({"indices": [500]}, IndexError, "row 500.*120 cells", id="row-beyond"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(trained, arguments, error, words):
+    with pytest.raises(error, match=words):
+        trained.get_normalized_expression(**arguments)
+
+
+@pytest.mark.parametrize("spins", [["a"], [1.5], [8], [-1], [0, 0], []], ids=str)
+def test_spins_that_do_not_exist_are_refused(trained, spins):
+    with pytest.raises(ValueError, match="different numbers from 0 to 7"):
+        trained.get_spin_programs(spins=spins)
+
+
+@pytest.mark.parametrize(
     "method",
     [
         lambda model, genes: model.get_normalized_expression(gene_list=genes),
@@ -563,6 +603,8 @@ def test_what_is_no_anndata_is_told_so(counts, trained):
         QBMSCVI.setup_anndata(counts.X.toarray())
     with pytest.raises(TypeError, match="str.*read_h5ad"):
         trained.get_latent_representation("cells.h5ad")
+    with pytest.raises(TypeError, match="str.*read_h5ad"):
+        QBMSCVI.load_query_data("cells.h5ad", trained)
 
 
 @pytest.mark.parametrize("method", METHODS)
