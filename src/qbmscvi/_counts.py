@@ -188,14 +188,14 @@ def _other_layers(adata: AnnData, layer: str | None) -> str:
     """Where else there are counts, as a sentence; nothing if nowhere."""
     found = []
     if layer is not None and _holds_counts(adata.X, adata.n_obs):
-        found.append("`setup_anndata(...)` without `layer` takes `adata.X`")
+        found.append("`adata.X`, without `layer`")
     for name, values in getattr(adata, "layers", {}).items():
         if name != layer and _holds_counts(values, adata.n_obs):
-            found.append(f"`setup_anndata(..., layer={name!r})`")
+            found.append(f"`layer={name!r}`")
     raw = getattr(adata, "raw", None)
     if raw is not None and _holds_counts(raw.X, adata.n_obs):
         found.append("`adata.raw.to_adata()`")
-    return f"Integers are here: {'; '.join(found)}." if found else ""
+    return f"There are integers in {', in '.join(found)}." if found else ""
 
 
 def _holds_counts(X: Any, n_cells: int) -> bool:

@@ -475,8 +475,8 @@ def test_unlabeled_is_found_in_labels_that_are_no_text(adata):
         pytest.param({"n_genes": 0}, ValueError, "n_genes=0", id="no-genes"),
         pytest.param({"n_genes": 30.0}, TypeError, r"n_genes=30\.0", id="float-genes"),
         pytest.param({"max_cells": 0}, ValueError, "max_cells=0", id="no-cells"),
-        pytest.param({"layer": "scaled"}, ValueError, "not counts", id="scaled"),
-        pytest.param({"layer": "gaps"}, ValueError, "NaN", id="nan"),
+        pytest.param({"layer": "scaled"}, ValueError, "no integers", id="scaled"),
+        pytest.param({"layer": "gaps"}, ValueError, "value nan", id="nan"),
     ],
 )
 def test_prepare_refuses_what_no_genes_can_be_chosen_from(adata, change, error, message):
@@ -521,7 +521,7 @@ FILE_ERRORS = [
     pytest.param(["--batch-key", "same"], "'same'.*single batch.*--batch-key", id="one-batch"),
     pytest.param(["--order-key", "cell_type"], "--order-key. is not numeric", id="text-order"),
     pytest.param(["--layer", "raw"], "layer 'raw'.*'scaled'", id="no-layer"),
-    pytest.param(["--layer", "scaled"], "not counts.*--layer", id="scaled"),
+    pytest.param(["--layer", "scaled"], "'scaled' holds.*no integers.*without `--layer`", id="scaled"),
     pytest.param(["--n-genes", "0"], "--n-genes 0 is too small", id="no-genes"),
 ]
 

@@ -240,12 +240,12 @@ def test_advice_names_the_layers_that_hold_integers(counts):
     adata.layers["scaled"] = adata.X.toarray() - 1.5
     adata.raw = adata.copy()
     adata.X = adata.X.log1p()
-    with pytest.raises(ValueError, match="raw_counts") as error:
+    with pytest.raises(ValueError, match="layer='raw_counts'") as error:
         build(adata).train(**FIT)
     assert "adata.raw.to_adata()" in str(error.value)
     assert "scaled'" not in str(error.value)
     adata.X = counts.X.copy()
-    with pytest.raises(ValueError, match=r"without `layer`"):
+    with pytest.raises(ValueError, match=r"integers in `adata\.X`, without `layer`"):
         build(adata, layer="scaled").train(**FIT)
 
 

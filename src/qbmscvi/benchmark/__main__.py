@@ -70,10 +70,9 @@ def arguments(options: argparse.Namespace) -> dict:
 
 def name_options(message: object, options: Mapping[str, str] = _OPTIONS) -> str:
     """Text of an error, with the options of a command in place of the Python arguments that it names."""
-    text = re.sub(r"`setup_anndata\(\.\.\., layer='?(.+?)'?\)`", r"`layer` \1", str(message))
     names = "|".join(options)
     pattern = rf"(?<=`)({names})(?=`)|(?<=\()({names})(?=\))|\b({names})="
-    return re.sub(pattern, lambda found: options[found[0].rstrip("=")] + " " * found[0].endswith("="), text)
+    return re.sub(pattern, lambda found: options[found[0].rstrip("=")] + " " * found[0].endswith("="), str(message))
 
 
 def rerun_cell(adata: AnnData, cell: Sequence[str], given: dict, records: Path) -> float | None:

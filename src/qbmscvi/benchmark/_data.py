@@ -79,9 +79,9 @@ def prepare(
     if max_cells is not None and len(cells) > max_cells:
         cells = np.sort(np.random.default_rng(seed).choice(cells, max_cells, replace=False))
     adata = adata[cells].copy()
+    check_counts(adata, layer=layer, needs_library_size=False)
     if layer is not None:
         adata.X = adata.layers[layer].copy()
-    check_counts(adata, needs_library_size=False)
     if adata.n_vars > n_genes:
         adata = adata[:, _variable_genes(adata, int(n_genes), batch_key)].copy()
     sc.pp.filter_cells(adata, min_counts=1)
