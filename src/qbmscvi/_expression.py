@@ -68,12 +68,18 @@ class ExpressionMixin:
         Warns
         -----
         UserWarning
-            If the model lacks some of the genes.
+            If the model lacks some of the genes, or ``weights="importance"`` without ``n_samples_overall``, which scVI
+            does not heed.
         """
         if library_size != "latent" and not (isinstance(library_size, Real) and 0 < library_size < np.inf):
             msg = f"library_size={library_size!r} must be a positive number, or 'latent' for that of each cell."
             raise ValueError(msg)
         require_integer("n_samples", n_samples, 1)
+        if weights == "importance" and n_samples_overall is None:
+            msg = (
+                "weights='importance' weighs draws from the cells together: pass `n_samples_overall`. It is not heeded."
+            )
+            warnings.warn(msg, UserWarning, stacklevel=2)
         self._check_batches("transform_batch", transform_batch)
         arguments = {
             "transform_batch": transform_batch,

@@ -545,6 +545,11 @@ def test_numbers_that_make_no_sense_are_refused(trained, arguments, error, words
         trained.get_normalized_expression(**arguments)
 
 
+def test_weights_that_are_not_heeded_are_told(trained):
+    with pytest.warns(UserWarning, match="n_samples_overall"):
+        trained.get_normalized_expression(indices=[0, 1], weights="importance")
+
+
 @pytest.mark.parametrize("spins", [["a"], [1.5], [8], [-1], [0, 0], []], ids=str)
 def test_spins_that_do_not_exist_are_refused(trained, spins):
     with pytest.raises(ValueError, match="different numbers from 0 to 7"):
