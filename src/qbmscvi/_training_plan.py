@@ -199,10 +199,10 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
 
             return create_grouped
 
-        is_wanted = getattr(self, "fused_optimizer", True)  # an argument since scvi-tools 1.5
-        # Lightning cannot clip gradients that a fused kernel scales back.
-        is_wanted = is_wanted and self.trainer.precision != "16-mixed"
-        shared = {"fused": True} if is_wanted and self.device.type in ("cpu", "cuda") else {}
+        if self.trainer.precision == "16-mixed":  # Lightning cannot clip gradients that a fused kernel scales back
+            self.fused_optimizer = False
+        is_fused = getattr(self, "fused_optimizer", True)  # an argument since scvi-tools 1.5, which heeds it, too
+        shared = {"fused": True} if is_fused and self.device.type in ("cpu", "cuda") else {}
         linear_ids = {id(layer.weight) for layer in self.module.modules() if isinstance(layer, Linear)}
 
         def create_decayed(parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
