@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from scipy import sparse
 from scvi import REGISTRY_KEYS
 from scvi.data._constants import _ADATA_MINIFY_TYPE_UNS_KEY, _SETUP_ARGS_KEY
 from scvi.model.base import BaseModelClass
@@ -88,18 +89,25 @@ class CheckedDataMixin(BaseModelClass):
     def _check_numbers(self, adata: AnnData) -> None:
         """Raise unless counts, size factors and continuous covariates are what the module can compute on."""
         manager, arguments = self.get_anndata_manager(adata, required=True), self.registry[_SETUP_ARGS_KEY]
-        if self.module.use_size_factor_key:
+        has_size_factor = arguments["size_factor_key"] is not None
+        if has_size_factor:
             size_factor = manager.get_from_registry(REGISTRY_KEYS.SIZE_FACTOR_KEY)
             size_factor = pd.Series(size_factor.ravel(), name=arguments["size_factor_key"])
             check_finite(adata, size_factor, "size_factor_key", must_be_positive=True)
         if arguments["continuous_covariate_keys"]:
             covariates = manager.get_from_registry(REGISTRY_KEYS.CONT_COVS_KEY)
             check_finite(adata, covariates, "continuous_covariate_keys")
-        if adata.uns.get(_ADATA_MINIFY_TYPE_UNS_KEY) is None:
+        if adata.uns.get(_ADATA_MINIFY_TYPE_UNS_KEY) is None and not _is_about_to_be_minified(adata):
             check_counts(
                 adata,
                 manager.get_from_registry(REGISTRY_KEYS.X_KEY),
                 layer=arguments["layer"],
                 is_count_likelihood=self.module.gene_likelihood != "normal",
-                needs_library_size=self.module.use_observed_lib_size and not self.module.use_size_factor_key,
+                needs_library_size=self.module.use_observed_lib_size and not has_size_factor,
             )
+
+
+def _is_about_to_be_minified(adata: AnnData) -> bool:
+    """Whether counts were taken out and posteriors put in, which scvi-tools loads before ``minify_adata``."""
+    is_empty = sparse.issparse(adata.X) and adata.X.nnz == 0
+    return is_empty and {"_scvi_latent_qzm", "_scvi_latent_qzv"} <= set(adata.obsm)

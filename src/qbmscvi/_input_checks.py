@@ -15,6 +15,8 @@ from anndata import AnnData
 from scipy import sparse
 from scvi import REGISTRY_KEYS
 
+from qbmscvi.exceptions import MissingColumnError
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
@@ -130,8 +132,10 @@ def get_column(adata: AnnData, argument: str, key: Any) -> pd.Series:
     ------
     TypeError
         If ``key`` cannot be a name.
+    MissingColumnError
+        If there is no such column.
     ValueError
-        If there is no such column, or there are several.
+        If there are several.
     """
     if isinstance(key, list | tuple | set | np.ndarray | pd.Series | pd.Index):
         remedy = f"Write {argument}={next(iter(key))!r}." if len(key) == 1 else ""
@@ -139,7 +143,7 @@ def get_column(adata: AnnData, argument: str, key: Any) -> pd.Series:
         raise TypeError(msg.rstrip())
     if key not in adata.obs:
         msg = f"{argument}={key!r} is no column of `adata.obs`. {suggest(key, adata.obs)}"
-        raise ValueError(msg)
+        raise MissingColumnError(msg)
     column = adata.obs[key]
     if isinstance(column, pd.DataFrame):
         msg = f"{argument}={key!r} names {column.shape[1]} columns of `adata.obs`. Rename or remove all but one."
@@ -392,7 +396,7 @@ def check_setup(
         msg = f"labels_key={labels_key!r} is no column of `adata.obs`. "
         fill = "unknown" if unlabeled_category is None else unlabeled_category
         msg += f"If the labels are not known, write `adata.obs[{labels_key!r}] = {fill!r}`."
-        raise ValueError(msg)
+        raise MissingColumnError(msg)
     for argument, key, registry_key in (
         ("batch_key", batch_key, REGISTRY_KEYS.BATCH_KEY),
         ("labels_key", labels_key, REGISTRY_KEYS.LABELS_KEY),

@@ -23,6 +23,7 @@ from scvi.utils import unsupported_if_adata_minified
 from torch.distributions import Categorical, Independent, MixtureSameFamily, kl_divergence
 
 from qbmscvi._arguments import as_rows
+from qbmscvi._input_checks import get_column
 from qbmscvi.diagnostics import LogPartition, estimate_log_z, log_mean_exp
 from qbmscvi.distributions import FactorialPosterior, MixtureComponent
 from qbmscvi.exceptions import require_integer
@@ -426,8 +427,10 @@ class LikelihoodMixin:
 
         Raises
         ------
+        MissingColumnError
+            If there is no such column.
         ValueError
-            If there is no such column, a sample of ``adata_sub`` has no cell in ``adata``, or ``dataloader`` is given.
+            If a sample of ``adata_sub`` has no cell in ``adata``, or ``dataloader`` is given.
         """
         if dataloader is not None:
             msg = "`dataloader` has no column of samples. Pass `adata` and `sample_key`."
@@ -435,10 +438,7 @@ class LikelihoodMixin:
         adata = self._validate_anndata(adata)
         adata_sub = adata if adata_sub is None else self._validate_anndata(adata_sub)
         for cells in (adata, adata_sub):
-            if sample_key not in cells.obs:
-                columns = ", ".join(map(repr, cells.obs.columns))
-                msg = f"sample_key={sample_key!r} is no column of `adata.obs`. There are: {columns}."
-                raise ValueError(msg)
+            get_column(cells, "sample_key", sample_key)
         # Angles, the default representation, are no means: this mixture is over spins.
         means = torch.from_numpy(
             self.get_latent_representation(adata_sub, batch_size=batch_size, representation="mean")

@@ -18,6 +18,12 @@ class GraphMismatchError(QBMSCVIError, ValueError):
     """A problem does not fit the sampler: too many spins, or edges the sampler does not have."""
 
 
+class MissingColumnError(QBMSCVIError, ValueError, KeyError):
+    """A column of ``adata.obs`` that an argument names does not exist; a :class:`KeyError`, as in scvi-tools, too."""
+
+    __str__ = Exception.__str__  # that of KeyError shows quotes and escapes
+
+
 class SamplerError(QBMSCVIError, RuntimeError):
     """A sampler failed to answer a request."""
 

@@ -261,10 +261,10 @@ def check_differential_abundance(other):
         other.differential_abundance(sample_key="batch", dataloader=[])
 
 
-def off_by_two(model):
-    """The same model with an encoder that is off by two in every logit: its posterior is not the true one."""
+def off_by(model, logits):
+    """The same model with an encoder that is off in every logit: its posterior is not the true one."""
     with torch.no_grad():
-        model.module.z_encoder.logit_encoder.bias += 2.0
+        model.module.z_encoder.logit_encoder.bias += logits
     return model
 
 
@@ -274,14 +274,14 @@ ONE_BATCH = slice(0, 30)
 @check
 def check_get_importance_weights(other):
     rows = np.flatnonzero(other.adata.obs["batch"] == "batch_0")[ONE_BATCH]
-    exact = Oracle.of(off_by_two(other), rows)
+    exact = Oracle.of(off_by(other, 2.0), rows)
     expected = special.logsumexp(exact.log_posterior, axis=0) - special.logsumexp(exact.log_q, axis=0)
     qz = other.module.inference(
         **other.module._get_inference_input(next(iter(other._make_data_loader(other.adata, rows))))
     )["qz"]
     mask = pd.Series(np.isin(np.arange(1_000), rows), index=other.adata.obs_names)
     found = other.get_importance_weights(
-        None, mask, qz, None, torch.tensor(exact.codes, dtype=torch.float32), n_mc_samples=4_000
+        None, mask, qz, None, torch.tensor(exact.codes, dtype=torch.float32), n_mc_samples=20_000
     )
     assert found.sum() == pytest.approx(1.0)
     np.testing.assert_allclose(found, special.softmax(expected), rtol=0.1, atol=1e-4)
@@ -318,18 +318,21 @@ def check_get_normalized_expression(trained, oracle, other):
 def check_draws_of_a_population(model, n_draws=12_000):
     """Importance weights turn draws of posteriors into draws of true posteriors."""
     rows = np.flatnonzero(model.adata.obs["batch"] == "batch_0")[ONE_BATCH]
-    exact = Oracle.of(off_by_two(model), rows)
-    uniform, true = (np.exp(log).mean(0) @ exact.scale[0] for log in (exact.log_q, exact.log_posterior))
-    direction = (true - uniform) / np.linalg.norm(true - uniform)
+    exact = Oracle.of(off_by(model, 0.5), rows)
+    proposal, target = (np.exp(log).mean(0) for log in (exact.log_q, exact.log_posterior))  # (n_codes,)
+    direction = (target - proposal) @ exact.scale[0]
+    score = exact.scale[0] @ direction / np.linalg.norm(direction)
+    shift = (target - proposal) @ score
     arguments = {"indices": rows, "n_samples_overall": n_draws, "return_numpy": True}
-    for weights, expected in (("uniform", uniform), ("importance", true)):
-        more = {"n_mc_samples": 2_000} if weights == "importance" else {}
+    for weights, law in (("uniform", proposal), ("importance", target)):
+        more = {"n_mc_samples": 20_000} if weights == "importance" else {}
         draws = model.get_normalized_expression(weights=weights, **arguments, **more) @ direction
-        # resampled from one pool of as many draws: twice the variance, and some more for the weights
-        error = 2.0 * draws.std() / np.sqrt(n_draws)
-        if abs((true - uniform) @ direction) < 2 * SE * error:
+        squares = (score - law @ score) ** 2
+        # Draws are resampled from a pool of as many: variance of the weighted pool, and of resampling.
+        error = np.sqrt(((law**2 / proposal) @ squares + law @ squares) / n_draws)
+        if abs(shift) < 2 * SE * error:
             pytest.fail("there is no difference to be seen")  # no AssertionError: no fault was found
-        assert abs(draws.mean() - expected @ direction) < SE * error
+        assert abs(draws.mean() / np.linalg.norm(direction) - law @ score) < SE * error
 
 
 @check
