@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributions import Distribution
 
-_WITH_DISPERSION = ("nb", "zinb")
+_WITHOUT_GAMMA = ("poisson", "normal")  # in which scVI looks for that of the negative binomial
 
 
 class ExpressionMixin:
@@ -226,7 +226,7 @@ class ExpressionMixin:
         As :meth:`scvi.model.SCVI.get_likelihood_parameters`, which fails for two likelihoods: ``"poisson"`` has a
         ``"mean"``, ``"normal"`` a ``"mean"`` and, as ``"dispersions"``, standard deviations.
         """
-        if self.module.gene_likelihood in _WITH_DISPERSION:
+        if self.module.gene_likelihood not in _WITHOUT_GAMMA:
             return super().get_likelihood_parameters(
                 adata, indices, n_samples, give_mean, batch_size, dataloader, **data_loader_kwargs
             )
@@ -258,7 +258,7 @@ class ExpressionMixin:
         scVI draws it from the gamma distribution of which the negative binomial is made. A Poisson or normal likelihood
         has none: its expression is that of the decoder at each draw of the latent variables.
         """
-        if self.module.gene_likelihood in _WITH_DISPERSION:
+        if self.module.gene_likelihood not in _WITHOUT_GAMMA:
             settings = (n_samples, batch_size, rna_size_factor, transform_batch)
             return super()._get_denoised_samples(adata, indices, *settings, dataloader, **data_loader_kwargs)
         data = (adata, indices, batch_size, dataloader)
