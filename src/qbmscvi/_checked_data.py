@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 
+_OF_MINIFIED_DATA = {"_scvi_latent_qzm", "_scvi_latent_qzv"}
+
+
 class CheckedDataMixin(BaseModelClass):
     """Checks of :class:`~qbmscvi.QBMSCVI` in front of scvi-tools."""
 
@@ -97,17 +100,14 @@ class CheckedDataMixin(BaseModelClass):
         if arguments["continuous_covariate_keys"]:
             covariates = manager.get_from_registry(REGISTRY_KEYS.CONT_COVS_KEY)
             check_finite(adata, covariates, "continuous_covariate_keys")
-        if adata.uns.get(_ADATA_MINIFY_TYPE_UNS_KEY) is None and not _is_about_to_be_minified(adata):
+        X = manager.get_from_registry(REGISTRY_KEYS.X_KEY)
+        # Counts were taken out and posteriors put in, which scvi-tools loads before `minify_adata`.
+        is_to_be_minified = _OF_MINIFIED_DATA <= set(adata.obsm or ()) and sparse.issparse(X) and X.nnz == 0
+        if adata.uns.get(_ADATA_MINIFY_TYPE_UNS_KEY) is None and not is_to_be_minified:
             check_counts(
                 adata,
-                manager.get_from_registry(REGISTRY_KEYS.X_KEY),
+                X,
                 layer=arguments["layer"],
                 is_count_likelihood=self.module.gene_likelihood != "normal",
                 needs_library_size=self.module.use_observed_lib_size and not has_size_factor,
             )
-
-
-def _is_about_to_be_minified(adata: AnnData) -> bool:
-    """Whether counts were taken out and posteriors put in, which scvi-tools loads before ``minify_adata``."""
-    is_empty = sparse.issparse(adata.X) and adata.X.nnz == 0
-    return is_empty and {"_scvi_latent_qzm", "_scvi_latent_qzv"} <= set(adata.obsm)
