@@ -130,7 +130,7 @@ def test_a_schedule_is_the_same_for_all(adata, quick_scores, schedule, warmup):
         ({"order_key": "day"}, "order_key='day' is no column"),
         ({"layer": "raw"}, "layer='raw' is no layer"),
         ({"label_key": "one"}, "at least two are needed"),
-        ({"label_key": "gaps"}, "missing for 1 of 160"),
+        ({"label_key": "gaps"}, "no value for 1 of 160"),
         ({"batch_key": "one"}, "a single batch"),
         ({"order_key": "cell_type"}, "not numeric"),
         ({"layer": "normalized"}, "no integers"),
@@ -378,7 +378,7 @@ def test_prepare_keeps_labeled_cells_and_variable_genes(adata):
     )
     with pytest.raises(ValueError, match="'type' is no column"):
         prepare(adata, label_key="type")
-    with pytest.raises(ValueError, match="no layer 'raw'"):
+    with pytest.raises(ValueError, match="layer='raw' is no layer"):
         prepare(adata, label_key="cell_type", layer="raw")
 
 

@@ -95,7 +95,7 @@ def _chunks(X: Any, n_cells: int) -> Iterator[tuple[int, Any]]:
     for start in range(0, n_cells, _CHUNK_ROWS):
         rows = X[start : start + _CHUNK_ROWS]
         if sparse.issparse(rows) and not rows.has_canonical_format:
-            rows = rows.copy() if rows is X else rows
+            rows = rows.copy()  # it may be a view of the user's data
             rows.sum_duplicates()  # as `toarray` does, by which the model reads
         yield start, rows
 
@@ -122,6 +122,8 @@ def _fractional(values: np.ndarray) -> np.ndarray:
     nearest = np.rint(values)
     if (values == nearest).all():
         return np.zeros(0, dtype=bool)
+    if not nearest.any():  # shares of a cell's total are all close to zero
+        return values != 0.0
     return np.abs(values - nearest) > ROUNDING * np.maximum(nearest, 1.0)
 
 
@@ -144,8 +146,8 @@ def _describe_not_finite(
 ) -> str:
     first = int(np.flatnonzero(bad)[0])
     return (
-        f"{_place(layer)} has the value {values.ravel()[first]} ({_entry(adata, start, rows, first)}), and "
-        f"{int(bad.sum())} that are NaN or infinite among the first {min(start + _CHUNK_ROWS, adata.n_obs)} cells. Set "
+        f"{_place(layer)} has the value {values.ravel()[first]} ({_entry(adata, start, rows, first)}). "
+        f"{int(bad.sum())} values of the first {min(start + _CHUNK_ROWS, adata.n_obs)} cells are NaN or infinite. Set "
         f"them to 0 if nothing was counted, or remove these cells. {_other_layers(adata, layer)}"
     ).rstrip()
 
@@ -187,10 +189,10 @@ def _place(layer: str | None) -> str:
 def _other_layers(adata: AnnData, layer: str | None) -> str:
     """Where else there are counts, as a sentence; nothing if nowhere."""
     found = []
-    if layer is not None and _holds_counts(adata.X, adata.n_obs):
+    if layer is not None and _holds_counts(getattr(adata, "X", None), adata.n_obs):
         found.append("`adata.X`, without `layer`")
-    for name, values in getattr(adata, "layers", {}).items():
-        if name != layer and _holds_counts(values, adata.n_obs):
+    for name in adata.layers.keys():
+        if name != layer and _holds_counts(adata.layers[name], adata.n_obs):
             found.append(f"`layer={name!r}`")
     raw = getattr(adata, "raw", None)
     if raw is not None and _holds_counts(raw.X, adata.n_obs):

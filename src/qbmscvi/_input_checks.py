@@ -95,7 +95,7 @@ def check_matrix(adata: AnnData, layer: str | None) -> None:
     if layer is not None and layer not in layers:
         msg = f"layer={layer!r} is no layer of the data. {suggest(layer, layers)} Leave it out for `adata.X`."
         raise ValueError(msg)
-    X = adata.X if layer is None else adata.layers[layer]
+    X = getattr(adata, "X", None) if layer is None else adata.layers[layer]
     name = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
     if X is None:
         msg = f"The data have no `X`. Name the layer with raw counts: `layer=...`. {suggest(layer, layers)}"
@@ -125,7 +125,7 @@ def check_matrix(adata: AnnData, layer: str | None) -> None:
         raise TypeError(msg)
 
 
-def get_column(adata: AnnData, argument: str, key: Any) -> pd.Series:
+def get_column(obs: pd.DataFrame, argument: str, key: Any) -> pd.Series:
     """Column of ``adata.obs`` that an argument names.
 
     Raises
@@ -141,29 +141,33 @@ def get_column(adata: AnnData, argument: str, key: Any) -> pd.Series:
         remedy = f"Write {argument}={next(iter(key))!r}." if len(key) == 1 else ""
         msg = f"{argument} takes the name of one column of `adata.obs`, but it is a {type(key).__name__}. {remedy}"
         raise TypeError(msg.rstrip())
-    if key not in adata.obs:
-        msg = f"{argument}={key!r} is no column of `adata.obs`. {suggest(key, adata.obs)}"
+    if key not in obs:
+        msg = f"{argument}={key!r} is no column of `adata.obs`. {suggest(key, obs)}"
         raise MissingColumnError(msg)
-    column = adata.obs[key]
+    column = obs[key]
     if isinstance(column, pd.DataFrame):
         msg = f"{argument}={key!r} names {column.shape[1]} columns of `adata.obs`. Rename or remove all but one."
         raise ValueError(msg)
     return column
 
 
-def check_categories(adata: AnnData, argument: str, key: str, *, filler: str = "unknown") -> None:
+def check_categories(
+    obs: pd.DataFrame, argument: str, key: str, *, filler: str = "unknown", may_miss: bool = False
+) -> None:
     """Raise unless each cell has a category, and the categories can be told apart and ordered.
 
     Parameters
     ----------
-    adata
-        Data with the column.
+    obs
+        Table of the cells, ``adata.obs``.
     argument
-        Argument that names it.
+        Argument that names the column.
     key
         Its name.
     filler
         What the message proposes to write where nothing stands.
+    may_miss
+        Whether cells may have no value.
 
     Raises
     ------
@@ -172,25 +176,24 @@ def check_categories(adata: AnnData, argument: str, key: str, *, filler: str = "
     ValueError
         If there is no such column, or values are missing.
     """
-    column = get_column(adata, argument, key)
-    where = f"`adata.obs[{key!r}]`"
+    column = get_column(obs, argument, key)
+    where = f"`adata.obs[{key!r}]` ({argument})"
     text = f"adata.obs[{key!r}] = adata.obs[{key!r}].astype(str)"
     missing = column.isna().to_numpy()
-    if missing.all():
+    if missing.all() and not may_miss:
         msg = (
-            f"{where} has no value for any of {len(column)} cells. Fill it, or leave `{argument}` out if it says "
-            "nothing about the cells."
+            f"{where} has no value for any of {len(column)} cells, but each needs one. Fill it, or name another column."
         )
         raise ValueError(msg)
-    if missing.any():
-        first = str(adata.obs_names[np.flatnonzero(missing)[0]])
+    if missing.any() and not may_miss:
+        first = str(obs.index[np.flatnonzero(missing)[0]])
         msg = (
             f"{where} has no value for {missing.sum()} of {len(column)} cells, the first of them {first!r}. Fill it: "
             f"`adata.obs[{key!r}] = adata.obs[{key!r}].astype(object).fillna({filler!r}).astype(str)`; or leave these "
             f"cells out: `adata = adata[adata.obs[{key!r}].notna()].copy()`."
         )
         raise ValueError(msg)
-    values = column.cat.categories if isinstance(column.dtype, pd.CategoricalDtype) else column
+    values = column.cat.categories if isinstance(column.dtype, pd.CategoricalDtype) else column[~missing]
     if values.dtype == object:
         types = sorted({_kind(value) for value in values})
         if len(types) > 1:
@@ -206,7 +209,7 @@ def _kind(value: Any) -> str:
     return "str" if isinstance(value, str) else type(value).__name__
 
 
-def check_known_categories(adata: AnnData, argument: str, key: str, known: Sequence[Any]) -> None:
+def check_known_categories(obs: pd.DataFrame, argument: str, key: str, known: Sequence[Any]) -> None:
     """Raise unless each category is one that the model was trained with.
 
     Raises
@@ -214,7 +217,7 @@ def check_known_categories(adata: AnnData, argument: str, key: str, known: Seque
     ValueError
         If one is not.
     """
-    unknown = [value for value in pd.unique(get_column(adata, argument, key)) if value not in set(known)]
+    unknown = [value for value in pd.unique(get_column(obs, argument, key)) if value not in set(known)]
     if unknown:
         msg = (
             f"`adata.obs[{key!r}]` has {as_typed(unknown, _N_SHOWN)}, which the model was not trained with. It knows: "
@@ -246,7 +249,7 @@ def check_groups(adata: AnnData, groupby: str, group1: Any, group2: Any) -> list
     ValueError
         If there is no such column, or a group, or the rest of the cells, has no cell.
     """
-    column = get_column(adata, "groupby", groupby)
+    column = get_column(adata.obs, "groupby", groupby)
     present = list(column.astype("category").cat.remove_unused_categories().cat.categories)
     chosen = present if group1 is None else [group1] if isinstance(group1, str) or np.isscalar(group1) else list(group1)
     for name, group in [*(("group1", group) for group in chosen), *([] if group2 is None else [("group2", group2)])]:
@@ -404,16 +407,17 @@ def check_setup(
         if key is None:
             continue
         is_label = argument == "labels_key" and unlabeled_category is not None
-        check_categories(adata, argument, key, filler=unlabeled_category if is_label else "unknown")
+        check_categories(adata.obs, argument, key, filler=unlabeled_category if is_label else "unknown")
         if source_registry is not None and not extend_categories:
-            check_known_categories(adata, argument, key, fields[registry_key]["state_registry"]["categorical_mapping"])
+            known = fields[registry_key]["state_registry"]["categorical_mapping"]
+            check_known_categories(adata.obs, argument, key, known)
     argument = "categorical_covariate_keys"
     known = fields.get(REGISTRY_KEYS.CAT_COVS_KEY, {}).get("state_registry", {}).get("mappings", {})
     for key in categorical_covariate_keys or ():
-        check_categories(adata, argument, key)
+        check_categories(adata.obs, argument, key)
         if source_registry is not None and not extend_categories:
-            check_known_categories(adata, argument, key, known[key])
+            check_known_categories(adata.obs, argument, key, known[key])
     for key in continuous_covariate_keys or ():
-        check_numeric(get_column(adata, "continuous_covariate_keys", key), "continuous_covariate_keys")
+        check_numeric(get_column(adata.obs, "continuous_covariate_keys", key), "continuous_covariate_keys")
     if size_factor_key is not None:
-        check_numeric(get_column(adata, "size_factor_key", size_factor_key), "size_factor_key")
+        check_numeric(get_column(adata.obs, "size_factor_key", size_factor_key), "size_factor_key")

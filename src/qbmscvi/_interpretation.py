@@ -103,11 +103,8 @@ class InterpretationMixin:
             raise ValueError(msg)
         given = np.arange(n_spins) if spins is None else np.atleast_1d(spins)
         chosen = given.tolist()
-        if (
-            given.dtype.kind not in "iu"
-            or not set(chosen) <= set(range(n_spins))
-            or len(set(chosen)) < max(1, len(chosen))
-        ):
+        is_valid = given.dtype.kind in "iu" and set(chosen) <= set(range(n_spins))
+        if not is_valid or not chosen or len(set(chosen)) < len(chosen):
             msg = (
                 f"`spins` is {spins!r}, but it must hold different numbers from 0 to {n_spins - 1}. "
                 "Leave it out for all."

@@ -417,7 +417,7 @@ class LikelihoodMixin:
         batch_size
             Cells at a time.
         num_cells_posterior
-            Number of cells of a sample at most, drawn from numpy's global stream.
+            Number of cells of a sample at most, drawn from torch's global stream.
         dof
             As in :meth:`get_aggregated_posterior`.
         adata_sub
@@ -438,7 +438,7 @@ class LikelihoodMixin:
         adata = self._validate_anndata(adata)
         adata_sub = adata if adata_sub is None else self._validate_anndata(adata_sub)
         for cells in (adata, adata_sub):
-            get_column(cells, "sample_key", sample_key)
+            get_column(cells.obs, "sample_key", sample_key)
         # Angles, the default representation, are no means: this mixture is over spins.
         means = torch.from_numpy(
             self.get_latent_representation(adata_sub, batch_size=batch_size, representation="mean")
@@ -450,7 +450,7 @@ class LikelihoodMixin:
                 msg = f"No cell of `adata` has {sample_key}={sample!r}, but cells of `adata_sub` have."
                 raise ValueError(msg)
             if num_cells_posterior is not None and num_cells_posterior < len(rows):
-                rows = np.random.choice(rows, num_cells_posterior, replace=False)  # noqa: NPY002 - as scVI
+                rows = rows[torch.randperm(len(rows))[: int(num_cells_posterior)].numpy()]
             mixture = self.get_aggregated_posterior(adata, rows, batch_size, dof)
             parts = [mixture.log_prob(part.to(self.device)).cpu() for part in means.split(int(batch_size))]
             log_probs[sample] = torch.cat(parts).numpy()

@@ -71,9 +71,9 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
     lr
         Learning rate of the networks, twice scVI's.
     prior_lr
-        Learning rate of the prior's parameters; None for a fortieth of ``lr``, and for that of the rest with an
-        optimizer of your own. At a fortieth a run of 2,000 steps ends before the couplings are learned (they move by
-        some 0.1 at most). A prior as fast as the networks needs its chains renewed at every step.
+        Learning rate of the prior's parameters. None is a fortieth of ``lr``; with ``optimizer="Custom"`` it is the
+        learning rate of that optimizer. At a fortieth, a run of 2,000 steps ends before the couplings are learned: they
+        move by 0.1 at most. If the prior learns as fast as the networks, renew its chains at every step.
     weight_decay
         Weight decay of the networks' linear layers; biases, normalization and dispersions have none. ``"auto"`` is,
         with ``"AdamW"``, ``1 / (50 lr n)`` at ``n`` steps an epoch, and at most 1: a weight that is not renewed fades

@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
 
     try:
         adata = load_counts(options)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         hint = "With `make demo` the options --data, --batch-key and --label-key are DATA=, BATCH_KEY= and LABEL_KEY=."
         sys.exit(f"error: {name_options(error, _OPTIONS)} {hint}")
 

@@ -217,6 +217,7 @@ def test_large_counts_are_taken_within_their_precision(counts):
         pytest.param(np.log1p, "normalized", id="log"),
         pytest.param(lambda X: X / X.sum(1, keepdims=True) * 1e4, "normalized", id="per-ten-thousand"),
         pytest.param(lambda X: X / X.max(), "normalized", id="scaled-to-one"),
+        pytest.param(lambda X: X / X.max() * 5e-4, "normalized", id="all-close-to-zero"),
         pytest.param(lambda X: X - X.mean(0), "scaled or centered", id="centered"),
     ],
 )
@@ -257,7 +258,10 @@ def test_stored_duplicates_are_summed_before_they_are_judged(counts):
     assert not half.has_canonical_format
     adata = counts.copy()
     adata.X = half
+    before = half.copy()
     build(adata).train(**FIT)
+    assert (adata.X.nnz, adata.X.has_canonical_format) == (before.nnz, False)  # the user's data stay as they are
+    np.testing.assert_array_equal(adata.X.data, before.data)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

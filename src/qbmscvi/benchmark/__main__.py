@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             rerun_cell(adata, options.cell, given, records)
             return
         compare(adata, records=records, **given)
-    except (ValueError, ImportError) as error:
+    except (TypeError, ValueError, ImportError) as error:
         sys.exit(f"error: {name_options(error)}")
     print(f"wrote {write_report(records, options.out, title=f'Comparison on {options.data.stem}')}")
 

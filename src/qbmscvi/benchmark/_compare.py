@@ -28,7 +28,7 @@ import scvi
 import torch
 
 from qbmscvi._counts import check_counts
-from qbmscvi.benchmark._data import check_column, require_column
+from qbmscvi._input_checks import check_categories, check_matrix, get_column
 from qbmscvi.benchmark._definitions import agree, agreed, define
 from qbmscvi.benchmark._metrics import as_codes, as_numbers, as_order, order_by_lineage
 from qbmscvi.benchmark._models import (
@@ -312,12 +312,10 @@ def check_data(
     keys = {"label_key": label_key, "batch_key": batch_key, "order_key": order_key, "lineage_key": lineage_key}
     for what, key in keys.items():
         if what == "order_key" and key is not None:
-            require_column(adata.obs, key, what)
+            get_column(adata.obs, what, key)
         elif key is not None or what == "label_key":
-            check_column(adata.obs, key, what, may_miss=what == "lineage_key")
-    if layer is not None and layer not in adata.layers:
-        msg = f"layer={layer!r} is no layer of the data. There are: {', '.join(map(repr, adata.layers)) or 'none'}."
-        raise ValueError(msg)
+            check_categories(adata.obs, what, key, may_miss=what == "lineage_key")
+    check_matrix(adata, layer)
     if adata.n_obs < _MIN_CELLS:
         msg = f"The data have {adata.n_obs} cells, but the scores need at least {_MIN_CELLS}. Compare on more cells."
         raise ValueError(msg)
@@ -346,11 +344,8 @@ def check_data(
             )
             raise ValueError(msg)
         order_by_lineage(adata.obs[lineage_key], order, N_NEIGHBORS, "lineage_key")
-    counts = adata.X if layer is None else adata.layers[layer]
-    if counts is None:
-        msg = "The data have no `X`. Choose the layer with raw counts with `layer`."
-        raise ValueError(msg)
     check_counts(adata, layer=layer)
+    counts = adata.X if layer is None else adata.layers[layer]
     columns = list(dict.fromkeys(key for key in keys.values() if key is not None))
     return type(adata)(counts.copy(), obs=adata.obs[columns].copy(), var=adata.var[[]].copy())
 

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from qbmscvi._counts import check_counts
+from qbmscvi._input_checks import check_categories, check_matrix
 from qbmscvi.exceptions import require_integer
 
 if TYPE_CHECKING:
@@ -70,12 +71,10 @@ def prepare(
     require_integer("n_genes", n_genes, 1)
     if max_cells is not None:
         require_integer("max_cells", max_cells, 1)
-    if layer is not None and layer not in adata.layers:
-        msg = f"There is no layer {layer!r}. There are: {', '.join(map(repr, adata.layers)) or 'none'}."
-        raise ValueError(msg)
+    check_matrix(adata, layer)
     cells = labeled_cells(adata.obs, label_key, unlabeled)
     if batch_key is not None:
-        check_column(adata.obs.iloc[cells], batch_key, "batch_key")
+        check_categories(adata.obs.iloc[cells], "batch_key", batch_key)
     if max_cells is not None and len(cells) > max_cells:
         cells = np.sort(np.random.default_rng(seed).choice(cells, max_cells, replace=False))
     adata = adata[cells].copy()
@@ -96,7 +95,7 @@ def labeled_cells(obs: pd.DataFrame, label_key: str, unlabeled: str | None = Non
     ValueError
         If there is none, or labels cannot be told apart.
     """
-    check_column(obs, label_key, "label_key", may_miss=True)
+    check_categories(obs, "label_key", label_key, may_miss=True)
     has_label = obs[label_key].notna().to_numpy()
     if unlabeled is not None:
         has_label &= (obs[label_key].astype(object).astype(str) != str(unlabeled)).to_numpy()
@@ -108,44 +107,6 @@ def labeled_cells(obs: pd.DataFrame, label_key: str, unlabeled: str | None = Non
         )
         raise ValueError(msg)
     return np.flatnonzero(has_label)
-
-
-def require_column(obs: pd.DataFrame, key: str, name: str) -> None:
-    """Raise unless there is such a column; ``name`` is the argument that asks for it.
-
-    Raises
-    ------
-    ValueError
-        If not.
-    """
-    if key not in obs:
-        msg = f"{name}={key!r} is no column of `adata.obs`. There are: {', '.join(map(repr, obs)) or 'none'}."
-        raise ValueError(msg)
-
-
-def check_column(obs: pd.DataFrame, key: str, name: str, *, may_miss: bool = False) -> None:
-    """Raise unless cells can be grouped by a column: it is there, has a value for each cell, and they are of one type.
-
-    Raises
-    ------
-    ValueError
-        If not; ``name`` is the argument that asks for it.
-    """
-    require_column(obs, key, name)
-    is_missing = obs[key].isna()
-    if is_missing.any() and not may_miss:
-        msg = (
-            f"`adata.obs[{key!r}]` ({name}) is missing for {is_missing.sum()} of {len(obs)} cells, but every cell "
-            "needs a value. Fill it, for example with 'unknown', or leave these cells out."
-        )
-        raise ValueError(msg)
-    kinds = sorted({type(value).__name__ for value in obs.loc[~is_missing, key].unique()})
-    if "str" in kinds and len(kinds) > 1:
-        msg = (
-            f"`adata.obs[{key!r}]` ({name}) has values of the types {' and '.join(kinds)}, but text and other values "
-            "cannot be told apart once they are names. Make them text with `.astype(str)`."
-        )
-        raise ValueError(msg)
 
 
 def _variable_genes(adata: AnnData, n_genes: int, batch_key: str | None) -> np.ndarray:

@@ -157,11 +157,11 @@ class Replayed(Sampler):
         self.traits = SamplerTraits(**{name: header[name] for name in _RUN_TRAITS}, is_replay=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """The place on the tape."""
+        """Number of answers that were replayed, and the checksum of the file that they came from."""
         return {"tape": self._checksum, "position": self._position, "is_past_end": self._is_past_end}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to that place; another tape is played from its start."""
+        """Go on after these answers; another file is replayed from its start."""
         if state["tape"] == self._checksum:
             self._position, self._is_past_end = state["position"], state["is_past_end"]
 
