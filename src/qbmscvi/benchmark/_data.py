@@ -92,8 +92,10 @@ def labeled_cells(obs: pd.DataFrame, label_key: str, unlabeled: str | None = Non
 
     Raises
     ------
+    TypeError
+        If labels are of several types.
     ValueError
-        If there is none, or labels cannot be told apart.
+        If there is no such column, or no cell has a label.
     """
     check_categories(obs, "label_key", label_key, may_miss=True)
     has_label = obs[label_key].notna().to_numpy()

@@ -100,9 +100,9 @@ def _read(sample_set: dimod.SampleSet, labels: Sequence[Any]) -> np.ndarray:
 class DimodSampler(_DimodAdapter):
     """Any :class:`dimod.Sampler`.
 
-    It is asked for the problem times ``beta``, without a temperature, and taken to answer at unit temperature; wrap one
-    that does not in :class:`Calibrated`. Bits become spins. Of more samples than asked for a random part is used; a
-    sampler that returns fewer is asked again for the rest.
+    The sampler gets the problem times ``beta`` and no temperature, and should answer at unit temperature. Wrap one that
+    does not in :class:`Calibrated`. Bits become spins. If the sampler returns too many rows, a random part of them is
+    used; if it returns too few, the rest is requested again.
 
     Parameters
     ----------
@@ -112,7 +112,7 @@ class DimodSampler(_DimodAdapter):
     sample_kwargs
         Keyword arguments of each call. ``num_reads`` and ``seed`` are filled in where the sampler takes them.
     target
-        Law of its samples; declare ``"boltzmann"`` only if it is. None for ``"ground_state"`` if it is one of the
+        Distribution of its samples; declare ``"boltzmann"`` only if it is. None for ``"ground_state"`` if it is one of the
         solvers of dimod and dwave-samplers, or their simulated annealing without ``beta_range`` or ``beta_schedule``
         (``sampler="simulated_annealing"`` runs that at the temperature asked for), and for ``"approximate"`` otherwise.
     max_spins
