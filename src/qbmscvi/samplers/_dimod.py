@@ -112,9 +112,9 @@ class DimodSampler(_DimodAdapter):
     sample_kwargs
         Keyword arguments of each call. ``num_reads`` and ``seed`` are filled in where the sampler takes them.
     target
-        Distribution of its samples; declare ``"boltzmann"`` only if it is. None for ``"ground_state"`` if it is one of the
-        solvers of dimod and dwave-samplers, or their simulated annealing without ``beta_range`` or ``beta_schedule``
-        (``sampler="simulated_annealing"`` runs that at the temperature asked for), and for ``"approximate"`` otherwise.
+        Distribution of its samples; declare ``"boltzmann"`` only if it is. None is ``"ground_state"`` for the solvers of
+        dimod and dwave-samplers, and for their simulated annealing without ``beta_range`` or ``beta_schedule``;
+        ``sampler="simulated_annealing"`` runs that at the right temperature. For all others None is ``"approximate"``.
     max_spins
         Largest problem it takes, or None.
 
