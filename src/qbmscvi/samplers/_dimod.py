@@ -112,7 +112,7 @@ class DimodSampler(_DimodAdapter):
     sample_kwargs
         Keyword arguments of each call. ``num_reads`` and ``seed`` are filled in where the sampler takes them.
     target
-        Distribution of its samples; declare ``"boltzmann"`` only if it is. None is ``"ground_state"`` for the solvers of
+        Distribution of its samples; declare ``"boltzmann"`` only if it is. None is ``"ground_state"`` for solvers of
         dimod and dwave-samplers, and for their simulated annealing without ``beta_range`` or ``beta_schedule``;
         ``sampler="simulated_annealing"`` runs that at the right temperature. For all others None is ``"approximate"``.
     max_spins
