@@ -155,8 +155,10 @@ def test_a_cell_descends_as_its_most_probable_spins_do(model: QBMSCVI) -> None:
     modes = model.get_prior_modes(indices=range(40))
     problem = model.get_ising_model().to("cpu", torch.float64)
     bits = model.get_latent_representation(indices=range(40), representation="bits")
-    for start, mode in zip(2.0 * bits - 1.0, modes.mode_of_cell, strict=True):
-        spins = torch.from_numpy(start).double()
+    for visible, mode in zip(torch.from_numpy(2.0 * bits - 1.0), modes.mode_of_cell, strict=True):
+        # Hidden spins start at their most probable state: against their fields.
+        fields = problem.h[len(visible) :] + problem.couplings()[len(visible) :, : len(visible)] @ visible.double()
+        spins = torch.cat([visible.double(), -fields.sign()])
         while True:
             neighbors = spins * (1.0 - 2.0 * torch.eye(len(spins), dtype=torch.float64))
             gains = problem.energy(neighbors) - problem.energy(spins[None])
@@ -180,10 +182,11 @@ def test_modes_of_an_annotation_model_hold_its_label_spins(adata: AnnData, laten
     QBMSCANVI.setup_anndata(adata, "label", "Unknown", batch_key="batch")
     model = QBMSCANVI(adata, latent=latent, n_latent=6, **({"n_spins": 6} if latent != "spins" else {}))
     model.train(max_epochs=1, enable_progress_bar=False)
-    assert model.get_prior_modes().spins.shape[1] == 6 + 6
+    n_hidden = model.module.prior.n_hidden
+    assert model.get_prior_modes().spins.shape[1] == 6 + n_hidden + 6
     assert model.get_spin_programs()["spin"].nunique() == 6
     (qz,) = model._get_posteriors(None, range(5), None, None)
-    types = model._most_probable_spins(qz)[:, 6:]
+    types = model._most_probable_spins(qz)[:, 6 + n_hidden :]
     assert (types.sum(1) == 1 - 5).all()  # one up, five down
     names = model.adata_manager.get_state_registry("labels").categorical_mapping
     assert [names[i] for i in types.argmax(1)] == list(model.predict(indices=range(5)))

@@ -223,7 +223,9 @@ def test_marginal_likelihood_of_a_labeled_model_sums_over_the_cell_types():
     adata = register()
     QBMSCANVI.setup_anndata(adata, "cell_type", "unknown", batch_key="batch")
     scvi.settings.seed = 0
-    model = QBMSCANVI(adata, latent="spins", n_latent=4, n_hidden=8, n_chains=64, gene_likelihood="nb")
+    model = QBMSCANVI(
+        adata, latent="spins", n_latent=4, n_hidden_spins=0, n_hidden=8, n_chains=64, gene_likelihood="nb"
+    )
     model.train(max_epochs=10, accelerator="cpu", enable_progress_bar=False, plan_kwargs={"lr": 0.01})
     prior, tensors = model.module.prior, batch_of(model)
     with torch.no_grad():

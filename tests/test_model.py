@@ -148,23 +148,27 @@ def test_smoothing_instance_is_used_as_it_is(adata):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "n_gaussian", "n_spins", "width"),
+    ("arguments", "n_gaussian", "n_spins", "n_hidden", "width"),
     [
-        pytest.param({}, 0, 64, 64, id="defaults"),
-        pytest.param({"n_latent": 12}, 0, 12, 12, id="n_latent"),
-        pytest.param({"n_latent": 5}, 0, 5, 5, id="n_latent-odd"),
-        pytest.param({"latent": "gaussian-spins"}, 10, 32, 10, id="gaussian-spins-defaults"),
-        pytest.param({"latent": "gaussian-spins", "n_latent": 3}, 3, 32, 3, id="gaussian-spins-n_latent"),
-        pytest.param({"latent": "gaussian-spins", "n_spins": 5}, 10, 5, 10, id="gaussian-spins-n_spins"),
-        pytest.param({"latent": "spins", "n_spins": 12}, 0, 12, 12, id="spins-n_spins"),
-        pytest.param({"latent": "spins", "n_latent": 12, "n_spins": 12}, 0, 12, 12, id="spins-both-equal"),
+        pytest.param({}, 0, 64, 64, 64, id="defaults"),
+        pytest.param({"n_latent": 12}, 0, 12, 12, 12, id="n_latent"),
+        pytest.param({"n_latent": 5}, 0, 5, 5, 5, id="n_latent-odd"),
+        pytest.param({"n_latent": 5, "n_hidden_spins": 3}, 0, 5, 3, 5, id="n_hidden_spins"),
+        pytest.param({"n_latent": 5, "n_hidden_spins": 0}, 0, 5, 0, 5, id="no-hidden-spins"),
+        pytest.param({"n_latent": 5, "prior_graph": "complete"}, 0, 5, 0, 5, id="complete"),
+        pytest.param({"n_latent": 5, "prior_graph": "complete", "n_hidden_spins": 2}, 0, 5, 2, 5, id="complete-hidden"),
+        pytest.param({"latent": "gaussian-spins"}, 10, 32, 0, 10, id="gaussian-spins-defaults"),
+        pytest.param({"latent": "gaussian-spins", "n_latent": 3}, 3, 32, 0, 3, id="gaussian-spins-n_latent"),
+        pytest.param({"latent": "gaussian-spins", "n_spins": 5}, 10, 5, 0, 10, id="gaussian-spins-n_spins"),
+        pytest.param({"latent": "spins", "n_spins": 12}, 0, 12, 12, 12, id="spins-n_spins"),
+        pytest.param({"latent": "spins", "n_latent": 12, "n_spins": 12}, 0, 12, 12, 12, id="spins-both-equal"),
     ],
 )
-def test_latent_sizes_are_the_documented_ones(adata, arguments, n_gaussian, n_spins, width):
+def test_latent_sizes_are_the_documented_ones(adata, arguments, n_gaussian, n_spins, n_hidden, width):
     model = QBMSCVI(adata, **arguments)
     prior = model.module.prior
-    assert (prior.n_gaussian, prior.n_spins) == (n_gaussian, n_spins)
-    assert prior.chains.shape == (512, n_spins)
+    assert (prior.n_gaussian, prior.n_visible, prior.n_hidden) == (n_gaussian, n_spins, n_hidden)
+    assert prior.chains.shape == (512, n_spins + n_hidden)
     model.is_trained_ = True
     assert model.get_latent_representation().shape == (N_CELLS, width)
     assert model.get_latent_representation(layer="both").shape == (N_CELLS, n_gaussian + n_spins)
@@ -367,7 +371,7 @@ def test_default_prior_has_couplings_that_are_trained(adata, latent):
 )
 def test_prior_graph_decides_which_spins_are_coupled(adata, latent, spec, edges):
     sizes = {"n_latent": 4} if latent == "spins" else {"n_spins": 4}
-    model = build(adata, latent, prior_graph=spec, **sizes)
+    model = build(adata, latent, prior_graph=spec, n_hidden_spins=0, **sizes)
     prior = model.module.prior
     if latent == "gaussian-spins" and isinstance(spec, str) and spec == "bipartite":
         edges = []  # Gaussian units against spins, so no edges between spins

@@ -71,7 +71,7 @@ def enumerated_loss(module: QBMVAE, tensors: dict[str, torch.Tensor]) -> torch.T
     outputs = module.inference(**inputs)
     qz, z = outputs[MODULE_KEYS.QZ_KEY], outputs[MODULE_KEYS.Z_KEY]
     v, _ = module.prior.split(z)
-    states = all_states(module.prior.n_spins)
+    states = all_states(module.prior.n_visible)
     spins = states.repeat_interleave(N_CELLS, dim=0)  # (n_states * n_cells, n_spins), cells fastest
     repeated = {key: value.repeat(len(states), 1) for key, value in tensors.items()}
     inner = {

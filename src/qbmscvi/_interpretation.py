@@ -94,7 +94,7 @@ class InterpretationMixin:
         """
         self._check_if_trained(warn=False)
         module, n_gaussian = self.module, self.module.prior.n_gaussian
-        n_spins = module.prior.n_units - n_gaussian
+        n_spins = module.prior.n_visible
         if module.gene_likelihood == "normal":
             msg = (
                 "Fold changes need positive expression, but this model has gene_likelihood='normal'. Train on counts "
@@ -181,8 +181,8 @@ class InterpretationMixin:
 
         Samples of the prior (block Gibbs), and the most probable spins of each cell, go downhill in energy, always by
         the flip that lowers it most, until no single flip lowers it. The states where they end are the modes. A
-        Gaussian layer is integrated out; the label spins of :class:`~qbmscvi.QBMSCANVI` are among the spins, those of a
-        cell at its predicted type.
+        Gaussian layer is integrated out. Hidden spins are among the spins, those of a cell at their most probable state
+        given its own; so are the label spins of :class:`~qbmscvi.QBMSCANVI`, those of a cell at its predicted type.
 
         A mode's share is that of its basin, not its probability: many states of middling energy may lie in it.
 
@@ -253,5 +253,8 @@ class InterpretationMixin:
         return PriorModes(table, states[order], of_cells)
 
     def _most_probable_spins(self, qz: FactorialPosterior) -> Tensor:
-        """Most probable state of all spins of the prior, shape ``(n_cells, n_spins)``."""
-        return torch.where(qz.logits > 0, 1, -1)
+        """Most probable visible spins, and hidden spins given these, shape ``(n_cells, n_spins)``."""
+        visible = torch.where(qz.logits > 0, 1.0, -1.0).to(qz.logits)
+        if not self.module.prior.n_hidden:
+            return visible
+        return torch.cat([visible, torch.where(self.module.prior.hidden_fields(visible) < 0, 1.0, -1.0)], dim=-1)

@@ -25,7 +25,7 @@ import torch
 
 from qbmscvi._prior import BoltzmannDistribution, BoltzmannPrior
 from qbmscvi.graphs import Graph
-from qbmscvi.ising import SampleBatch, edge_fields
+from qbmscvi.ising import SampleBatch, block_couplings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,22 +36,35 @@ if TYPE_CHECKING:
 class LabeledPrior(BoltzmannPrior):
     """Boltzmann distribution over ``z = [v, s]`` and one label spin per cell type.
 
-    The label spins are the last of the Ising problem. They couple to every latent spin and to the Gaussian layer.
+    The label spins are the last of the Ising problem. They couple to every visible spin and to the Gaussian layer.
 
     Parameters
     ----------
     graph
-        Interaction graph of the latent spins.
+        Interaction graph of visible and hidden spins.
     n_labels
         Number of cell types.
-    n_gaussian, n_chains, is_coupled
+    n_gaussian, n_hidden, n_chains, is_coupled
         See :class:`BoltzmannPrior`.
     """
 
     def __init__(
-        self, graph: Graph, n_labels: int, n_gaussian: int = 0, *, n_chains: int = 512, is_coupled: bool = True
+        self,
+        graph: Graph,
+        n_labels: int,
+        n_gaussian: int = 0,
+        *,
+        n_hidden: int = 0,
+        n_chains: int = 512,
+        is_coupled: bool = True,
     ) -> None:
-        super().__init__(_add_labels(graph, n_labels), n_gaussian, n_chains=n_chains, is_coupled=is_coupled)
+        super().__init__(
+            _add_labels(graph, n_labels, n_hidden),
+            n_gaussian,
+            n_hidden=n_hidden,
+            n_chains=n_chains,
+            is_coupled=is_coupled,
+        )
         self.n_labels = n_labels
         with torch.no_grad():
             # Types start equally likely, and independent of the rest: one of n_labels spins is up in the mean.
@@ -91,35 +104,34 @@ class LabeledPrior(BoltzmannPrior):
             self.set_moments(SampleBatch(self.chains, self.to_ising().energy(self.chains)))
 
     @property
-    def n_units(self) -> int:
-        """Width of ``z``: Gaussian units and latent spins, without the label spins."""
-        return super().n_units - self.n_labels
-
-    def split(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Split ``z``, shape ``(..., n_units)``, into the Gaussian and the latent spin layer."""
-        return z.split([self.n_gaussian, self.n_spins - self.n_labels], dim=-1)
+    def n_visible(self) -> int:
+        """Number of spins that the decoder sees."""
+        return super().n_visible - self.n_labels
 
     def label_logits(self, v: Tensor, s: Tensor) -> Tensor:
         r"""Return :math:`\log p(y \mid z)` up to a constant per row, shape ``(..., n_labels)``.
 
         Linear in both layers, so that means give means.
         """
-        spins = torch.cat([s, s.new_zeros(*s.shape[:-1], self.n_labels)], dim=-1)
-        field = self.h - v @ self.W
-        if self.graph.n_edges:
-            field = field + edge_fields(spins, self.J, self.graph)
-        return -2.0 * field[..., -self.n_labels :]
+        return -2.0 * self._label_fields(v, s)
+
+    def _label_fields(self, v: Tensor, s: Tensor) -> Tensor:
+        labels = slice(self.n_spins - self.n_labels, self.n_spins)
+        couplings = block_couplings(self.J, self.graph, slice(0, self.n_visible), labels)
+        fields = self.h[labels] + s @ couplings
+        return fields - v @ self.W[:, labels] if self.n_gaussian else fields
 
     def energy(self, z: Tensor) -> Tensor:
-        """Energy of ``z`` with the cell type summed out, shape ``(...)``, in nats."""
-        v, s = self.split(z)
-        without = self._energy_per_unit(v, v.square(), self._with_labels_down(s)).sum(-1)
-        return without - self.label_logits(v, s).logsumexp(-1)
+        """Energy of ``z`` with hidden spins and the cell type summed out, shape ``(...)``, in nats."""
+        fields = self._label_fields(*self.split(z))
+        return super().energy(z) - fields.sum(-1) - (-2.0 * fields).logsumexp(-1)
 
-    def expected_energy(self, posterior: FactorialPosterior, labels: Tensor | None = None) -> Tensor:
+    def expected_energy(
+        self, posterior: FactorialPosterior, labels: Tensor | None = None, *, n_draws: int = 0
+    ) -> Tensor:
         """Mean energy per unit under a factorial posterior, shape ``(..., n_units)``.
 
-        Label spins and the choice of the type are shared out equally among the units.
+        The terms of label spins are shared equally between the units.
 
         Parameters
         ----------
@@ -127,45 +139,39 @@ class LabeledPrior(BoltzmannPrior):
             Posterior of ``z``.
         labels
             Cell types, shape ``(n_cells,)``; values outside ``0 .. n_labels - 1`` are unknown. None: all unknown.
+        n_draws
+            See :meth:`BoltzmannPrior.expected_energy`.
         """
-        v, v_var, s = posterior.gaussian_loc, posterior.gaussian_scale.square(), posterior.spin_mean
-        energy = self._energy_per_unit(v, v.square() + v_var, self._with_labels_down(s))
-        logits = self.label_logits(v, s)
+        fields = self._label_fields(posterior.gaussian_loc, posterior.spin_mean)
+        logits = -2.0 * fields
         gain = logits.logsumexp(-1)
         if labels is not None:
             is_known = (labels >= 0) & (labels < self.n_labels)
             own = logits.gather(-1, torch.where(is_known, labels, 0).unsqueeze(-1)).squeeze(-1)
             gain = torch.where(is_known, own, gain)
-        latent, of_labels = energy.split([self.n_units, self.n_labels], dim=-1)
-        return latent + ((of_labels.sum(-1) - gain) / self.n_units).unsqueeze(-1)
+        of_labels = -fields.sum(-1) - gain
+        return super().expected_energy(posterior, n_draws=n_draws) + (of_labels / self.n_units).unsqueeze(-1)
 
-    @torch.no_grad()
-    def complete(self, spins: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draw the Gaussian layer given latent and label spins; return ``z = [v, s]``, shape ``(n, n_units)``."""
-        return super().complete(spins, generator)[..., : self.n_units]
-
-    def _with_labels_down(self, s: Tensor) -> Tensor:
-        return torch.cat([s, -s.new_ones(*s.shape[:-1], self.n_labels)], dim=-1)
-
-    def distribution(self, labels: Tensor | None = None) -> LabeledDistribution:
+    def distribution(self, labels: Tensor | None = None, *, n_draws: int = 0) -> LabeledDistribution:
         """Return the prior as a torch distribution over ``z``, given the types of the cells as far as known."""
-        return LabeledDistribution(self, labels)
+        return LabeledDistribution(self, labels, n_draws)
 
 
 class LabeledDistribution(BoltzmannDistribution):
     """Face of a :class:`LabeledPrior`, with the types of the cells that a posterior belongs to."""
 
-    def __init__(self, prior: LabeledPrior, labels: Tensor | None) -> None:
-        super().__init__(prior)
+    def __init__(self, prior: LabeledPrior, labels: Tensor | None, n_draws: int = 0) -> None:
+        super().__init__(prior, n_draws)
         self.labels = labels
 
     def expected_energy(self, posterior: FactorialPosterior) -> Tensor:
         """Mean of the energy per unit, unknown types summed out; shape ``(..., n_units)``."""
-        return self.prior.expected_energy(posterior, self.labels)
+        return self.prior.expected_energy(posterior, self.labels, n_draws=self.n_draws)
 
 
-def _add_labels(graph: Graph, n_labels: int) -> Graph:
-    """Append label spins, coupled to every spin."""
+def _add_labels(graph: Graph, n_labels: int, n_hidden: int) -> Graph:
+    """Append label spins, coupled to every visible spin."""
     n_nodes = graph.n_nodes + n_labels
-    pairs = [(node, label) for node in range(graph.n_nodes) for label in range(graph.n_nodes, n_nodes)]
+    visible = range(graph.n_nodes - n_hidden)
+    pairs = [(node, label) for node in visible for label in range(graph.n_nodes, n_nodes)]
     return Graph(n_nodes, np.concatenate([graph.edges, np.array(pairs)]), f"{graph.name} with {n_labels} labels")

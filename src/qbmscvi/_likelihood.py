@@ -106,9 +106,9 @@ class LikelihoodMixin:
         """Evidence lower bound of the log likelihood, in nats per cell; higher is better.
 
         Arguments, sign and reduction are those of :meth:`scvi.model.SCVI.get_elbo`. The reconstruction term is taken at
-        one draw of the posterior, the KL divergence of the latent variables is closed form, that of the library size
-        is added with ``use_observed_lib_size=False``. The expectation is a lower bound of the log likelihood; a
-        single draw may lie above it.
+        one draw of the posterior. The KL divergence of the latent variables is that of :meth:`get_kl`; that of the
+        library size is added with ``use_observed_lib_size=False``. The expectation is a lower bound of the log
+        likelihood; a single draw may lie above it.
 
         Returns
         -------
@@ -195,7 +195,9 @@ class LikelihoodMixin:
         *,
         per_unit: bool = False,
     ) -> np.ndarray:
-        r"""KL divergence of the posterior of each cell from the prior, in nats; closed form but for log Z.
+        r"""KL divergence of the posterior of each cell from the prior, in nats.
+
+        Closed form but for log Z. With hidden spins the sum over these is a mean over draws of the posterior, too.
 
         Parameters
         ----------
@@ -212,7 +214,7 @@ class LikelihoodMixin:
         self.get_log_z()
         kl = torch.cat(
             [
-                kl_divergence(qz, self.module.prior.distribution()).cpu()
+                kl_divergence(qz, self.module.prior.distribution(n_draws=self.module.n_kl_draws)).cpu()
                 for qz in self._get_posteriors(adata, indices, batch_size, dataloader)
             ]
         )

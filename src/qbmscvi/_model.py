@@ -24,7 +24,7 @@ from qbmscvi._expression import ExpressionMixin
 from qbmscvi._input_checks import as_typed, require_anndata
 from qbmscvi._interpretation import InterpretationMixin
 from qbmscvi._likelihood import Layer, LikelihoodMixin
-from qbmscvi._module import QBMVAE, LatentName, resolve_latent_sizes
+from qbmscvi._module import QBMVAE, LatentName, resolve_latent_sizes, resolve_prior_graph
 from qbmscvi._training_plan import QBMTrainingPlan, QBMTrainRunner
 from qbmscvi.distributions import FactorialPosterior, Smoothing, SmoothingName
 from qbmscvi.exceptions import require_integer
@@ -69,10 +69,14 @@ class QBMSCVI(LikelihoodMixin, InterpretationMixin, ExpressionMixin, CheckedData
     n_spins
         Number of spins beside the Gaussian layer, default 32.
     prior_graph
-        Couplings of the prior. ``"bipartite"``: a restricted Boltzmann machine, whose layers are two halves of the
-        spins, or the Gaussian layer and the spins. ``"complete"``, ``"chimera"``, ``"pegasus"``, ``"zephyr"`` or any
-        :class:`networkx.Graph`: couplings between the spins, for devices of that graph. ``"independent"``: none, the
-        control that shows what the couplings do.
+        Couplings of the prior. ``"bipartite"``: a restricted Boltzmann machine, whose layers are the spins and the
+        hidden spins, or the Gaussian layer and the spins. ``"complete"``, ``"chimera"``, ``"pegasus"``, ``"zephyr"`` or
+        any :class:`networkx.Graph`: couplings between the spins, for devices of that graph. ``"independent"``: none,
+        the control that shows what the couplings do.
+    n_hidden_spins
+        Number of spins that only the prior has; each couples to every spin that the decoder sees. None for as many
+        as there are spins with ``"bipartite"``, and for none with other graphs or a Gaussian layer. With
+        ``"bipartite"`` and zero the layers are two halves of the spins.
     smoothing
         What the decoder sees of a spin in training: ``"straight-through"``, ``"reinmax"``,
         ``"gumbel"``, ``"spike-exponential"``, or an instance from :mod:`qbmscvi.distributions`.
@@ -111,6 +115,7 @@ class QBMSCVI(LikelihoodMixin, InterpretationMixin, ExpressionMixin, CheckedData
         latent: LatentName = "spins",
         n_spins: int | None = None,
         prior_graph: GraphName | nx.Graph | Graph = "bipartite",
+        n_hidden_spins: int | None = None,
         smoothing: SmoothingName | Smoothing = "straight-through",
         n_chains: int = 512,
         **kwargs: Any,
@@ -135,6 +140,7 @@ class QBMSCVI(LikelihoodMixin, InterpretationMixin, ExpressionMixin, CheckedData
             latent=latent,
             n_spins=n_spins,
             prior_graph=prior_graph,
+            n_hidden_spins=n_hidden_spins,
             smoothing=smoothing,
             n_chains=n_chains,
             **kwargs,
@@ -142,6 +148,8 @@ class QBMSCVI(LikelihoodMixin, InterpretationMixin, ExpressionMixin, CheckedData
         self._n_gaussian, n_resolved = resolve_latent_sizes(latent, n_latent, n_spins)
         sizes = f"n_latent: {self._n_gaussian or n_resolved}"
         sizes += f", n_spins: {n_resolved}" if self._n_gaussian else ""
+        n_of_prior = resolve_prior_graph(latent, n_resolved, prior_graph, n_hidden_spins)[1]
+        sizes += f", n_hidden_spins: {n_of_prior}" if n_of_prior else ""
         graph = prior_graph if isinstance(prior_graph, str) else getattr(prior_graph, "name", "") or "custom"
         self._model_summary_string = (
             f"{type(self).__name__} model with the following parameters: \n"
@@ -332,7 +340,7 @@ class QBMSCVI(LikelihoodMixin, InterpretationMixin, ExpressionMixin, CheckedData
         return layer
 
     def get_ising_model(self) -> IsingModel:
-        """Return the prior's spins as an Ising problem, the Gaussian layer integrated out.
+        """Return the prior's spins, hidden ones last, as an Ising problem, the Gaussian layer integrated out.
 
         ``model.get_ising_model().to_bqm()`` is a :class:`dimod.BinaryQuadraticModel`.
         """
@@ -487,8 +495,9 @@ class QBMSCVI(LikelihoodMixin, InterpretationMixin, ExpressionMixin, CheckedData
     ) -> np.ndarray:
         """Mean energy of each cell's posterior under the prior, in nats: low where the prior expects cells.
 
-        The mean is exact. Compare with the energies of prior samples, ``model.module.prior.energy``. Arguments are
-        those of :meth:`get_latent_representation`.
+        Hidden spins are summed out; with them the mean is over draws of the posterior, otherwise exact. Compare with
+        the energies of prior samples, ``model.module.prior.energy``. Arguments are those of
+        :meth:`get_latent_representation`.
 
         Returns
         -------
@@ -501,7 +510,8 @@ class QBMSCVI(LikelihoodMixin, InterpretationMixin, ExpressionMixin, CheckedData
         energies = []
         for tensors in dataloader:
             outputs = self.module.inference(**self.module._get_inference_input(tensors))
-            energies.append(self.module.prior.expected_energy(outputs[MODULE_KEYS.QZ_KEY]).sum(-1).cpu())
+            qz = outputs[MODULE_KEYS.QZ_KEY]
+            energies.append(self.module.prior.expected_energy(qz, n_draws=self.module.n_kl_draws).sum(-1).cpu())
         return torch.cat(energies).numpy()
 
     @classmethod

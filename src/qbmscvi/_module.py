@@ -18,7 +18,7 @@ from qbmscvi._prior import BoltzmannDistribution, BoltzmannPrior
 from qbmscvi.diagnostics import log_mean_exp
 from qbmscvi.distributions import FactorialPosterior, Smoothing, SmoothingName, build_smoothing
 from qbmscvi.exceptions import require_integer
-from qbmscvi.graphs import Graph, GraphName, build_graph, independent
+from qbmscvi.graphs import Graph, GraphName, bipartite, build_graph, independent, with_hidden
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,6 +34,7 @@ _DEFAULT_N_GAUSSIAN = 10
 _DEFAULT_N_SPINS = 32
 _DEFAULT_N_SPINS_ALONE = 64
 _N_LIBRARY_NODES = 15
+_N_KL_DRAWS = 20  # per cell, outside training: the error of a mean over cells is far below that of the reconstruction
 
 
 def resolve_latent_sizes(latent: LatentName, n_latent: int | None, n_spins: int | None) -> tuple[int, int]:
@@ -63,17 +64,37 @@ def resolve_latent_sizes(latent: LatentName, n_latent: int | None, n_spins: int 
 
 
 def resolve_prior_graph(
-    latent: LatentName, n_spins: int, prior_graph: GraphName | nx.Graph | Graph
-) -> tuple[Graph, bool]:
-    """Return the couplings between the spins of a latent family, and whether a Gaussian layer couples to them.
+    latent: LatentName, n_spins: int, prior_graph: GraphName | nx.Graph | Graph, n_hidden_spins: int | None = None
+) -> tuple[Graph, int, bool]:
+    """Return the graph of all spins, the number of hidden ones, and whether a Gaussian layer couples to spins.
 
-    With a Gaussian layer ``"bipartite"`` means Gaussian units against spins, without couplings between spins; any
-    other graph adds couplings between the spins. ``"independent"`` switches off every coupling: the J = 0 control.
+    The last nodes of the graph are the hidden spins, ``n_hidden_spins`` of them. None is as many as visible ones for
+    ``"bipartite"`` without a Gaussian layer, and zero otherwise. Hidden spins couple to every visible one; any other
+    graph than ``"bipartite"`` adds couplings between visible spins. ``"bipartite"`` without hidden spins has couplings
+    between two halves of the spins. With a Gaussian layer it couples Gaussian units to spins. ``"independent"``
+    switches off every coupling: the J = 0 control.
+
+    Raises
+    ------
+    ValueError
+        If there are hidden spins beside a Gaussian layer or with ``"independent"``, or their number is negative.
     """
     name = prior_graph if isinstance(prior_graph, str) else None
+    if n_hidden_spins is None:
+        n_hidden_spins = n_spins if latent == "spins" and name == "bipartite" else 0
+    require_integer("n_hidden_spins", n_hidden_spins, 0, "Leave it out for the default.")
+    n_hidden_spins = int(n_hidden_spins)
+    if n_hidden_spins and (latent != "spins" or name == "independent"):
+        reason = "prior_graph='independent' has no couplings" if latent == "spins" else "a Gaussian layer is their like"
+        msg = f"n_hidden_spins={n_hidden_spins}, but {reason}. Leave `n_hidden_spins` out."
+        raise ValueError(msg)
     if latent == "gaussian-spins" and name == "bipartite":
-        return independent(n_spins), True
-    return build_graph(prior_graph, n_spins), name != "independent"
+        return independent(n_spins), 0, True
+    if n_hidden_spins and name == "bipartite":
+        return bipartite(n_spins, n_hidden_spins), n_hidden_spins, True
+    graph = build_graph(prior_graph, n_spins)
+    graph = with_hidden(graph, n_hidden_spins) if n_hidden_spins else graph
+    return graph, n_hidden_spins, name != "independent"
 
 
 class BoltzmannEncoder(nn.Module):
@@ -149,6 +170,8 @@ class QBMVAE(VAE):
         Number of spins beside the Gaussian layer (default 32).
     prior_graph
         Interaction graph of the spins; see :func:`resolve_prior_graph`.
+    n_hidden_spins
+        Number of spins that only the prior has; see :func:`resolve_prior_graph`.
     smoothing
         What the decoder sees of a spin in training; see :mod:`qbmscvi.distributions`.
     n_chains
@@ -188,6 +211,7 @@ class QBMVAE(VAE):
         latent: LatentName = "spins",
         n_spins: int | None = None,
         prior_graph: GraphName | nx.Graph | Graph = "bipartite",
+        n_hidden_spins: int | None = None,
         smoothing: SmoothingName | Smoothing = "straight-through",
         n_chains: int = 512,
     ) -> None:
@@ -202,8 +226,10 @@ class QBMVAE(VAE):
             raise ValueError(msg)
         n_gaussian, n_spins = resolve_latent_sizes(latent, n_latent, n_spins)
         require_integer("n_chains", n_chains, 2, "Moments need several chains; 512 is usual.")
-        graph, is_coupled = resolve_prior_graph(latent, n_spins, prior_graph)
-        prior = self._build_prior(graph, n_gaussian, n_labels, n_chains=n_chains, is_coupled=is_coupled)
+        graph, n_hidden_spins, is_coupled = resolve_prior_graph(latent, n_spins, prior_graph, n_hidden_spins)
+        prior = self._build_prior(
+            graph, n_gaussian, n_labels, n_hidden=n_hidden_spins, n_chains=n_chains, is_coupled=is_coupled
+        )
         super().__init__(
             n_input=n_input,
             n_batch=n_batch,
@@ -288,7 +314,12 @@ class QBMVAE(VAE):
 
     def _prior_given(self, y: Tensor | None) -> BoltzmannDistribution:
         """Return the prior of cells with labels ``y``, which have no part in it here."""
-        return self.prior.distribution()
+        return self.prior.distribution(n_draws=self.n_kl_draws)
+
+    @property
+    def n_kl_draws(self) -> int:
+        """Draws of a posterior for its KL divergence: none in training, where an upper bound is the objective."""
+        return 0 if self.training else _N_KL_DRAWS
 
     def _decode(self, tensors: dict[str, Tensor], z: Tensor, library: Tensor) -> tuple[Tensor, Distribution | None]:
         """Log likelihood per cell at ``z`` and log library size, and the prior of the latter."""

@@ -1,17 +1,23 @@
-r"""The Boltzmann prior over a Gaussian layer and spins.
+r"""The Boltzmann prior over a Gaussian layer, spins and hidden spins.
 
 .. math::
 
-    E(v, s) = \tfrac12 \lVert v \rVert^2 - a \cdot v - v^\top W s + \sum_i h_i s_i + \sum_{(i,j)} J_{ij} s_i s_j,
-    \qquad p(v, s) = e^{-E(v, s)} / Z .
+    E(v, s, u) = \tfrac12 \lVert v \rVert^2 - a \cdot v - v^\top W s + \sum_i h_i s_i + \sum_j c_j u_j
+                 + \sum_{(i,j)} J_{ij} s_i s_j + \sum_{i,j} J_{ij} s_i u_j,
+    \qquad p(v, s, u) = e^{-E(v, s, u)} / Z .
 
-Without Gaussian units this is a Boltzmann machine over spins, on the bipartite graph a restricted one with both
-layers latent. With them and without edges it is a Gaussian-Bernoulli restricted Boltzmann machine, both layers
-latent again. Either way
+The decoder sees ``z = [v, s]``. Hidden spins ``u`` belong to the prior alone and couple to visible spins only. Without
+Gaussian units and couplings among visible spins this is a restricted Boltzmann machine. Without hidden spins the graph
+of two halves of the spins makes one whose layers are both visible, and Gaussian units without edges a
+Gaussian-Bernoulli one. In each case
 
-- ``E`` is multilinear in spins and quadratic in ``v``, so its mean under a factorial posterior, and hence
-  ``KL(q || p) = <E>_q - H(q) + log Z``, is closed form: the encoder's gradient needs no samples;
-- integrating ``v`` out leaves an Ising problem (:meth:`BoltzmannPrior.to_ising`), the only thing a sampler ever sees;
+- hidden spins are summed out exactly: :math:`E(z) = E(v, s, \cdot) - \sum_j \log 2 \cosh(c_j + \sum_i J_{ij} s_i)`;
+- the rest of the energy is multilinear in spins and quadratic in ``v``, so its mean under a factorial posterior is
+  closed form. The sum over hidden spins is concave in ``s``. At the mean spins it gives an upper bound of
+  ``KL(q || p) = <E>_q - H(q) + log Z`` without variance: the objective of training. Reported numbers use draws of
+  ``s`` for that sum, and are of the model;
+- integrating ``v`` out leaves an Ising problem over visible and hidden spins (:meth:`BoltzmannPrior.to_ising`), the
+  only thing a sampler ever sees;
 - the prior's own gradient, ``d log Z / d theta = -<dE/d theta>_p``, needs moments of the spins only. They arrive
   from outside (:meth:`BoltzmannPrior.set_moments`) and sit in buffers of fixed shape.
 
@@ -21,6 +27,7 @@ The value of log Z is not learned from those moments; it is a buffer that whoeve
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -28,9 +35,12 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints, register_kl
 
 from qbmscvi.distributions import FactorialPosterior
-from qbmscvi.ising import IsingModel, edge_fields
+from qbmscvi.enumeration import log_2cosh
+from qbmscvi.ising import IsingModel, block_couplings, edge_fields, edge_products
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from qbmscvi.graphs import Graph
     from qbmscvi.ising import SampleBatch
 
@@ -50,9 +60,11 @@ class BoltzmannPrior(nn.Module):
     Parameters
     ----------
     graph
-        Interaction graph of the spins.
+        Interaction graph of visible and hidden spins, in this order.
     n_gaussian
         Number of Gaussian units; zero for a prior over spins alone.
+    n_hidden
+        Number of hidden spins, the last nodes of the graph. They interact with visible spins only.
     n_chains
         Number of persistent chain states kept for the sampler.
     is_coupled
@@ -60,10 +72,23 @@ class BoltzmannPrior(nn.Module):
         edges this is the J = 0 control.
     """
 
-    def __init__(self, graph: Graph, n_gaussian: int = 0, *, n_chains: int = 512, is_coupled: bool = True) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        n_gaussian: int = 0,
+        *,
+        n_hidden: int = 0,
+        n_chains: int = 512,
+        is_coupled: bool = True,
+    ) -> None:
         super().__init__()
+        if n_hidden and (n_gaussian or (graph.edges[:, 0] >= graph.n_nodes - n_hidden).any()):
+            msg = f"{n_hidden} hidden spins couple to visible spins only, but {graph} has couplings between them, or "
+            msg += f"there are n_gaussian={n_gaussian} Gaussian units. Use `qbmscvi.graphs.with_hidden`, n_gaussian=0."
+            raise ValueError(msg)
         self.graph = graph
         self.n_gaussian = n_gaussian
+        self.n_hidden = n_hidden
         self.is_coupled = is_coupled
         n_spins, n_edges = graph.n_nodes, graph.n_edges
         self.h = nn.Parameter(torch.zeros(n_spins))
@@ -88,13 +113,18 @@ class BoltzmannPrior(nn.Module):
 
     @property
     def n_spins(self) -> int:
-        """Number of spins."""
+        """Number of spins of the Ising problem, hidden ones included."""
         return self.graph.n_nodes
 
     @property
+    def n_visible(self) -> int:
+        """Number of spins that the decoder sees."""
+        return self.n_spins - self.n_hidden
+
+    @property
     def n_units(self) -> int:
-        """Width of ``z``: Gaussian units and spins."""
-        return self.n_gaussian + self.n_spins
+        """Width of ``z``: Gaussian units and visible spins."""
+        return self.n_gaussian + self.n_visible
 
     def unfreeze(self) -> None:
         """Let all parameters be learned again, but not couplings that the prior does not have."""
@@ -107,35 +137,78 @@ class BoltzmannPrior(nn.Module):
 
     def split(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Split ``z``, shape ``(..., n_units)``, into the Gaussian and the spin layer."""
-        return z.split([self.n_gaussian, self.n_spins], dim=-1)
+        return z.split([self.n_gaussian, self.n_visible], dim=-1)
 
     def energy(self, z: Tensor) -> Tensor:
-        """Energy of ``z = [v, s]``, shape ``(..., n_units)``, per configuration, in nats."""
+        """Energy of ``z = [v, s]``, shape ``(..., n_units)``, hidden spins summed out; per configuration, in nats."""
         v, s = self.split(z)
-        return self._energy_per_unit(v, v.square(), s).sum(-1)
+        return self._energy_per_unit(v, v.square(), s).sum(-1) - self._log_sum_over_hidden(s)
 
-    def expected_energy(self, posterior: FactorialPosterior) -> Tensor:
-        """Mean energy per unit under a factorial posterior, shape ``(..., n_units)``; exact.
+    def expected_energy(self, posterior: FactorialPosterior, *, n_draws: int = 0) -> Tensor:
+        """Mean energy per unit under a factorial posterior, shape ``(..., n_units)``, hidden spins summed out.
 
-        A term that couples two units is shared equally between them.
+        A term that couples two units is shared equally between them, the sum over hidden spins between all.
+
+        Parameters
+        ----------
+        posterior
+            Posterior of ``z``.
+        n_draws
+            Draws of the spins at which the sum over hidden spins is taken; it is unbiased. Zero takes it at the mean
+            spins, an upper bound of the mean energy. Without hidden spins the mean is exact, and nothing is drawn.
         """
         v, v_var = posterior.gaussian_loc, posterior.gaussian_scale.square()
-        return self._energy_per_unit(v, v.square() + v_var, posterior.spin_mean)
+        energy = self._energy_per_unit(v, v.square() + v_var, posterior.spin_mean)
+        return energy - (self._mean_over_draws(self._log_sum_over_hidden, posterior, n_draws) / self.n_units)[..., None]
+
+    def _mean_over_draws(
+        self, function: Callable[[Tensor], Tensor], posterior: FactorialPosterior, n_draws: int
+    ) -> Tensor:
+        """Mean of a function of the visible spins over draws of the posterior, or its value at the mean spins."""
+        if not n_draws or not self.n_hidden:
+            return function(posterior.spin_mean)
+        _, s = self.split(posterior.sample((n_draws,)))
+        return function(s).mean(0)
+
+    def _log_sum_over_hidden(self, s: Tensor) -> Tensor:
+        """Log of the sum over hidden spins of the Boltzmann factors that they are in, shape ``(...)``."""
+        if not self.n_hidden:
+            return s.new_zeros(s.shape[:-1])
+        return log_2cosh(self.hidden_fields(s)).sum(-1)
+
+    def hidden_fields(self, s: Tensor) -> Tensor:
+        """Fields on the hidden spins, shape ``(..., n_hidden)``; their mean given ``s`` is ``tanh(-fields)``."""
+        hidden = slice(self.n_visible, self.n_visible + self.n_hidden)
+        return self.h[hidden] + s @ block_couplings(self.J, self.graph, slice(0, self.n_visible), hidden)
+
+    def _visible_fields(self, s: Tensor) -> Tensor:
+        """Fields of visible spins on each other, shape ``(..., n_visible)``."""
+        if self.n_visible == self.n_spins:
+            return edge_fields(s, self.J, self.graph)
+        visible = slice(0, self.n_visible)
+        return s @ block_couplings(self.J, self.graph, visible, visible)
+
+    @cached_property
+    def _has_visible_edges(self) -> bool:
+        return bool((self.graph.edges[:, 1] < self.n_visible).any())
 
     def _energy_per_unit(self, v: Tensor, v_square: Tensor, s: Tensor) -> Tensor:
-        field = self.h
+        """Energy without hidden spins."""
+        field = self.h[: self.n_visible]
         if self.n_gaussian:
-            field = field - 0.5 * (v @ self.W)
-        if self.graph.n_edges:
-            field = field + 0.5 * edge_fields(s, self.J, self.graph)
+            field = field - 0.5 * (v @ self.W[:, : self.n_visible])
+        if self._has_visible_edges:
+            field = field + 0.5 * self._visible_fields(s)
         if not self.n_gaussian:
             return s * field
-        drive = s @ self.W.T  # (..., n_gaussian)
+        drive = s @ self.W[:, : self.n_visible].T  # (..., n_gaussian)
         gaussian = 0.5 * v_square - self.a * v - 0.5 * v * drive
         return torch.cat([gaussian, s * field], dim=-1)
 
     def to_ising(self) -> IsingModel:
         r"""Return the Ising problem that is left when the Gaussian layer is integrated out; a copy.
+
+        Its spins are the visible ones, then the hidden ones.
 
         .. math:: E(s) = -\tfrac12 \lVert a + W s \rVert^2 - \tfrac{d}{2} \log 2\pi + h \cdot s + \sum J_{ij} s_i s_j
 
@@ -149,15 +222,24 @@ class BoltzmannPrior(nn.Module):
 
     @torch.no_grad()
     def complete(self, spins: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draw the Gaussian layer given spins, exactly, and return ``z = [v, s]``, shape ``(n, n_units)``."""
-        spins = spins.to(self.h)
+        """Return ``z = [v, s]``, shape ``(n, n_units)``, for spins of :meth:`to_ising`; the Gaussian layer is drawn."""
+        spins = spins.to(self.h)[:, : self.n_visible]
         noise = torch.randn(len(spins), self.n_gaussian, generator=generator, device=self.h.device, dtype=self.h.dtype)
-        return torch.cat([self.a + spins @ self.W.T + noise, spins], dim=-1)
+        return torch.cat([self.a + spins @ self.W[:, : self.n_visible].T + noise, spins], dim=-1)
 
     @torch.no_grad()
     def set_moments(self, batch: SampleBatch) -> None:
-        """Take over the moments of samples of :meth:`to_ising`."""
-        mean, edge_mean = batch.moments(self.graph)
+        """Take over the moments of samples of :meth:`to_ising` at the current parameters.
+
+        In place of hidden spins their mean given the visible ones counts (Rao and Blackwell): less variance.
+        """
+        if self.n_hidden:
+            spins = batch.spins.to(self.h)
+            hidden = slice(self.n_visible, self.n_visible + self.n_hidden)
+            spins[:, hidden] = -torch.tanh(self.hidden_fields(spins[:, : self.n_visible]))
+            mean, edge_mean = spins.mean(0), edge_products(spins, spins, self.graph) / len(spins)
+        else:
+            mean, edge_mean = batch.moments(self.graph)
         self.spin_mean.copy_(mean)
         self.edge_mean.copy_(edge_mean)
         if self.n_gaussian:
@@ -184,27 +266,35 @@ class BoltzmannPrior(nn.Module):
             mean_energy = mean_energy - 0.5 * squared_drive
         return self.log_z + (mean_energy.detach() - mean_energy)
 
-    def distribution(self) -> BoltzmannDistribution:
-        """Return the prior as a torch distribution over ``z``."""
-        return BoltzmannDistribution(self)
+    def distribution(self, *, n_draws: int = 0) -> BoltzmannDistribution:
+        """Return the prior as a torch distribution over ``z``; ``n_draws`` as in :meth:`expected_energy`."""
+        return BoltzmannDistribution(self, n_draws)
 
 
 class BoltzmannDistribution(Distribution):
     """Face of a :class:`BoltzmannPrior` towards code that expects a torch distribution for ``p(z)``.
 
     Sampling is the samplers' business: ``sample`` is not implemented.
+
+    Parameters
+    ----------
+    prior
+        The prior.
+    n_draws
+        Draws for the KL divergence; see :meth:`BoltzmannPrior.expected_energy`.
     """
 
     arg_constraints: ClassVar = {}
     support = constraints.real_vector
 
-    def __init__(self, prior: BoltzmannPrior) -> None:
+    def __init__(self, prior: BoltzmannPrior, n_draws: int = 0) -> None:
         self.prior = prior
+        self.n_draws = n_draws
         super().__init__(torch.Size(()), torch.Size((prior.n_units,)), validate_args=False)
 
     def expected_energy(self, posterior: FactorialPosterior) -> Tensor:
-        """Mean energy per unit under a factorial posterior, shape ``(..., n_units)``; exact."""
-        return self.prior.expected_energy(posterior)
+        """Mean energy per unit under a factorial posterior, shape ``(..., n_units)``."""
+        return self.prior.expected_energy(posterior, n_draws=self.n_draws)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density of ``z = [v, s]``, shape ``(..., n_units)``, in nats; as good as the prior's ``log_z``."""
@@ -213,7 +303,7 @@ class BoltzmannDistribution(Distribution):
 
 @register_kl(FactorialPosterior, BoltzmannDistribution)
 def _kl_factorial_boltzmann(q: FactorialPosterior, p: BoltzmannDistribution) -> Tensor:
-    """KL per unit, shape ``(..., n_units)``, exact up to log Z, which is shared equally between the units."""
+    """KL per unit, shape ``(..., n_units)``, as good as log Z, which is shared equally between the units."""
     # Mixed precision rounds every product to bfloat16 or float16, too coarse for energies of hundreds of nats.
     with torch.autocast(q.logits.device.type, enabled=False):
         return p.expected_energy(q) - q.entropy() + p.prior.log_partition() / p.prior.n_units

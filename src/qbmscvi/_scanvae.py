@@ -47,7 +47,7 @@ class QBMSCANVAE(QBMVAE):
 
     def _prior_given(self, y: Tensor | None) -> LabeledDistribution:
         """Return the prior of cells with labels ``y``, shape ``(n_cells, 1)``."""
-        return self.prior.distribution(None if y is None else y.squeeze(-1).long())
+        return self.prior.distribution(None if y is None else y.squeeze(-1).long(), n_draws=self.n_kl_draws)
 
     def take_over(self, module: QBMVAE) -> None:
         """Take over the weights and the prior of a module of the same sizes without labels."""

@@ -247,9 +247,8 @@ def _draw_couplings(model: QBMSCVI, ax: Axes) -> None:
     if prior.n_gaussian:
         matrix, labels = prior.W.detach().cpu().numpy(), {"ylabel": "Gaussian unit", "colorbar_label": "W"}
     else:
-        n_left = prior.n_spins // 2
-        matrix = model.get_ising_model().couplings().cpu().numpy()[:n_left, n_left:]
-        labels = {"ylabel": "spin of the left layer", "xlabel": "spin of the right layer"}
+        matrix = model.get_ising_model().couplings().cpu().numpy()[: prior.n_visible, prior.n_visible :]
+        labels = {"ylabel": "spin", "xlabel": "hidden spin"}
     pl.coupling_matrix(matrix, order="communities", title="couplings of the prior", ax=ax, **labels)
 
 

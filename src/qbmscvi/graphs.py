@@ -224,6 +224,15 @@ def independent(n_nodes: int) -> Graph:
     return Graph(n_nodes, np.empty((0, 2), dtype=np.int64), "independent")
 
 
+def with_hidden(graph: Graph, n_hidden: int) -> Graph:
+    """Append hidden nodes, each coupled to every node of the graph and to no other hidden node."""
+    n = graph.n_nodes
+    pairs = [(node, hidden) for node in range(n) for hidden in range(n, n + n_hidden)]
+    edges = np.concatenate([graph.edges, np.array(pairs, dtype=np.int64).reshape(-1, 2)])
+    name = "bipartite" if graph.n_edges == 0 else f"{graph.name} with {n_hidden} hidden"
+    return Graph(n + n_hidden, edges, name)
+
+
 def from_networkx(graph: nx.Graph, name: str = "custom") -> Graph:
     """Take over any undirected :class:`networkx.Graph`; its nodes are numbered in their own order.
 

@@ -324,6 +324,15 @@ def coupling_matrix(J: Tensor, graph: Graph) -> Tensor:
     return torch.cat([J, J.new_zeros(1)]).index_select(0, places.view(-1)).view_as(places)
 
 
+def block_couplings(J: Tensor, graph: Graph, rows: slice, columns: slice) -> Tensor:
+    """Couplings between two ranges of spins, shape ``(n_rows, n_columns)``; differentiable."""
+    if graph.layers is not None and rows.stop <= graph.layers[0] <= columns.start:
+        start = graph.layers[0]
+        return J.view(graph.layers)[rows, columns.start - start : columns.stop - start]
+    places = graph.edge_numbers(J.device)[rows, columns]
+    return torch.cat([J, J.new_zeros(1)]).index_select(0, places.flatten()).view(places.shape)
+
+
 def edge_fields(values: Tensor, J: Tensor, graph: Graph) -> Tensor:
     """``sum_j J_ij values_j`` over the edges: shape ``(..., n_spins)`` for spins or mean spins of that shape."""
     if graph.layers is not None:

@@ -21,6 +21,7 @@ from scvi.model import SCVI
 from qbmscvi._model import QBMSCVI
 from qbmscvi._training_plan import QBMTrainingPlan, auto_kl_warmup, auto_weight_decay
 from qbmscvi.diagnostics import estimate_log_z
+from qbmscvi.samplers import BlockGibbsSampler, SamplingRequest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -226,8 +227,9 @@ def _shuffled_fit(model: QBMSCVI, seed: int) -> dict[str, float]:
                 order = torch.randperm(couplings.numel(), generator=generator).to(couplings.device)
                 couplings.copy_(couplings.flatten()[order].view_as(couplings))
         # The persistent chains are samples of the prior as it was trained, so the reverse runs need others.
-        spins = torch.from_numpy(model.sample_prior(256, seed=seed)[:, prior.n_gaussian :]).to(prior.h)
-        log_z = estimate_log_z(prior.to_ising(), samples=spins, seed=seed)
+        problem = prior.to_ising()
+        spins = BlockGibbsSampler().sample(SamplingRequest(problem, 256, seed=seed)).spins
+        log_z = estimate_log_z(problem, samples=spins, seed=seed)
         prior.set_log_z(log_z.value, log_z.lower, log_z.upper, log_z.scale)
         return _held_out_fit(model, seed)
     finally:
@@ -238,7 +240,7 @@ def _same_width(task: Task) -> dict[str, int]:
     """Width of what QBMSCVI's ``get_latent_representation()`` returns, as ``n_latent``."""
     model = MODELS["QBMSCVI"].build(task, {})
     prior = model.module.prior
-    widths = {"gaussian": prior.n_gaussian, "spins": prior.n_spins, "both": prior.n_units}
+    widths = {"gaussian": prior.n_gaussian, "spins": prior.n_visible, "both": prior.n_units}
     return {"n_latent": widths[model._resolve_layer(None)]}
 
 
