@@ -139,12 +139,16 @@ class SamplingCallback(Callback):
             self.prior.is_log_z_estimated.fill_(False)
         state, self._resumed = self._resumed, None
         if state is None:
-            self._seeds.manual_seed(int(torch.randint(2**31 - 1, ())))  # on all ranks: their streams stay equal
-            self._last_step = self._last_asked = self._tracked = None
+            self.start(int(torch.randint(2**31 - 1, ())))  # on all ranks: their streams stay equal
             return
         self._last_step, self._last_asked = state["steps"]
         if trainer.is_global_zero:
             self._resume(state)
+
+    def start(self, seed: int) -> None:
+        """Begin anew with a seed, at step zero; the chains are those of the prior."""
+        self._seeds.manual_seed(seed)
+        self._last_step = self._last_asked = self._tracked = None
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reset the timer."""
@@ -163,11 +167,15 @@ class SamplingCallback(Callback):
             msg = "The prior has become non-finite."
             raise TrainingDivergedError(msg)  # on every rank: none is left waiting for rank 0
         if trainer.is_global_zero:
-            if self.sampler.traits.is_remote:
-                self._refresh_beside_remote(step)
-            elif self._is_time_to_ask(step):
-                self._refresh(step)
+            self.refresh(step)
         share_buffers(trainer, self.prior)
+
+    def refresh(self, step: int) -> None:
+        """Bring chains and moments of the prior to its current parameters, if the schedule says so."""
+        if self.sampler.traits.is_remote:
+            self._refresh_beside_remote(step)
+        elif self._is_time_to_ask(step):
+            self._refresh(step)
 
     def _is_time_to_ask(self, step: int) -> bool:
         return self._last_asked is None or step >= self._last_asked + self.schedule.every_n_steps

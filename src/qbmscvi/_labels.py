@@ -18,6 +18,7 @@ an unlabeled cell is summed out, with its best factorial posterior; since the en
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -120,6 +121,21 @@ class LabeledPrior(BoltzmannPrior):
         couplings = block_couplings(self.J, self.graph, slice(0, self.n_visible), labels)
         fields = self.h[labels] + s @ couplings
         return fields - v @ self.W[:, labels] if self.n_gaussian else fields
+
+    def _fields_given(self, z: Tensor) -> Tensor:
+        return torch.cat([super()._fields_given(z), self._label_fields(*self.split(z))], dim=-1)
+
+    def keep_classifier(self) -> None:
+        """Drop the gradients of fields and couplings of the label spins: ``p(label | z)`` stays as it is."""
+        first = self.n_spins - self.n_labels
+        self.h.grad[first:] = 0.0
+        self.J.grad[self._is_label_edge] = 0.0
+        if self.W.grad is not None:
+            self.W.grad[:, first:] = 0.0
+
+    @cached_property
+    def _is_label_edge(self) -> Tensor:
+        return torch.from_numpy(self.graph.edges[:, 1] >= self.n_spins - self.n_labels)
 
     def energy(self, z: Tensor) -> Tensor:
         """Energy of ``z`` with hidden spins and the cell type summed out, shape ``(...)``, in nats."""

@@ -36,13 +36,12 @@ from torch.distributions import Distribution, constraints, register_kl
 
 from qbmscvi.distributions import FactorialPosterior
 from qbmscvi.enumeration import log_2cosh
-from qbmscvi.ising import IsingModel, block_couplings, edge_fields, edge_products
+from qbmscvi.ising import IsingModel, SampleBatch, block_couplings, edge_fields, edge_products
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from qbmscvi.graphs import Graph
-    from qbmscvi.ising import SampleBatch
 
 # Small enough that the spins start independent (paramagnetic: |J| * sqrt(degree) << 1), large enough to break
 # the symmetry between them.
@@ -245,6 +244,22 @@ class BoltzmannPrior(nn.Module):
         if self.n_gaussian:
             self.spin_second.copy_(batch.second_moments())
         self.n_updates.add_(1)
+
+    @torch.no_grad()
+    def start_chains(self, z: Tensor) -> None:
+        """Let the chains go on from draws ``z = [v, s]``, one row each; hidden spins are drawn given ``s``."""
+        _, s = self.split(z)
+        up = torch.sigmoid(-2.0 * self._fields_given(z))
+        others = torch.where(torch.rand_like(up) < up, 1.0, -1.0)
+        self.chains.copy_(torch.cat([s, others], dim=-1))
+        self.set_moments(SampleBatch(self.chains, self.to_ising()))
+
+    def _fields_given(self, z: Tensor) -> Tensor:
+        """Fields on the spins that are no part of ``z``, shape ``(n, n_spins - n_visible)``."""
+        return self.hidden_fields(self.split(z)[1])
+
+    def keep_classifier(self) -> None:
+        """Drop gradients that would change the types that the prior reads from ``z``; there are none here."""
 
     @torch.no_grad()
     def set_log_z(self, value: float, lower: float, upper: float, scale: float) -> None:

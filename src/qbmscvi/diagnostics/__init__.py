@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from qbmscvi.diagnostics._chains import ChainDiagnostics, chain_diagnostics
 from qbmscvi.diagnostics._confounders import RankCorrelation, partial_spearman
 from qbmscvi.diagnostics._fidelity import Fidelity, device_fidelity
 from qbmscvi.diagnostics._partition import LogPartition, estimate_log_z, log_mean_exp
 
 __all__ = [
+    "ChainDiagnostics",
     "Fidelity",
     "LogPartition",
     "RankCorrelation",
+    "chain_diagnostics",
     "device_fidelity",
     "estimate_log_z",
     "log_mean_exp",
