@@ -60,6 +60,18 @@ class LabeledPrior(BoltzmannPrior):
             self.W[:, -n_labels:] = 0.0
             self.J[torch.from_numpy(self.graph.edges[:, 1] >= graph.n_nodes)] = 0.0
 
+    def clamped(self, label: int) -> IsingModel:
+        """Return the Ising problem of the other spins, the label spins held at those of one type."""
+        n = self.n_spins - self.n_labels
+        return self.to_ising().conditioned(range(n, self.n_spins), self._label_spins(label))
+
+    def unclamped(self, spins: Tensor, label: int) -> Tensor:
+        """Put the label spins back behind samples of :meth:`clamped`, shape ``(n, n_spins)``."""
+        return torch.cat([spins, self._label_spins(label).to(spins).expand(len(spins), -1)], dim=-1)
+
+    def _label_spins(self, label: int) -> Tensor:
+        return torch.where(torch.arange(self.n_labels) == label, 1, -1)
+
     @torch.no_grad()
     def take_over(self, prior: BoltzmannPrior) -> None:
         """Take over a prior of the same latent variables without labels; label spins stay independent of the rest.
@@ -144,18 +156,6 @@ class LabeledPrior(BoltzmannPrior):
     def complete(self, spins: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draw the Gaussian layer given latent and label spins; return ``z = [v, s]``, shape ``(n, n_units)``."""
         return super().complete(spins, generator)[..., : self.n_units]
-
-    def clamped(self, label: int) -> IsingModel:
-        """Return the Ising problem of the other spins, the label spins held at those of one type."""
-        n = self.n_spins - self.n_labels
-        return self.to_ising().conditioned(range(n, self.n_spins), self._label_spins(label))
-
-    def unclamped(self, spins: Tensor, label: int) -> Tensor:
-        """Put the label spins back behind samples of :meth:`clamped`, shape ``(n, n_spins)``."""
-        return torch.cat([spins, self._label_spins(label).to(spins).expand(len(spins), -1)], dim=-1)
-
-    def _label_spins(self, label: int) -> Tensor:
-        return torch.where(torch.arange(self.n_labels) == label, 1, -1)
 
     def _with_labels_down(self, s: Tensor) -> Tensor:
         return torch.cat([s, -s.new_ones(*s.shape[:-1], self.n_labels)], dim=-1)
