@@ -352,3 +352,43 @@ def test_kept_couplings_follow_the_problem():
     with torch.inference_mode():
         assert torch.equal(IsingModel(problem.h, 2.0 * J, problem.graph).energy(spins), 6.0 * first)
     assert IsingModel(torch.zeros(4), torch.zeros(0), graphs.independent(4)).edge_couplings is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Spins held fixed
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@each_dtype
+@pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in CASES.items() if name != "one-spin"])
+def test_energies_given_fixed_spins_are_those_of_the_whole_problem(make, dtype, atol):
+    """Every state of the others, for fixed spins in any order, none and all but one of them."""
+    problem = make(dtype=dtype)
+    n, table, states = problem.n_spins, energy_table(problem), state_table(problem.n_spins)
+    rng = np.random.default_rng(3)
+    for n_fixed in (0, 1, n // 2, n - 1):
+        nodes, values = rng.permutation(n)[:n_fixed], rng.choice([-1, 1], n_fixed)
+        rest = problem.conditioned(nodes, values)
+        assert rest.h.dtype == dtype
+        agrees = (states[:, nodes] == values).all(1)
+        others = np.setdiff1d(np.arange(n), nodes)
+        np.testing.assert_array_equal(states[agrees][:, others], state_table(n - n_fixed))
+        np.testing.assert_allclose(energy_table(rest), table[agrees], rtol=0, atol=atol)
+        own = rest.energy(torch.from_numpy(state_table(n - n_fixed)))
+        np.testing.assert_allclose(own.numpy(), table[agrees], rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "values", "message"),
+    [
+        pytest.param([0, 6], [1, 1], r"\[0, 6\].*from 0 to 5", id="no-such-spin"),
+        pytest.param([-1], [1], r"\[-1\].*from 0 to 5", id="negative"),
+        pytest.param([2, 2], [1, 1], r"\[2, 2\].*once", id="twice"),
+        pytest.param(range(6), [1] * 6, "leave a spin out", id="all"),
+        pytest.param([0, 1], [1], "each of the 2 fixed spins needs a value", id="too-few-values"),
+        pytest.param([0, 1], [1, 0], r"\[1, 0\].*-1 or 1", id="bits"),
+    ],
+)
+def test_impossible_fixed_spins_are_refused(nodes, values, message):
+    with pytest.raises(ValueError, match=message):
+        PROBLEMS["complete-6"]().conditioned(nodes, values)

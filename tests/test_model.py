@@ -644,15 +644,19 @@ def test_global_random_state_is_untouched_when_a_seed_is_given(model, method, sa
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def decode(model: QBMSCVI, generated, batch_code: int = 0, log_scale: np.ndarray | None = None):
-    """Distribution of the counts of generated cells, from their latent variables and library sizes."""
+def decode(model: QBMSCVI, generated, batch_code: int | np.ndarray | None = None, log_scale: np.ndarray | None = None):
+    """Distribution of the counts of generated cells, from their latent variables, library sizes and batches."""
     n = generated.n_obs
+    batch_code = generated.obs["batch"].cat.codes.to_numpy() if batch_code is None else batch_code
     library = np.log(generated.obs["library_size"].to_numpy()) if log_scale is None else log_scale
     library = torch.tensor(library, dtype=torch.float32)[:, None]
     column = torch.zeros(n, 1, dtype=torch.long)
     with torch.inference_mode():
         return model.module.generative(
-            z=torch.tensor(generated.obsm["z"]), library=library, batch_index=column + batch_code, y=column
+            z=torch.tensor(generated.obsm["z"]),
+            library=library,
+            batch_index=column + torch.tensor(batch_code).view(-1, 1),
+            y=column,
         )["px"]
 
 
@@ -673,11 +677,12 @@ def test_generated_counts_have_the_decoders_means(model, batch):
     assert generated.obs_names.is_unique
     np.testing.assert_array_equal(generated.X, np.round(generated.X))
     assert generated.X.min() >= 0
-    code = 1 if batch == "batch_1" else 0
+    code = generated.obs["batch"].map({"batch_0": 0, "batch_1": 1}).to_numpy().astype(int)
+    assert set(code) == ({0, 1} if batch is None else {int(batch[-1])})
     assert max(z_scores(generated.X, decode(model, generated, code))) < MAX_Z
-    # The gate sees means that are 3 % off, and the other batch.
+    # The gate sees means that are 3 % off, and the other batch (swapped batches: `test_generation.py`).
     assert z_scores(generated.X, decode(model, generated, code), scale=1.03)[0] > MAX_Z
-    assert z_scores(generated.X, decode(model, generated, 1 - code))[1] > MAX_Z
+    assert batch is None or z_scores(generated.X, decode(model, generated, 1 - code))[1] > MAX_Z
 
 
 def test_generated_totals_have_the_requested_mean(model):
@@ -756,7 +761,7 @@ def test_size_factors_scale_generated_counts(counts):
     """Mean count against factor times the decoder's scale; |z| below 5."""
     own = register(counts, size_factor_key="size_factor")
     model = train(build(own, gene_likelihood="nb"))
-    generated = model.generate(1000, library_size=3.0, seed=0)
+    generated = model.generate(1000, batch="batch_0", library_size=3.0, seed=0)
     column = torch.zeros(1000, 1, dtype=torch.long)
     with torch.inference_mode():
         px = model.module.generative(
@@ -795,21 +800,6 @@ def test_model_with_size_factors_generates_by_default(counts):
 def test_impossible_cells_are_refused(trained, arguments, message):
     with pytest.raises(ValueError, match=message):
         trained["spins"].generate(10, **arguments)
-
-
-@pytest.mark.parametrize(
-    ("setup", "arguments"),
-    [
-        pytest.param({"categorical_covariate_keys": ["donor"]}, {}, id="categorical"),
-        pytest.param({"continuous_covariate_keys": ["age"]}, {}, id="continuous"),
-        pytest.param({"labels_key": "cell_type"}, {"dispersion": "gene-label"}, id="labels"),
-    ],
-)
-def test_generating_with_covariates_is_refused(counts, setup, arguments):
-    own = register(counts, **setup)
-    model = train(build(own, **arguments), max_epochs=1)
-    with pytest.raises(ValueError, match=r"cannot choose.*Decode `sample_prior"):
-        model.generate(10)
 
 
 def test_generating_leaves_the_model_as_it_was(adata):

@@ -104,8 +104,8 @@ def test_every_module_with_messages_has_one_row_on_the_page_of_errors() -> None:
 
 def test_messages_are_found_in_every_form() -> None:
     texts = list_messages.messages()
-    assert any("finds ground states" in text for text in texts["_model"])  # f-string
-    assert "The model has no AnnData to draw library sizes from. Pass `library_size`." in texts["_model"]
+    assert any("finds ground states" in text for text in texts["_generation"])  # f-string
+    assert any("no AnnData to be trained on. Pass `datamodule`, or" in text for text in texts["_model"])
     assert any("Block Gibbs answers in its place" in text for text in texts["_callbacks"])  # warning
     assert r"\[0\] `J[i]` \*x\*" in list_messages._escaped("[0] `J[i]` *x*")
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from qbmscvi.distributions import FactorialPosterior
+    from qbmscvi.ising import IsingModel
 
 
 class LabeledPrior(BoltzmannPrior):
@@ -72,6 +73,18 @@ class LabeledPrior(BoltzmannPrior):
             self.h[-n_labels:] = 0.5 * np.log(max(n_labels - 1, 1))
             self.W[:, -n_labels:] = 0.0
             self.J[torch.from_numpy(self.graph.edges[:, 1] >= graph.n_nodes)] = 0.0
+
+    def clamped(self, label: int) -> IsingModel:
+        """Return the Ising problem of the other spins, the label spins held at those of one type."""
+        n = self.n_spins - self.n_labels
+        return self.to_ising().conditioned(range(n, self.n_spins), self._label_spins(label))
+
+    def unclamped(self, spins: Tensor, label: int) -> Tensor:
+        """Put the label spins back behind samples of :meth:`clamped`, shape ``(n, n_spins)``."""
+        return torch.cat([spins, self._label_spins(label).to(spins).expand(len(spins), -1)], dim=-1)
+
+    def _label_spins(self, label: int) -> Tensor:
+        return torch.where(torch.arange(self.n_labels) == label, 1, -1)
 
     @torch.no_grad()
     def take_over(self, prior: BoltzmannPrior) -> None:

@@ -8,27 +8,23 @@ from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
-import pandas as pd
 import torch
 from anndata import AnnData
-from scvi import REGISTRY_KEYS
 from scvi.data._constants import ADATA_MINIFY_TYPE
 from scvi.model import SCANVI, SCVI
 from scvi.module._constants import MODULE_KEYS
 
 from qbmscvi._arguments import CellLoader, as_python
 from qbmscvi._checked_data import CheckedDataMixin
-from qbmscvi._counts import totals_per_cell
 from qbmscvi._deferred import DeferredInitialization
 from qbmscvi._expression import ExpressionMixin
-from qbmscvi._input_checks import as_typed, require_anndata
+from qbmscvi._generation import GenerationMixin, build_prior_sampler
+from qbmscvi._input_checks import require_anndata
 from qbmscvi._interpretation import InterpretationMixin
 from qbmscvi._likelihood import Layer, LikelihoodMixin
 from qbmscvi._module import QBMVAE, LatentName, resolve_latent_sizes, resolve_prior_graph
 from qbmscvi._training_plan import QBMTrainingPlan, QBMTrainRunner
 from qbmscvi.distributions import FactorialPosterior, Smoothing, SmoothingName
-from qbmscvi.exceptions import require_integer
-from qbmscvi.samplers import SamplingRequest, build_sampler
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -45,7 +41,15 @@ if TYPE_CHECKING:
 Representation = Literal["angles", "mean", "logits", "bits"]
 
 
-class QBMSCVI(LikelihoodMixin, InterpretationMixin, ExpressionMixin, CheckedDataMixin, SCVI, DeferredInitialization):
+class QBMSCVI(
+    LikelihoodMixin,
+    InterpretationMixin,
+    GenerationMixin,
+    ExpressionMixin,
+    CheckedDataMixin,
+    SCVI,
+    DeferredInitialization,
+):
     """scVI with a Boltzmann prior over its latent space :cite:p:`Wang25`.
 
     Used like :class:`scvi.model.SCVI`; arguments not listed here are scVI's.
@@ -208,7 +212,7 @@ class QBMSCVI(LikelihoodMixin, InterpretationMixin, ExpressionMixin, CheckedData
         TrainingDivergedError
             If the loss became non-finite; the model is left in its last finite state.
         """
-        sampler = _build_prior_sampler(sampler)
+        sampler = build_prior_sampler(sampler)
         if datamodule is None and self.adata is None:
             msg = "The model has no AnnData to be trained on. Pass `datamodule`, or build the model with `adata`."
             raise AttributeError(msg)  # as scVI, by accident, does
@@ -347,145 +351,6 @@ class QBMSCVI(LikelihoodMixin, InterpretationMixin, ExpressionMixin, CheckedData
         return self._require_module().prior.to_ising()
 
     @torch.inference_mode()
-    def sample_prior(
-        self, n_samples: int = 1_000, *, sampler: str | Sampler = "gibbs", seed: int | None = None
-    ) -> np.ndarray:
-        """Draw latent variables from the prior.
-
-        Parameters
-        ----------
-        n_samples
-            Number of draws; with the default sampler each is the end of a chain of its own.
-        sampler
-            Name or instance, as in :meth:`train`.
-        seed
-            Seed; None draws one from torch's global stream.
-
-        Returns
-        -------
-        Shape ``(n_samples, n_gaussian + n_spins)``: Gaussian units, then spins in ``{-1, +1}``.
-
-        Raises
-        ------
-        ValueError
-            If the sampler is unknown or finds ground states only, or ``seed`` is negative.
-        SamplerError
-            If the sampler fails.
-        """
-        prior = self._require_module().prior
-        spin_seed, gaussian_seed = _split_seed(seed, 2)
-        batch = _build_prior_sampler(sampler).sample(
-            SamplingRequest(prior.to_ising(), n_samples, seed=spin_seed, purpose="generation")
-        )
-        generator = torch.Generator(device=batch.spins.device).manual_seed(gaussian_seed)
-        return prior.complete(batch.spins, generator).cpu().numpy()
-
-    @torch.inference_mode()
-    def generate(
-        self,
-        n_cells: int = 1_000,
-        *,
-        batch: str | None = None,
-        library_size: float | np.ndarray | None = None,
-        sampler: str | Sampler = "gibbs",
-        seed: int | None = None,
-    ) -> AnnData:
-        """Generate cells: latent variables from the prior, counts from the decoder.
-
-        Parameters
-        ----------
-        n_cells
-            Number of cells.
-        batch
-            Category of the batch key to generate for; None for the first.
-        library_size
-            Total count per cell, or size factor if the data were set up with ``size_factor_key``: a number, or shape
-            ``(n_cells,)``. None draws from those of the cells of that batch in the training data.
-        sampler
-            Sampler of the prior.
-        seed
-            Seed of all draws; None draws one from torch's global stream.
-
-        Returns
-        -------
-        Counts in ``X``, latent variables in ``obsm["z"]``, ``obs["library_size"]``.
-
-        Raises
-        ------
-        ValueError
-            If the batch is unknown, ``library_size`` is not positive, of the wrong length, or missing for a model
-            without AnnData, or the model needs covariates or labels beyond the batch.
-        """
-        stats, module, genes = self.summary_stats, self._require_module(), self.get_var_names()
-        has_covariates = stats.get("n_extra_categorical_covs", 0) or stats.get("n_extra_continuous_covs", 0)
-        if has_covariates or module.dispersion == "gene-label":
-            msg = (
-                "`generate` cannot choose values for covariates or labels. Decode `sample_prior(...)` with "
-                "`model.module.generative` and your own values instead."
-            )
-            raise ValueError(msg)
-        categories = list(self.get_state_registry(REGISTRY_KEYS.BATCH_KEY).categorical_mapping)
-        if batch is not None and batch not in categories:
-            msg = f"Unknown batch {batch!r}. Use one of {as_typed(categories)}."
-            raise ValueError(msg)
-        require_integer("n_cells", n_cells, 1)
-        n_cells = int(n_cells)
-        seed = _split_seed(None, 1)[0] if seed is None else seed
-        library_seed, count_seed = _split_seed(seed, 4)[2:]  # the first two are those of `sample_prior`
-        code = 0 if batch is None else categories.index(batch)
-        if library_size is None:
-            library_size = np.random.default_rng(library_seed).choice(self._library_sizes(code), n_cells)
-        library_size = np.asarray(library_size, dtype=np.float32)
-        if library_size.shape not in ((), (n_cells,)):
-            msg = f"library_size has shape {library_size.shape}; it must be a number or have shape ({n_cells},)."
-            raise ValueError(msg)
-        library_size = np.broadcast_to(library_size, (n_cells,))
-        if not (np.isfinite(library_size) & (library_size > 0)).all():
-            msg = f"library_size must be positive and finite, got {library_size.min():g}. Leave it out for real ones."
-            raise ValueError(msg)
-        z = self.sample_prior(n_cells, sampler=sampler, seed=seed)
-        device = self.device
-        was_training = module.training
-        module.eval()
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(count_seed)
-            counts = []
-            for rows in np.array_split(np.arange(n_cells), max(1, n_cells // 1024)):
-                column = torch.zeros(len(rows), 1, device=device, dtype=torch.long)
-                log_size = torch.from_numpy(np.log(library_size[rows])).to(device)[:, None]
-                outputs = module.generative(
-                    z=module.z_encoder.z_transformation(torch.from_numpy(z[rows]).to(device)),
-                    library=log_size,
-                    batch_index=column + code,
-                    y=column,
-                    size_factor=log_size,  # as `_get_generative_input` passes it: the logarithm
-                )
-                counts.append(outputs[MODULE_KEYS.PX_KEY].sample().cpu().numpy())
-        module.train(was_training)
-        generated = AnnData(
-            X=np.concatenate(counts),
-            obs=pd.DataFrame({"library_size": library_size}, index=[f"generated_{i}" for i in range(n_cells)]),
-            var=pd.DataFrame(index=genes),
-        )
-        generated.obsm["z"] = z
-        return generated
-
-    def _library_sizes(self, batch: int) -> np.ndarray:
-        """What the decoder takes for the library sizes of the cells of a batch, or of all cells if it has none."""
-        if self.adata is None:
-            msg = "The model has no AnnData to draw library sizes from. Pass `library_size`."
-            raise ValueError(msg)
-        key = REGISTRY_KEYS.X_KEY
-        if self.module.use_size_factor_key:
-            key = REGISTRY_KEYS.SIZE_FACTOR_KEY
-        elif self.minified_data_type is not None:
-            key = REGISTRY_KEYS.OBSERVED_LIB_SIZE
-        sizes = totals_per_cell(self.adata_manager.get_from_registry(key), self.adata.n_obs)
-        is_positive = sizes > 0
-        is_in_batch = is_positive & (self.adata_manager.get_from_registry(REGISTRY_KEYS.BATCH_KEY).ravel() == batch)
-        return sizes[is_in_batch if is_in_batch.any() else is_positive]
-
-    @torch.inference_mode()
     def get_prior_energy(
         self,
         adata: AnnData | None = None,
@@ -570,18 +435,6 @@ class QBMSCVI(LikelihoodMixin, InterpretationMixin, ExpressionMixin, CheckedData
         super().minify_adata(minified_data_type, use_latent_qzm_key, use_latent_qzv_key)
 
 
-def _build_prior_sampler(spec: str | Sampler) -> Sampler:
-    sampler = build_sampler(spec)
-    if sampler.traits.target == "ground_state":
-        msg = (
-            f"{sampler.name} finds ground states; samples of the prior's Boltzmann distribution are needed (trained on "
-            "ground states, its couplings would shrink to nothing). Use sampler='gibbs' or another sampler whose "
-            "`traits.target` is 'boltzmann' or 'approximate'."
-        )
-        raise ValueError(msg)
-    return sampler
-
-
 def plan_arguments(config: Any | None) -> dict[str, Any]:
     """Arguments in a mapping, or in one of scVI's config objects, of which only what differs from its defaults."""
     if not hasattr(config, "to_kwargs"):
@@ -609,14 +462,6 @@ def _check_moments(mean: np.ndarray, variance: np.ndarray, n_gaussian: int, n_un
     if not is_consistent:
         msg = f"These are no posterior means of spins m in [-1, 1] with variances 1 - m^2. {_HOW_TO_MINIFY}"
         raise ValueError(msg)
-
-
-def _split_seed(seed: int | None, n_seeds: int) -> list[int]:
-    """Independent seeds from one; None draws from torch's global stream."""
-    if seed is not None:
-        require_integer("seed", seed, 0, "Leave it out for one from torch's global stream.")
-    generator = None if seed is None else torch.Generator().manual_seed(int(seed))
-    return torch.randint(2**31 - 1, (n_seeds,), generator=generator).tolist()
 
 
 def _refuse_gaussian_annotation(caller: FrameType) -> None:

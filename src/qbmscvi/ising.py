@@ -173,6 +173,58 @@ class IsingModel:
         factor = None if self.factor is None else self.factor * gauge
         return replace(self, h=self.h * gauge, J=self.J * gauge[i] * gauge[j], factor=factor)
 
+    def conditioned(self, nodes: Sequence[int], values: Sequence[int] | Tensor) -> IsingModel:
+        r"""Hold some spins fixed: the problem that the others are left with, of the same energies.
+
+        With fixed spins :math:`t` the fields become :math:`h + J t - F^\top F t`, and what depends on :math:`t` alone
+        goes to the offset. So ``exp(-energy)`` is the conditional distribution up to a constant, and its sum over the
+        other spins is that of the states that agree with ``values``.
+
+        Parameters
+        ----------
+        nodes
+            Numbers of the spins to hold fixed.
+        values
+            Their values in ``{-1, +1}``, in the same order.
+
+        Returns
+        -------
+        Problem of the other spins, in their order.
+
+        Raises
+        ------
+        ValueError
+            If a number is no spin or there twice, no spin is left, or the values are not as many spins.
+        """
+        nodes, values = np.asarray(nodes, dtype=np.int64), torch.as_tensor(values, device=self.h.device)
+        is_free = np.ones(self.n_spins, dtype=bool)
+        is_free[nodes[(nodes >= 0) & (nodes < self.n_spins)]] = False
+        if nodes.ndim != 1 or self.n_spins - is_free.sum() != len(nodes) or not is_free.any():
+            msg = (
+                f"`nodes` is {nodes.tolist()}, but it must hold different numbers from 0 to {self.n_spins - 1}, and "
+                "leave a spin out. Name each spin to hold fixed once."
+            )
+            raise ValueError(msg)
+        if values.shape != nodes.shape or not (values.abs() == 1).all():
+            msg = f"`values` is {values.tolist()}, but each of the {len(nodes)} fixed spins needs a value: -1 or 1."
+            raise ValueError(msg)
+        free = torch.from_numpy(np.flatnonzero(is_free)).to(self.h.device)
+        fixed = torch.zeros_like(self.h)  # zero where a spin is free: its terms vanish from the energy
+        fixed[torch.from_numpy(nodes).to(self.h.device)] = values.to(self.h)
+        field = self.h + edge_fields(fixed, self.J, self.graph)
+        if self.factor is not None:
+            field = field - (self.factor @ fixed) @ self.factor
+        number = np.cumsum(is_free) - 1  # keeps the order of nodes, and so of edges
+        is_kept = is_free[self.graph.edges].all(axis=1)
+        name = f"{self.graph.name}, {len(nodes)} spins fixed"
+        return IsingModel(
+            field[free],
+            self.J[torch.from_numpy(is_kept).to(self.J.device)],
+            graphs.Graph(len(free), number[self.graph.edges[is_kept]], name),
+            self.energy(fixed),
+            None if self.factor is None else self.factor[:, free],
+        )
+
     def to(self, *targets: torch.device | str | torch.dtype) -> IsingModel:
         """Move all tensors to a device, cast them to a precision, or both."""
 
