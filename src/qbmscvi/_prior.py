@@ -222,9 +222,9 @@ class BoltzmannPrior(nn.Module):
     @torch.no_grad()
     def complete(self, spins: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Return ``z = [v, s]``, shape ``(n, n_units)``, for spins of :meth:`to_ising`; the Gaussian layer is drawn."""
-        spins = spins.to(self.h)[:, : self.n_visible]
+        spins = spins.to(self.h)
         noise = torch.randn(len(spins), self.n_gaussian, generator=generator, device=self.h.device, dtype=self.h.dtype)
-        return torch.cat([self.a + spins @ self.W[:, : self.n_visible].T + noise, spins], dim=-1)
+        return torch.cat([self.a + spins @ self.W.T + noise, spins[:, : self.n_visible]], dim=-1)
 
     @torch.no_grad()
     def set_moments(self, batch: SampleBatch) -> None:
