@@ -50,7 +50,8 @@ def generated(
         Generated counts of the same genes, as :meth:`qbmscvi.QBMSCVI.generate` returns them.
     label_key
         Column of ``real.obs`` with the type of each cell. Types of generated cells are read from the same column of
-        ``generated.obs``; if there is none, a logistic regression on the components of the real cells predicts them.
+        ``generated.obs``; if there is none, a logistic regression on the components of the real cells predicts them. It
+        gives cells that lie off all real ones a type as well, often a rare one: look at the embedding first.
     layer
         Layer with the counts; None for ``X``. Generated cells without this layer have their counts in ``X``.
     size
@@ -73,32 +74,42 @@ def generated(
     Raises
     ------
     ValueError
-        If the genes are not the same in the same order, ``label_key`` is no column of ``real.obs``, a cell has no type,
-        or the number of ``axes`` is wrong.
+        If the genes are not the same in the same order, ``label_key`` is no column of ``real.obs``, a real cell has no
+        type, ``real`` has no such layer, or the number of ``axes`` is wrong.
 
     See Also
     --------
     qbmscvi.benchmark.score_generated : numbers for what the figure shows.
     """
-    _check(real, generated, label_key, axes)
+    _check(real, generated, label_key, layer, axes)
     rng = np.random.default_rng(seed)
     n_equal = min(real.n_obs, generated.n_obs, _MAX_CELLS)
     real, generated = (cells[np.sort(rng.permutation(cells.n_obs)[:n_equal])] for cells in (real, generated))
-    components, coordinates = _embed(_counts(real, layer), _counts(generated, layer), seed)
+    cells = _embed(_counts(real, layer), _counts(generated, layer), seed)
     if label_key is not None:
-        table = _shares(real, generated, label_key, components)
+        table = _shares(real, generated, label_key, cells.X, seed)
 
     if axes is None:
         axes = _figure(1, 0) if label_key is None else _figure(2, len(table))
     source = pd.Categorical(np.repeat(list(_PALETTE), n_equal), categories=list(_PALETTE))
-    embedding(coordinates, source, palette=_PALETTE, size=size, axis_name="UMAP", legend=label_key is None, ax=axes[0])
+    embedding(
+        cells.obsm["X_umap"],
+        source,
+        palette=_PALETTE,
+        size=size,
+        axis_name="UMAP",
+        legend=label_key is None,
+        ax=axes[0],
+    )
     if label_key is not None:
         _draw_shares(table, axes[1])
     _finish(axes[0], title, show, save)
     return list(axes)
 
 
-def _check(real: AnnData, generated: AnnData, label_key: str | None, axes: Sequence[Axes] | None) -> None:
+def _check(
+    real: AnnData, generated: AnnData, label_key: str | None, layer: str | None, axes: Sequence[Axes] | None
+) -> None:
     if not real.var_names.equals(generated.var_names):
         msg = (
             f"`generated` has {generated.n_vars} genes that are not the {real.n_vars} of `real` in their order. "
@@ -108,6 +119,9 @@ def _check(real: AnnData, generated: AnnData, label_key: str | None, axes: Seque
     if label_key is not None and (label_key not in real.obs or real.obs[label_key].isna().any()):
         found = "is no column of `real.obs`" if label_key not in real.obs else "has no value for some cells of `real`"
         msg = f"label_key={label_key!r} {found}, but each real cell needs a type. Fill it, or leave `label_key` out."
+        raise ValueError(msg)
+    if layer is not None and layer not in real.layers:
+        msg = f"layer={layer!r} is no layer of `real`, which has {list(real.layers)}. Leave it out for `X`."
         raise ValueError(msg)
     n_panels = 1 if label_key is None else 2
     if axes is not None and len(axes) != n_panels:
@@ -122,8 +136,8 @@ def _counts(cells: AnnData, layer: str | None) -> sparse.csr_matrix:
     return sparse.csr_matrix(cells.layers[layer] if layer in cells.layers else cells.X, dtype=np.float32)
 
 
-def _embed(real: sparse.csr_matrix, generated: sparse.csr_matrix, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Components and UMAP of real cells followed by generated ones."""
+def _embed(real: sparse.csr_matrix, generated: sparse.csr_matrix, seed: int) -> AnnData:
+    """Real cells followed by generated ones, log-normalized, with their UMAP."""
     import scanpy as sc
 
     cells = sc.AnnData(sparse.vstack([real, generated], format="csr"))
@@ -132,24 +146,29 @@ def _embed(real: sparse.csr_matrix, generated: sparse.csr_matrix, seed: int) -> 
     sc.pp.pca(cells, n_comps=min(_N_COMPONENTS, min(cells.shape) - 1), random_state=seed)
     sc.pp.neighbors(cells, random_state=seed)
     sc.tl.umap(cells, random_state=seed)
-    return cells.obsm["X_pca"], cells.obsm["X_umap"]
+    return cells
 
 
-def _shares(real: AnnData, generated: AnnData, label_key: str, components: np.ndarray) -> pd.DataFrame:
-    """Share of each type, the most frequent one of the real cells first."""
+def _shares(
+    real: AnnData, generated: AnnData, label_key: str, expression: sparse.csr_matrix, seed: int
+) -> pd.DataFrame:
+    """Share of each type, the most frequent one of the real cells first; ``expression`` as in :func:`_embed`."""
     types = {_REAL: real.obs[label_key].astype(str).to_numpy()}
     if label_key in generated.obs:
         types[_GENERATED] = generated.obs[label_key].astype(str).to_numpy()
     elif len(np.unique(types[_REAL])) == 1:
         types[_GENERATED] = types[_REAL]
     else:
+        from sklearn.decomposition import PCA
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
 
-        classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-        classifier.fit(components[: real.n_obs], types[_REAL])
-        types[_GENERATED] = classifier.predict(components[real.n_obs :])
+        # Components of real cells alone: directions in which only generated cells vary would get arbitrary weights.
+        of_real, of_generated = expression[: real.n_obs], expression[real.n_obs :]
+        components = PCA(min(_N_COMPONENTS, min(of_real.shape) - 1), svd_solver="arpack", random_state=seed)
+        classifier = make_pipeline(components, StandardScaler(), LogisticRegression(max_iter=1000))
+        types[_GENERATED] = classifier.fit(of_real, types[_REAL]).predict(of_generated)
     shares = {source: pd.Series(names).value_counts(normalize=True) for source, names in types.items()}
     return pd.DataFrame(shares).fillna(0.0).sort_values(_REAL, ascending=False, kind="stable")
 
