@@ -375,7 +375,9 @@ def test_shares_of_generated_types_are_predicted_or_read(kinds):
 def test_generated_cells_are_drawn_on_given_axes_or_alone_and_saved(kinds, tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(plt, "show", lambda: shown.append("show"))
+    before = np.random.get_state()[1].copy()  # noqa: NPY002
     (alone,) = pl.generated(*kinds, save=tmp_path / "figure.png")
+    np.testing.assert_array_equal(np.random.get_state()[1], before)  # noqa: NPY002
     assert legend_names(alone) == ["real", "generated"]
     assert (tmp_path / "figure.png").stat().st_size > 0
     _, axes = plt.subplots(1, 2)
