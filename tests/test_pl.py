@@ -11,6 +11,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import sparse
 
 mpl.use("Agg")
 
@@ -74,7 +75,7 @@ each_function = pytest.mark.parametrize("call", [pytest.param(call, id=name) for
 
 
 def test_every_public_function_is_in_the_table():
-    assert set(CALLS) == set(pl.__all__)
+    assert set(CALLS) | {"generated"} == set(pl.__all__)  # which has tests of its own: it draws on two axes
 
 
 @each_function
@@ -327,6 +328,73 @@ def test_errors_of_a_curve_are_a_band_around_it():
     (band,) = ax.collections
     edges = band.get_paths()[0].vertices
     assert (edges[:, 1].min(), edges[:, 1].max()) == (0.5, 5.0)
+
+
+@pytest.fixture
+def kinds():
+    """80 real cells of three types, and 60 generated ones: in place of `z` more of `x`."""
+    from anndata import AnnData
+
+    rng = np.random.default_rng(0)
+    rates = np.kron(np.eye(3), np.full(8, 40.0)) + 1.0  # (3, 24)
+
+    def draw(n_each):
+        types = np.repeat(["x", "y", "z"], n_each)
+        X = rng.poisson(np.repeat(rates, n_each, axis=0)).astype(np.float32)
+        return AnnData(X, obs=pd.DataFrame({"type": types}, index=[f"cell_{i}" for i in range(len(X))]))
+
+    real, generated = draw([40, 24, 16]), draw([48, 12, 0])
+    del generated.obs["type"]
+    return real, generated
+
+
+def bars(ax):
+    return [container.datavalues.tolist() for container in ax.containers]
+
+
+def test_shares_of_generated_types_are_predicted_or_read(kinds):
+    """60 of 80 real cells are drawn, as many as generated ones; types are far apart, so predictions are exact."""
+    real, generated = kinds
+    real.X = sparse.csr_matrix(real.X)
+    cells, shares = pl.generated(real, generated, label_key="type", title="a title")
+    assert [label.get_text() for label in shares.get_yticklabels()] == ["x", "y", "z"]
+    of_real, of_generated = bars(shares)
+    assert of_generated == pytest.approx([0.8, 0.2, 0.0])
+    assert of_real == pytest.approx([0.5, 0.3, 0.2], abs=0.12)
+    assert sum(of_real) == pytest.approx(1.0)
+    assert legend_names(shares) == ["real", "generated"]
+    assert cells.get_title() == "a title"
+    colors = list(drawn_points(cells).values())
+    assert sorted(colors.count(to_hex(container[0].get_facecolor())) for container in shares.containers) == [60, 60]
+    generated.obs["type"] = ["z"] * 20 + ["new"] * 40
+    _, shares = pl.generated(real, generated, label_key="type")
+    assert [label.get_text() for label in shares.get_yticklabels()] == ["x", "y", "z", "new"]
+    assert bars(shares)[1] == pytest.approx([0.0, 0.0, 1 / 3, 2 / 3])
+
+
+def test_generated_cells_are_drawn_on_given_axes_or_alone_and_saved(kinds, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(plt, "show", lambda: shown.append("show"))
+    before = np.random.get_state()[1].copy()  # noqa: NPY002
+    (alone,) = pl.generated(*kinds, save=tmp_path / "figure.png")
+    np.testing.assert_array_equal(np.random.get_state()[1], before)  # noqa: NPY002
+    assert legend_names(alone) == ["real", "generated"]
+    assert (tmp_path / "figure.png").stat().st_size > 0
+    _, axes = plt.subplots(1, 2)
+    assert pl.generated(*kinds, label_key="type", axes=axes, show=True) == list(axes)
+    assert shown == ["show"]
+
+
+def test_generated_cells_that_cannot_be_drawn_are_refused(kinds):
+    real, generated = kinds
+    for call, message in (
+        (lambda: pl.generated(real, generated[:, ::-1]), "24 genes that are not the 24 of `real` in their order"),
+        (lambda: pl.generated(real, generated, label_key="kind"), "label_key='kind' is no column"),
+        (lambda: pl.generated(real, generated, layer="counts"), "layer='counts' is no layer of `real`"),
+        (lambda: pl.generated(real, generated, axes=plt.figure().subplots(1, 2)), "`axes` has 2 axes, but 1 are"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def draw_modes():

@@ -1,9 +1,10 @@
-"""Comparisons of latent representations, and of the models that make them."""
+"""Comparisons of latent representations, of generated cells, and of the models that make them."""
 
 from __future__ import annotations
 
 from ._compare import compare, read_records
 from ._data import prepare
+from ._generation import gap_closed, score_generated, score_real
 from ._metrics import score_latent
 from ._models import MODEL_NAMES, Fit, Task, available_models
 from ._report import METRICS, write_report
@@ -17,10 +18,13 @@ __all__ = [
     "Task",
     "available_models",
     "compare",
+    "gap_closed",
     "paired_difference",
     "pooled_difference",
     "prepare",
     "read_records",
+    "score_generated",
     "score_latent",
+    "score_real",
     "write_report",
 ]
