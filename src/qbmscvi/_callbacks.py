@@ -220,7 +220,7 @@ class SamplingCallback(Callback):
             n_sweeps = max(n_sweeps, self.schedule.n_polish_sweeps)
         if not self.broker.is_busy and self._is_time_to_ask(step):
             self._last_asked = step
-            seed = self._draw_seed()
+            seed = self.draw_seed()
             # Names the problem, too: resumed within an epoch, a run sees other cells and comes with other parameters.
             name = f"refresh-{seed}-{step}-{problem_fingerprint(problem)[:16]}"
             n_samples = len(self.prior.chains)
@@ -257,7 +257,7 @@ class SamplingCallback(Callback):
             n_samples=len(self.prior.chains),
             initial_spins=self.prior.chains if continues else None,
             n_sweeps=self.schedule.burn_in if self._is_first else n_sweeps,
-            seed=self._draw_seed(),
+            seed=self.draw_seed(),
             purpose="refresh",
         )
 
@@ -271,7 +271,7 @@ class SamplingCallback(Callback):
             # Rows that are no chains have no order of their own, but some devices sort by energy.
             answer = answer[torch.randperm(answer.n_samples, generator=self._seeds).to(answer.spins.device)]
         if is_first:
-            prior.log_z.fill_(estimate_log_z(problem, n_chains=64, n_steps=50, seed=self._draw_seed()).value)
+            prior.log_z.fill_(estimate_log_z(problem, n_chains=64, n_steps=50, seed=self.draw_seed()).value)
         if is_first or not continues:
             prior.tracking_log_weights.zero_()
         prior.set_moments(answer[:-n_tracking])
@@ -280,7 +280,8 @@ class SamplingCallback(Callback):
         self._note_facts(answer)
         self._epoch_seconds += answer.info["seconds"]
 
-    def _draw_seed(self) -> int:
+    def draw_seed(self) -> int:
+        """Next seed of the run, the same on every rank."""
         return int(torch.randint(2**31 - 1, (), generator=self._seeds))
 
     def _track_log_z(self, problem: IsingModel) -> None:
@@ -340,7 +341,7 @@ class SamplingCallback(Callback):
         """Estimate log Z of the trained prior."""
         if self._tracked is not None:
             estimate = estimate_log_z(
-                self.prior.to_ising(), samples=self.prior.chains, n_chains=128, n_steps=300, seed=self._draw_seed()
+                self.prior.to_ising(), samples=self.prior.chains, n_chains=128, n_steps=300, seed=self.draw_seed()
             )
             self.prior.set_log_z(estimate.value, estimate.lower, estimate.upper, estimate.scale)
             self._warn_if_unanswered(trainer.global_step)

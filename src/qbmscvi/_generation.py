@@ -137,8 +137,8 @@ class GenerationMixin:
         draws_labels = module.dispersion == "gene-label" and label is None
         self._require_cells(library_size is None, missing, draws_labels)
 
-        seed = _split_seed(None, 1)[0] if seed is None else seed
-        row_seed, count_seed = _split_seed(seed, 4)[2:]  # the first two are those of the latent variables
+        seed = split_seed(None, 1)[0] if seed is None else seed
+        row_seed, count_seed = split_seed(seed, 4)[2:]  # the first two are those of the latent variables
         z = self._draw_latent(n_cells, label if has_label_spins else None, sampler, seed)
         if has_label_spins and label is None:
             label = module.classify(None, z).argmax(-1).cpu().numpy()
@@ -187,7 +187,7 @@ class GenerationMixin:
     def _draw_latent(self, n_samples: int, label: int | None, sampler: str | Sampler, seed: int | None) -> Tensor:
         """Draws of the prior, or of its conditional distribution given a type; on the CPU."""
         prior = self._require_module().prior
-        spin_seed, gaussian_seed = _split_seed(seed, 2)
+        spin_seed, gaussian_seed = split_seed(seed, 2)
         problem = prior.to_ising() if label is None else prior.clamped(label)
         spins = (
             build_prior_sampler(sampler)
@@ -373,7 +373,7 @@ def _as_table(columns: Sequence[np.ndarray]) -> Tensor | None:
     return torch.from_numpy(np.stack(columns, axis=1)) if columns else None
 
 
-def _split_seed(seed: int | None, n_seeds: int) -> list[int]:
+def split_seed(seed: int | None, n_seeds: int) -> list[int]:
     """Independent seeds from one; None draws from torch's global stream."""
     if seed is not None:
         require_integer("seed", seed, 0, "Leave it out for one from torch's global stream.")

@@ -23,6 +23,7 @@ from qbmscvi._input_checks import require_anndata
 from qbmscvi._interpretation import InterpretationMixin
 from qbmscvi._likelihood import Layer, LikelihoodMixin
 from qbmscvi._module import QBMVAE, LatentName, resolve_latent_sizes, resolve_prior_graph
+from qbmscvi._prior_fit import PriorFitMixin
 from qbmscvi._training_plan import QBMTrainingPlan, QBMTrainRunner
 from qbmscvi.distributions import FactorialPosterior, Smoothing, SmoothingName
 
@@ -42,6 +43,7 @@ Representation = Literal["angles", "mean", "logits", "bits"]
 
 
 class QBMSCVI(
+    PriorFitMixin,
     LikelihoodMixin,
     InterpretationMixin,
     GenerationMixin,
@@ -182,6 +184,7 @@ class QBMSCVI(
         *,
         sampler: str | Sampler = "gibbs",
         schedule: SamplingSchedule | None = None,
+        fit_prior: bool = True,
         **trainer_kwargs: Any,
     ) -> None:
         """Train the model.
@@ -199,6 +202,9 @@ class QBMSCVI(
             from :mod:`qbmscvi.samplers`.
         schedule
             When the prior is sampled.
+        fit_prior
+            Whether to call :meth:`fit_prior` at the end, with as many steps as were trained at most. It changes no
+            representation. A remote sampler is not asked for it: call :meth:`fit_prior` with it yourself.
 
         Raises
         ------
@@ -247,6 +253,8 @@ class QBMSCVI(
             trainer_config=as_python(trainer_config) if isinstance(trainer_config, Mapping) else trainer_config,
             **arguments,
         )
+        if fit_prior:
+            self._fit_prior_after_training(datamodule, trainer_kwargs.get("enable_progress_bar", True))
 
     @torch.inference_mode()
     def get_latent_representation(

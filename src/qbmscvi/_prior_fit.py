@@ -1,33 +1,47 @@
-"""The second stage of learning a prior: networks frozen, the prior fitted to the codes of cells until these are learned.
+"""The second stage of learning a prior: the networks stay fixed while the prior is fitted to the codes of cells.
 
-Codes are posteriors of the latent variables. Training learns prior and networks together, so that the prior runs after
-codes that move. Once the networks stand still, so do the codes, and a prior fitted to them takes back the nats per cell
-that training left. The networks, and with them every representation of cells, stay as they are, bit for bit.
+Codes are the posteriors of the latent variables. During training they move, and the prior runs after them. Once the
+networks stand still, fitting the prior gains the nats per cell that training left. The networks do not change, and
+neither does any representation of cells, bit for bit.
 
-Each step compares a draw of some codes with chains of the prior, which start as draws of codes, so that each mode has
-its share of them. A sampler that continues chains moves these at each step. Any other sampler answers some hundred
-questions with states from which local chains go on.
+Each step compares draws of some codes with chains of the prior. The chains start as draws of codes, so each mode has
+its share of them. What is kept is a running mean of the parameters: single steps follow the noise of the chains, most
+of all in the weights of far-apart modes, which chains rarely leave. A sampler that continues chains moves them at every
+step. A remote sampler is asked a hundred times, and local chains go on from its answers. Any other sampler is asked at
+every third step.
 """
 
 from __future__ import annotations
 
+import math
 import time
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 import torch
+from scvi import REGISTRY_KEYS
+from scvi.module._constants import MODULE_KEYS
 from torch.distributions import kl_divergence
+from tqdm.auto import tqdm
 
+from qbmscvi._arguments import as_rows
 from qbmscvi._callbacks import SamplingCallback, SamplingSchedule
-from qbmscvi.diagnostics import chain_diagnostics, estimate_log_z
+from qbmscvi._generation import build_prior_sampler, split_seed
+from qbmscvi._labels import LabeledPrior
+from qbmscvi.diagnostics import MIXED, chain_diagnostics, estimate_log_z
 from qbmscvi.distributions import FactorialPosterior
+from qbmscvi.exceptions import require_integer
 from qbmscvi.ising import SampleBatch
 from qbmscvi.samplers import BlockGibbsSampler, SamplingRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Sequence
+    from typing import Any
 
+    from anndata import AnnData
     from torch import Tensor
 
     from qbmscvi._prior import BoltzmannPrior
@@ -38,12 +52,17 @@ _N_STEPS, _N_STEPS_OF_ANSWERS = 1_000, 300
 _LEARNING_RATE = 0.01
 _BETAS = (0.5, 0.999)  # gradients from chains are noisy, and old ones mislead
 _COUPLING_DECAY = 1e-4
+_MEMORY = 0.99  # of the running mean, per step
 _BATCH_SIZE = 512
-_N_SWEEPS = 3
+_N_SWEEPS = 2
 _N_ANSWERS = 100  # of a sampler that cannot continue chains
-_N_LOOKS = 5  # at held-out codes
+_N_LOOKS = 4  # at held-out codes, in the second half, where the learning rate falls
 _N_DRAWS = 20  # of each held-out code
-_N_ROUNDS, _SWEEPS_A_ROUND = 20, 10  # of the chains, to judge them
+_N_SETTLING_SWEEPS = 100
+_N_FOLLOWED, _N_ROUNDS = 64, 50  # chains and their draws, to judge whether they mix
+_SWEEPS_A_ROUND = (10, 50, 200)  # between draws: more if they have not
+_MIN_CODES, _MAX_CODES = 20, 20_000
+_MIN_HELD_OUT, _MAX_HELD_OUT = 50, 1_000
 _N_DIRECTIONS = 5  # in which most of the chains' variance lies
 
 
@@ -83,8 +102,9 @@ class PriorFit:
     Parameters
     ----------
     history
-        One row per look at held-out codes, the first before any step: ``step``, ``held_out_kl`` in nats per cell,
-        ``log_z`` and its ``log_z_lower`` and ``log_z_upper``.
+        One row per look at held-out codes: ``step``, ``held_out_kl`` in nats per cell, ``log_z``, its bounds
+        ``log_z_lower`` and ``log_z_upper`` and its standard error ``log_z_scale``. The first row is before any step,
+        the last one of what was kept, with ``log_z`` below.
     log_z
         Log partition function of the fitted prior.
     chains
@@ -92,8 +112,9 @@ class PriorFit:
     n_steps
         Optimizer steps that were made.
     best_step
-        Step whose parameters were kept: that of the lowest held-out KL.
-    n_questions, n_samples, n_failures
+        Step whose parameters were kept: the latest whose held-out KL is not above the lowest by more than the error of
+        log Z.
+    n_requests, n_samples, n_failures
         Requests to the sampler, samples that it returned, and requests that failed and were answered by local chains.
     seconds
         Time taken.
@@ -104,7 +125,7 @@ class PriorFit:
     chains: ChainDiagnostics
     n_steps: int
     best_step: int
-    n_questions: int
+    n_requests: int
     n_samples: int
     n_failures: int
     seconds: float
@@ -117,14 +138,153 @@ class PriorFit:
     @property
     def kl(self) -> float:
         """KL divergence of held-out codes from the fitted prior, in nats per cell."""
-        return float(self.history["held_out_kl"].min())
+        return float(self.history["held_out_kl"].iloc[-1])
 
     def __repr__(self) -> str:
         return (
             f"PriorFit(held-out KL {self.kl_before:.2f} -> {self.kl:.2f} nats in {self.best_step} steps, "
             f"log Z {self.log_z.value:.2f} +- {self.log_z.scale:.2f}, R-hat {self.chains.r_hat:.2f}, "
-            f"{self.n_questions} questions)"
+            f"{self.n_requests} requests)"
         )
+
+
+class PriorFitMixin:
+    """The method of :class:`~qbmscvi.QBMSCVI` that fits its prior to the codes of its cells."""
+
+    def fit_prior(
+        self,
+        adata: AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        *,
+        sampler: str | Sampler = "gibbs",
+        schedule: SamplingSchedule | None = None,
+        n_steps: int | None = None,
+        dataloader: Iterable[dict[str, Tensor | None]] | None = None,
+        batch_size: int | None = None,
+        seed: int | None = None,
+        progress: bool = True,
+    ) -> PriorFit:
+        """Fit the prior to the codes of cells, the networks and all representations unchanged.
+
+        :meth:`train` ends with this. Call it again with more steps, or with another sampler: a device that takes
+        seconds or money for each request is asked a hundred times here, not thousands of times as in training.
+
+        Codes of a tenth of the cells are held out; those of the validation cells, if the model's own training cells are
+        used and there are enough. The parameters with the lowest KL divergence on held-out codes are kept, which may be
+        those from before. With labels, ``p(label | z)``, and with it :meth:`QBMSCANVI.predict`, stays as it is.
+
+        Parameters
+        ----------
+        adata, indices
+            Cells whose codes the prior learns; None for the training cells.
+        sampler
+            Source of the prior's samples: a name or an instance, as in :meth:`train`.
+        schedule
+            When to request samples. None for every step if the sampler continues chains, and for 100 requests
+            otherwise.
+        n_steps
+            Optimizer steps; None for 1,000, or 300 with a local sampler that cannot continue chains.
+        dataloader
+            Batches of cells in place of ``adata``.
+        batch_size
+            Cells at a time when codes are computed.
+        seed
+            Seed; None draws one from torch's global stream.
+        progress
+            Whether to show a progress bar.
+
+        Returns
+        -------
+        Held-out KL before and after, log Z with its bounds, diagnostics of the chains, and what was requested.
+
+        Raises
+        ------
+        RuntimeError
+            If the model is not trained.
+        ValueError
+            If there are fewer than 20 cells, ``n_steps`` is below one, or the sampler is unknown or finds ground states
+            only.
+        GraphMismatchError
+            If the prior does not fit the sampler.
+
+        Warns
+        -----
+        RuntimeWarning
+            If the chains have not mixed, or the sampler fails.
+        """
+        self._check_if_trained(warn=False, message="The model has not been trained. Call `train()` first.")
+        sampler = build_prior_sampler(sampler)
+        sampler.check(self.module.prior.to_ising())
+        if n_steps is None:
+            goes_on = sampler.traits.is_persistent or sampler.traits.is_remote  # local chains beside a remote sampler
+            n_steps = _N_STEPS if goes_on else _N_STEPS_OF_ANSWERS
+        require_integer("n_steps", n_steps, 1)
+        seed = split_seed(seed, 1)[0]
+        codes, held_out = self._split_codes(adata, indices, batch_size, dataloader, seed)
+        with tqdm(total=n_steps, desc="Fitting the prior", disable=not progress, leave=False) as bar:
+            fit = fit_to_codes(
+                self.module.prior,
+                codes,
+                held_out,
+                sampler=sampler,
+                schedule=schedule,
+                n_steps=int(n_steps),
+                seed=seed,
+                on_step=lambda step: bar.update(),
+            )
+        if fit.chains.r_hat > MIXED:
+            warnings.warn(
+                f"The prior's chains have not mixed in {fit.chains.n_sweeps} sweeps (R-hat {fit.chains.r_hat:.2f}, "
+                f"above {MIXED}). Shares of far-apart states among its samples may be off: sample it with "
+                "sampler='parallel_tempering'.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return fit
+
+    @torch.no_grad()
+    def _split_codes(
+        self,
+        adata: AnnData | None,
+        indices: Sequence[int] | None,
+        batch_size: int | None,
+        dataloader: Iterable[dict[str, Tensor | None]] | None,
+        seed: int,
+    ) -> tuple[Codes, Codes]:
+        """Codes to learn from, and codes held out."""
+        generator = np.random.default_rng(seed)
+        held_out = None
+        if adata is None and indices is None and dataloader is None:
+            indices, held_out = self.train_indices, self.validation_indices
+        if dataloader is not None:
+            codes = self._get_codes(None, None, batch_size, dataloader)
+        else:
+            adata = self._validate_anndata(adata)
+            rows = np.arange(adata.n_obs) if indices is None else as_rows(indices, adata)
+            rows = generator.permutation(rows)[:_MAX_CODES]
+            codes = self._get_codes(adata, np.sort(rows), batch_size, None)
+        if held_out is not None and len(held_out) >= _MIN_HELD_OUT:
+            held_out = np.sort(generator.permutation(held_out)[:_MAX_HELD_OUT])
+            return codes, self._get_codes(adata, held_out, batch_size, None)
+        if len(codes) < _MIN_CODES:
+            msg = f"There are {len(codes)} cells to fit the prior to, but it needs {_MIN_CODES}. Name more cells."
+            raise ValueError(msg)
+        order = torch.from_numpy(generator.permutation(len(codes))).to(self.device)
+        n_held_out = min(_MAX_HELD_OUT, len(codes) // 10)
+        return codes[order[n_held_out:]], codes[order[:n_held_out]]
+
+    def _get_codes(self, *data: Any) -> Codes:
+        parts, labels = [], []
+        adata, rows, batch_size, dataloader = data
+        for tensors in self._get_batches(adata, rows, batch_size, dataloader):
+            parts.append(self.module.inference(**self.module._get_inference_input(tensors))[MODULE_KEYS.QZ_KEY])
+            labels.append(tensors[REGISTRY_KEYS.LABELS_KEY].squeeze(-1).long())
+            if sum(map(len, labels)) >= _MAX_CODES:
+                break
+        names = ("gaussian_loc", "gaussian_scale", "logits")
+        posterior = FactorialPosterior(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+        has_labels = isinstance(self.module.prior, LabeledPrior)
+        return Codes(posterior, torch.cat(labels).to(self.device) if has_labels else None)
 
 
 def fit_to_codes(
@@ -134,7 +294,7 @@ def fit_to_codes(
     *,
     sampler: Sampler,
     schedule: SamplingSchedule | None = None,
-    n_steps: int | None = None,
+    n_steps: int,
     seed: int = 0,
     on_step: Callable[[int], None] | None = None,
 ) -> PriorFit:
@@ -149,16 +309,15 @@ def fit_to_codes(
     sampler
         Sampler of the prior.
     schedule
-        When to ask it; None for every step if it continues chains, and for 100 times otherwise.
+        When to request samples; None for every step if the sampler continues chains, and for 100 requests otherwise.
     n_steps
-        Optimizer steps at most; None for the sampler's usual number.
+        Optimizer steps.
     seed
         Seed of all random numbers. The global random state is not changed.
     on_step
         Called with the number of each step that is done.
     """
     started = time.perf_counter()
-    n_steps = usual_number_of_steps(sampler) if n_steps is None else n_steps
     if schedule is None:
         every = 1 if sampler.traits.is_persistent else max(1, n_steps // _N_ANSWERS)
         schedule = SamplingSchedule(every_n_steps=every, n_sweeps=_N_SWEEPS, latency=0)
@@ -166,14 +325,14 @@ def fit_to_codes(
     device = prior.h.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
+        looks, best = [_look(prior, held_out, 0, seed)], _copy(prior)
+        best_look = looks[0]
         prior.unfreeze()
         prior.start_chains(codes[_choose(len(codes), len(prior.chains), device)].posterior.sample())
         sampling = SamplingCallback(prior, sampler, schedule)
         sampling.start(seed)
-        optimizer = _build_optimizer(prior)
-        looks = [_look(prior, held_out, 0, seed)]
-        best, best_state = looks[0]["held_out_kl"], _copy(prior)
-        due = {round((k + 1) * n_steps / _N_LOOKS) for k in range(_N_LOOKS)}
+        optimizer, mean = _build_optimizer(prior), _copy(prior)
+        due = {n_steps - k * n_steps // (2 * _N_LOOKS) for k in range(_N_LOOKS)}
         for step in range(1, n_steps + 1):
             for group in optimizer.param_groups:
                 group["lr"] = _LEARNING_RATE * min(1.0, 2.0 * (1.0 - (step - 1) / n_steps))
@@ -184,37 +343,35 @@ def fit_to_codes(
             (energy + prior.log_partition()).backward()
             prior.keep_classifier()
             optimizer.step()
+            _average(mean, prior, step)
             if on_step is not None:
                 on_step(step)
             if step in due:
+                current = _copy(prior)
+                prior.load_state_dict(mean)
                 looks.append(_look(prior, held_out, step, seed))
-                if looks[-1]["held_out_kl"] < best:
-                    best, best_state = looks[-1]["held_out_kl"], _copy(prior)
+                if _is_no_worse(looks[-1], best_look):
+                    best, best_look = _copy(prior), looks[-1]
+                prior.load_state_dict(current)
         sampling.broker.close()
-        prior.load_state_dict(best_state)
+        prior.load_state_dict(best)
         for parameter, is_learned in was_learned.items():
             parameter.requires_grad_(is_learned)
             parameter.grad = None
         log_z, chains = _settle(prior, seed)
+        looks.append({"step": best_look["step"], **_judge(prior, held_out, log_z)})
     ledger = sampling.broker.ledger
-    history = pd.DataFrame(looks)
     return PriorFit(
-        history=history,
+        history=pd.DataFrame(looks),
         log_z=log_z,
         chains=chains,
-        n_steps=step,
-        best_step=int(history["step"][history["held_out_kl"].argmin()]),
-        n_questions=ledger.n_requests,
+        n_steps=n_steps,
+        best_step=best_look["step"],
+        n_requests=ledger.n_requests,
         n_samples=ledger.n_samples,
         n_failures=sampling.n_fallbacks,
         seconds=time.perf_counter() - started,
     )
-
-
-def usual_number_of_steps(sampler: Sampler) -> int:
-    """Steps that a fit with this sampler takes unless told otherwise."""
-    goes_on = sampler.traits.is_persistent or sampler.traits.is_remote  # chains move at every step
-    return _N_STEPS if goes_on else _N_STEPS_OF_ANSWERS
 
 
 def _build_optimizer(prior: BoltzmannPrior) -> torch.optim.Optimizer:
@@ -235,31 +392,62 @@ def _copy(prior: BoltzmannPrior) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
+def _average(mean: dict[str, Tensor], prior: BoltzmannPrior, step: int) -> None:
+    """Move the running mean of the parameters to their values after a step; buffers are those of now."""
+    parameters = dict(prior.named_parameters())
+    weight = max(1.0 - _MEMORY, 10.0 / (step + 10.0))
+    for name, value in prior.state_dict().items():
+        mean[name].lerp_(value, weight) if name in parameters else mean[name].copy_(value)
+
+
+@torch.no_grad()
 def _look(prior: BoltzmannPrior, held_out: Codes, step: int, seed: int) -> dict[str, float]:
-    """KL divergence of held-out codes from the prior, in nats per cell, with log Z of its own."""
+    """Judge the current parameters with a quick estimate of log Z."""
     log_z = estimate_log_z(prior.to_ising(), samples=prior.chains, n_chains=64, n_steps=200, seed=seed)
+    return {"step": step, **_judge(prior, held_out, log_z)}
+
+
+@torch.no_grad()
+def _judge(prior: BoltzmannPrior, held_out: Codes, log_z: LogPartition) -> dict[str, float]:
+    """KL divergence of held-out codes from the prior, in nats per cell, at a value of log Z."""
     prior.set_log_z(log_z.value, log_z.lower, log_z.upper, log_z.scale)
     distribution = prior.distribution(**held_out.known, n_draws=_N_DRAWS)
     kl = float(kl_divergence(held_out.posterior, distribution).sum(-1).mean())
-    of_log_z = {"log_z": log_z.value, "log_z_lower": log_z.lower, "log_z_upper": log_z.upper}
-    return {"step": step, "held_out_kl": kl, **of_log_z}
+    bounds = {"log_z_lower": log_z.lower, "log_z_upper": log_z.upper, "log_z_scale": log_z.scale}
+    return {"held_out_kl": kl, "log_z": log_z.value, **bounds}
+
+
+def _is_no_worse(look: dict[str, float], other: dict[str, float]) -> bool:
+    """Whether the held-out KL of a look is not above that of an earlier one by more than two errors of log Z."""
+    error = 2.0 * math.hypot(look["log_z_scale"], other["log_z_scale"])
+    return look["held_out_kl"] <= other["held_out_kl"] + error
 
 
 @torch.no_grad()
 def _settle(prior: BoltzmannPrior, seed: int) -> tuple[LogPartition, ChainDiagnostics]:
-    """Let the chains run at the fitted parameters, judge them, and estimate log Z with them."""
-    problem, spins = prior.to_ising(), prior.chains
-    rounds = []
-    for k in range(_N_ROUNDS):
-        question = SamplingRequest(problem, len(spins), initial_spins=spins, n_sweeps=_SWEEPS_A_ROUND, seed=seed + k)
-        spins = BlockGibbsSampler().sample(question).spins
-        rounds.append(spins)
+    """Let the chains run at the fitted parameters, judge some of them, and estimate log Z."""
+    problem = prior.to_ising()
+
+    def run(spins: Tensor, n_sweeps: int, number: int) -> Tensor:
+        request = SamplingRequest(problem, len(spins), initial_spins=spins, n_sweeps=n_sweeps, seed=seed + number)
+        return BlockGibbsSampler().sample(request).spins
+
+    spins = run(prior.chains, _N_SETTLING_SWEEPS, 0)
     prior.chains.copy_(spins)
     prior.set_moments(SampleBatch(spins, problem))
     log_z = estimate_log_z(problem, samples=spins, n_chains=128, n_steps=300, seed=seed)
     prior.set_log_z(log_z.value, log_z.lower, log_z.upper, log_z.scale)
-    states = torch.stack(rounds, dim=1)  # (n_chains, n_rounds, n_spins)
-    visible = states[..., : prior.n_visible].float()
-    directions = torch.linalg.svd(visible.flatten(0, 1) - visible.mean((0, 1)), full_matrices=False)[2][:_N_DIRECTIONS]
-    followed = torch.cat([problem.energy(states)[..., None], visible @ directions.T], dim=-1)
-    return log_z, chain_diagnostics(followed)
+
+    visible = spins[:, : prior.n_visible].to(prior.h)
+    directions = torch.linalg.svd(visible - visible.mean(0), full_matrices=False)[2][:_N_DIRECTIONS]
+    spins = spins[:_N_FOLLOWED]
+    for n_sweeps in _SWEEPS_A_ROUND:
+        followed = []
+        for k in range(_N_ROUNDS):
+            spins = run(spins, n_sweeps, n_sweeps + k)
+            along = spins[:, : prior.n_visible].to(directions) @ directions.T
+            followed.append(torch.cat([problem.energy(spins)[:, None], along], dim=-1))
+        chains = chain_diagnostics(torch.stack(followed, dim=1), n_sweeps=n_sweeps * _N_ROUNDS)
+        if chains.r_hat <= MIXED:
+            break
+    return log_z, chains

@@ -9,6 +9,8 @@ import torch
 from scipy.stats import norm, rankdata
 from torch import Tensor
 
+MIXED = 1.05  # largest R-hat of chains that count as mixed
+
 
 @dataclass(frozen=True)
 class ChainDiagnostics:
@@ -18,26 +20,31 @@ class ChainDiagnostics:
     ----------
     r_hat
         Rank-normalized split R-hat :cite:p:`Vehtari21`: spread of all draws over that within chains. Near one for
-        chains that have mixed; above 1.05 they have not.
+        chains that have mixed; above :data:`MIXED` they have not.
     ess
         Effective sample size of all chains together.
     n_chains, n_draws
         Number of chains, and of draws of each.
+    n_sweeps
+        Sweeps of each chain from the first draw to the last.
     """
 
     r_hat: float
     ess: float
     n_chains: int
     n_draws: int
+    n_sweeps: int
 
 
-def chain_diagnostics(values: Tensor) -> ChainDiagnostics:
+def chain_diagnostics(values: Tensor, *, n_sweeps: int) -> ChainDiagnostics:
     """Judge chains by some quantities of their states.
 
     Parameters
     ----------
     values
         Shape ``(n_chains, n_draws, n_quantities)``, draws in the order in which they were made.
+    n_sweeps
+        Sweeps that each chain made for these draws.
 
     Returns
     -------
@@ -57,9 +64,9 @@ def chain_diagnostics(values: Tensor) -> ChainDiagnostics:
     flat = values.detach().cpu().double().reshape(n_chains * n_draws, -1)
     flat = flat[:, flat.std(0) > 0]
     if not flat.shape[1]:
-        return ChainDiagnostics(1.0, float(n_chains * n_draws), n_chains, n_draws)
+        return ChainDiagnostics(1.0, float(n_chains * n_draws), n_chains, n_draws, n_sweeps)
     ranks = rankdata(flat.numpy(), axis=0)
     scores = norm.ppf((ranks - 0.375) / (len(ranks) + 0.25))  # Blom's, as in the source
     scores = torch.from_numpy(np.ascontiguousarray(scores)).view(n_chains, n_draws, -1)
     r_hat, ess = split_gelman_rubin(scores), effective_sample_size(scores)
-    return ChainDiagnostics(float(r_hat.max()), float(ess.min()), n_chains, n_draws)
+    return ChainDiagnostics(float(r_hat.max()), float(ess.min()), n_chains, n_draws, n_sweeps)
