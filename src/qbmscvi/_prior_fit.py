@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from anndata import AnnData
+    from lightning import LightningDataModule
     from torch import Tensor
 
     from qbmscvi._prior import BoltzmannPrior
@@ -241,6 +242,23 @@ class PriorFitMixin:
                 stacklevel=2,
             )
         return fit
+
+    def _fit_prior_after_training(self, datamodule: LightningDataModule | None, progress: bool) -> None:
+        """Fit the prior to the codes of the cells that were trained on, unless it was frozen or they are too few."""
+        prior, trainer = self.module.prior, self.trainer
+        sampling = trainer.lightning_module.sampling
+        n_steps = min(_N_STEPS, trainer.global_step)
+        if not n_steps or not any(parameter.requires_grad for parameter in prior.parameters()):
+            return
+        if datamodule is None and len(self.train_indices) < _MIN_CODES:
+            return
+        self.fit_prior(
+            sampler="gibbs" if sampling.sampler.traits.is_remote else sampling.sampler,
+            n_steps=n_steps if sampling.sampler.traits.is_persistent else min(n_steps, _N_STEPS_OF_ANSWERS),
+            dataloader=None if datamodule is None else datamodule.train_dataloader(),
+            seed=sampling.draw_seed(),
+            progress=progress,
+        )
 
     @torch.no_grad()
     def _split_codes(

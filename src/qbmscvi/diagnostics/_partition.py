@@ -148,14 +148,16 @@ class _AnnealingPath:
         problem = problem.to(device, torch.float64)
         self.h, self.offset = problem.h, float(problem.offset)
         self.generator = torch.Generator(device=device).manual_seed(seed)
-        self.coupling = coupling_matrix(problem.J, problem.graph)
         empty = self.h.new_zeros(0, problem.n_spins)
         self.factor = empty if problem.factor is None else problem.factor
+        coupling = coupling_matrix(problem.J, problem.graph)
         classes = [torch.from_numpy(nodes).to(device) for nodes in problem.graph.color_classes]
-        largest = max(range(len(classes)), key=lambda k: len(classes[k]))
-        self.summed = classes.pop(largest)
-        self.others = classes
+        self.summed = classes.pop(max(range(len(classes)), key=lambda k: len(classes[k])))
+        self.others = [(nodes, coupling[:, nodes]) for nodes in classes]
         self.rest = torch.cat(classes) if classes else self.summed[:0]
+        self.to_summed = coupling[self.rest][:, self.summed]
+        within = coupling[self.rest][:, self.rest]
+        self.within_rest = within if within.any() else None
         self.log_z0 = float(log_2cosh(self.h).sum()) - self.offset
 
     def independent(self, n_chains: int) -> tuple[Tensor, Tensor]:
@@ -170,33 +172,41 @@ class _AnnealingPath:
         noise = torch.randn(shape, generator=self.generator, device=self.h.device, dtype=self.h.dtype)
         return spins, t * spins @ self.factor.T + noise
 
-    def _fields(self, spins: Tensor, v: Tensor, nodes: Tensor, t: float) -> Tensor:
-        return self.h[nodes] + t * (spins @ self.coupling[:, nodes] - v @ self.factor[:, nodes])
-
-    def log_weight(self, state: tuple[Tensor, Tensor], t: float) -> Tensor:
-        """Log density at ``t``, largest color class summed out, up to terms free of ``t``."""
+    def _drive(self, state: tuple[Tensor, Tensor]) -> Tensor:
+        """Fields on the summed spins that their neighbors and ``v`` give at ``t = 1``."""
         spins, v = state
-        spins = spins.clone()
-        spins[:, self.summed] = 0.0
-        # The quadratic form counts the drive of v on the remaining spins once and their couplings by halves.
-        pairs = 0.5 * (spins @ self.coupling * spins).sum(-1) - ((v @ self.factor) * spins).sum(-1)
-        return log_2cosh(self._fields(spins, v, self.summed, t)).sum(-1) - t * pairs
+        drive = spins[:, self.rest] @ self.to_summed
+        return drive - v @ self.factor[:, self.summed] if len(self.factor) else drive
 
-    def sweep(self, state: tuple[Tensor, Tensor], t: float) -> tuple[Tensor, Tensor]:
+    def _pairs(self, state: tuple[Tensor, Tensor]) -> Tensor | float:
+        """Energy of the couplings among the other spins and to ``v`` at ``t = 1``."""
+        spins, v = state[0][:, self.rest], state[1]
+        pairs = 0.0 if self.within_rest is None else 0.5 * (spins @ self.within_rest * spins).sum(-1)
+        return pairs - ((v @ self.factor[:, self.rest]) * spins).sum(-1) if len(self.factor) else pairs
+
+    def _gain(self, state: tuple[Tensor, Tensor], drive: Tensor, now: float, following: float) -> Tensor:
+        """Log density at ``following`` minus that at ``now``, summed spins summed out."""
+        h = self.h[self.summed]
+        after, before = (log_2cosh(h + t * drive).sum(-1) for t in (following, now))
+        return after - before - (following - now) * self._pairs(state)
+
+    def _sweep(self, state: tuple[Tensor, Tensor], drive: Tensor, t: float) -> tuple[Tensor, Tensor]:
         """One block Gibbs sweep at ``t``: summed class, Gaussian variable, other classes."""
         spins, v = state
-        spins = self._update(spins.clone(), v, self.summed, t)
+        spins = spins.clone()
+        spins[:, self.summed] = self._draw(self.h[self.summed] + t * drive)
         if len(self.factor):
             spins, v = self.complete(spins, t)
-        for nodes in self.others:
-            spins = self._update(spins, v, nodes, t)
+        for nodes, coupling in self.others:
+            field = spins @ coupling
+            if len(self.factor):
+                field = field - v @ self.factor[:, nodes]
+            spins[:, nodes] = self._draw(self.h[nodes] + t * field)
         return spins, v
 
-    def _update(self, spins: Tensor, v: Tensor, nodes: Tensor, t: float) -> Tensor:
-        up = torch.sigmoid(-2.0 * self._fields(spins, v, nodes, t))
-        uniform = torch.rand(up.shape, generator=self.generator, device=up.device, dtype=up.dtype)
-        spins[:, nodes] = torch.where(uniform < up, 1.0, -1.0).to(up)
-        return spins
+    def _draw(self, field: Tensor) -> Tensor:
+        uniform = torch.rand(field.shape, generator=self.generator, device=field.device, dtype=field.dtype)
+        return torch.where(uniform < torch.sigmoid(-2.0 * field), 1.0, -1.0).to(field)
 
     @torch.no_grad()
     def run(self, state: tuple[Tensor, Tensor], schedule: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -204,6 +214,7 @@ class _AnnealingPath:
         total = torch.zeros(len(state[0]), device=self.h.device, dtype=self.h.dtype)
         steps = schedule.tolist()
         for now, following in zip(steps[:-1], steps[1:], strict=True):
-            total += self.log_weight(state, following) - self.log_weight(state, now)
-            state = self.sweep(state, following)
+            drive = self._drive(state)
+            total += self._gain(state, drive, now, following)
+            state = self._sweep(state, drive, following)
         return total, state
