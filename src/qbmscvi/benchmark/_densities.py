@@ -384,9 +384,11 @@ class AutoregressiveDensity(Density):
 
     def sample(self, n_samples: int, generator: torch.Generator) -> Tensor:
         """See :meth:`Density.sample`."""
-        member = torch.randint(len(self.members), (n_samples,), generator=generator)
-        spins = torch.cat([m.sample(int((member == i).sum()), generator) for i, m in enumerate(self.members)])
-        return spins[member.argsort().argsort()]
+        counts = torch.randint(len(self.members), (n_samples,), generator=generator).bincount(
+            minlength=len(self.members)
+        )
+        spins = torch.cat([m.sample(int(n), generator) for m, n in zip(self.members, counts, strict=True)])
+        return spins[torch.randperm(n_samples, generator=generator)]
 
 
 @dataclass(frozen=True)
