@@ -343,8 +343,11 @@ class AutoregressiveDensity(Density):
     A mixture of autoregressive densities :math:`p(s) = \prod_i p(s_i \mid s_{<i})`, each in its own random order. The
     conditional log odds of a mixture of Bernoulli products are corrected by a masked residual network
     :cite:p:`Germain15`, with dropout, weight decay and several draws of each cell. Each member stops early on another
-    tenth of the cells. On kang_ifnb networks without the mixture were 0.15 nats worse, one network for all orders
-    0.07; wider and deeper networks made no difference.
+    tenth of the cells.
+
+    Measured on held-out cells of kang_ifnb, one run, with the standard error over cells: networks without mixtures
+    lose 0.24 +- 0.03 nats, one network for all orders, averaged over four, 0.04 +- 0.02. Eight members, or 800
+    components, change less than 0.02.
     """
 
     members: tuple[_Chain, ...]
