@@ -91,7 +91,7 @@ def _lost_offset(path):
 
 
 def _wrong_couplings(path):
-    path.coupling = -path.coupling
+    path.to_summed = -path.to_summed
     path.factor = path.factor.flip(1)  # its sign would not matter
 
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 
 _MAX_STALENESS = 500  # steps
+_STEPS_BETWEEN_ANSWERS = 8
 _N_WAITS = 20  # of the advice to a run that no answer reached
 _RESAMPLE_BELOW = 0.5  # effective share of the tracking chains
 _REPORTED_FACTS = ("staleness", "effective_beta", "effective_share", "exchange_rate")
@@ -45,9 +46,9 @@ class SamplingSchedule:
     Parameters
     ----------
     every_n_steps
-        Optimizer steps between two questions to the sampler. The moments of a local sampler stay as they are in
-        between; with a remote one, local chains renew them at every step. The default suits a prior that learns
-        slowly: at the default ``prior_lr`` a parameter moves by some 0.0004 at most in eight steps.
+        Optimizer steps between two requests to the sampler. None for one with a local sampler that continues chains,
+        and for eight otherwise. The moments of a local sampler stay as they are in between; with a remote one, local
+        chains renew them at every step.
     n_sweeps
         Sweeps of each persistent chain whenever the moments are renewed (the k of PCD-k).
     burn_in
@@ -68,18 +69,26 @@ class SamplingSchedule:
         If a value is not an integer, or is below one (``latency``: below zero; ``max_staleness``: below ``latency``).
     """
 
-    every_n_steps: int = 8
-    n_sweeps: int = 4
+    every_n_steps: int | None = None
+    n_sweeps: int = 2
     burn_in: int = 100
     latency: int = 20
     max_staleness: int | None = None
     n_polish_sweeps: int = 10
 
     def __post_init__(self) -> None:
-        least_values = dict.fromkeys(["every_n_steps", "n_sweeps", "burn_in", "n_polish_sweeps"], 1)
-        least_values |= {"latency": 0} | ({} if self.max_staleness is None else {"max_staleness": self.latency})
+        least_values = dict.fromkeys(["n_sweeps", "burn_in", "n_polish_sweeps"], 1) | {"latency": 0}
+        optional = {"every_n_steps": 1, "max_staleness": self.latency}
+        least_values |= {name: least for name, least in optional.items() if getattr(self, name) is not None}
         for name, least in least_values.items():
             require_integer(f"SamplingSchedule.{name}", getattr(self, name), least)
+
+    def interval(self, sampler: Sampler) -> int:
+        """Optimizer steps between two requests to this sampler."""
+        if self.every_n_steps is not None:
+            return self.every_n_steps
+        traits = sampler.traits
+        return 1 if traits.is_persistent and not traits.is_remote else _STEPS_BETWEEN_ANSWERS
 
     def oldest_answer(self, sampler: Sampler) -> float:
         """Age in steps beyond which an answer of this sampler is not used; may be infinite."""
@@ -178,7 +187,7 @@ class SamplingCallback(Callback):
             self._refresh(step)
 
     def _is_time_to_ask(self, step: int) -> bool:
-        return self._last_asked is None or step >= self._last_asked + self.schedule.every_n_steps
+        return self._last_asked is None or step >= self._last_asked + self.schedule.interval(self.sampler)
 
     @property
     def _is_frozen(self) -> bool:

@@ -221,7 +221,8 @@ class PriorFitMixin:
             n_steps = _N_STEPS if goes_on else _N_STEPS_OF_ANSWERS
         require_integer("n_steps", n_steps, 1)
         seed = split_seed(seed, 1)[0]
-        codes, held_out = self._split_codes(adata, indices, batch_size, dataloader, seed)
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            codes, held_out = self._split_codes(adata, indices, batch_size, dataloader, seed)
         with tqdm(total=n_steps, desc="Fitting the prior", disable=not progress, leave=False) as bar:
             fit = fit_to_codes(
                 self.module.prior,
@@ -349,7 +350,8 @@ def fit_to_codes(
         prior.start_chains(codes[_choose(len(codes), len(prior.chains), device)].posterior.sample())
         sampling = SamplingCallback(prior, sampler, schedule)
         sampling.start(seed)
-        optimizer, mean = _build_optimizer(prior), _copy(prior)
+        learned = [parameter for parameter in prior.parameters() if parameter.requires_grad and parameter.numel()]
+        optimizer, mean = torch.optim.Adam(learned, lr=_LEARNING_RATE, betas=_BETAS), _copy(prior)
         due = {n_steps - k * n_steps // (2 * _N_LOOKS) for k in range(_N_LOOKS)}
         for step in range(1, n_steps + 1):
             for group in optimizer.param_groups:
@@ -358,7 +360,8 @@ def fit_to_codes(
             batch = codes[_choose(len(codes), _BATCH_SIZE, device)]
             energy = prior.expected_energy(batch.posterior, n_draws=1, **batch.known).sum(-1).mean()
             optimizer.zero_grad(set_to_none=True)
-            (energy + prior.log_partition()).backward()
+            decay = 0.5 * _COUPLING_DECAY * prior.J.square().sum()
+            (energy + prior.log_partition() + decay).backward()
             prior.keep_classifier()
             optimizer.step()
             _average(mean, prior, step)
@@ -390,14 +393,6 @@ def fit_to_codes(
         n_failures=sampling.n_fallbacks,
         seconds=time.perf_counter() - started,
     )
-
-
-def _build_optimizer(prior: BoltzmannPrior) -> torch.optim.Optimizer:
-    learned = [parameter for parameter in prior.parameters() if parameter.requires_grad and parameter.numel()]
-    couplings = [parameter for parameter in learned if parameter is prior.J]
-    others = [parameter for parameter in learned if parameter is not prior.J]
-    groups = [{"params": couplings, "weight_decay": _COUPLING_DECAY}, {"params": others}]
-    return torch.optim.Adam(groups, lr=_LEARNING_RATE, betas=_BETAS)
 
 
 def _choose(n_codes: int, n: int, device: torch.device) -> Tensor:

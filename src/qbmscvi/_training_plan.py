@@ -33,7 +33,7 @@ _logger = logging.getLogger(__name__)
 
 _AUTO_WARMUP_SHARE = 0.1
 _ASSUMED_STEPS = 10_000  # where the number of steps is not known
-_PRIOR_LR_SHARE = 0.025
+_PRIOR_LR_SHARE = 0.1
 _EPOCHS_OF_MEMORY, _MAX_AUTO_DECAY = 50, 1.0
 
 
@@ -71,9 +71,9 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
     lr
         Learning rate of the networks, twice scVI's.
     prior_lr
-        Learning rate of the prior's parameters. None is a fortieth of ``lr``; with ``optimizer="Custom"`` it is the
-        learning rate of that optimizer. At a fortieth, a run of 2,000 steps ends before the couplings are learned: they
-        move by 0.1 at most. If the prior learns as fast as the networks, renew its chains at every step.
+        Learning rate of the prior's parameters. None is a tenth of ``lr``; with ``optimizer="Custom"`` it is the
+        learning rate of that optimizer. At the end of training :meth:`~qbmscvi.QBMSCVI.fit_prior` makes up for what the
+        prior has not learned by then.
     weight_decay
         Weight decay of the networks' linear layers; biases, normalization and dispersions have none. ``"auto"`` is,
         with ``"AdamW"``, ``1 / (50 lr n)`` at ``n`` steps an epoch, and at most 1: a weight that is not renewed fades
