@@ -53,7 +53,6 @@ _N_STEPS, _N_STEPS_OF_ANSWERS = 1_000, 300
 _LEARNING_RATE = 0.01
 _BETAS = (0.5, 0.999)  # gradients from chains are noisy, and old ones mislead
 _COUPLING_DECAY = 1e-4
-_MEMORY = 0.99  # of the running mean, per step
 _BATCH_SIZE = 512
 _N_SWEEPS = 2
 _N_ANSWERS = 100  # of a sampler that cannot continue chains
@@ -315,6 +314,7 @@ def fit_to_codes(
     schedule: SamplingSchedule | None = None,
     n_steps: int,
     seed: int = 0,
+    memory: float = 0.99,
     on_step: Callable[[int], None] | None = None,
 ) -> PriorFit:
     """Fit a prior to codes; it is changed in place.
@@ -333,6 +333,8 @@ def fit_to_codes(
         Optimizer steps.
     seed
         Seed of all random numbers. The global random state is not changed.
+    memory
+        Weight of the past in the running mean of the parameters, per step; zero keeps the parameters of the last step.
     on_step
         Called with the number of each step that is done.
     """
@@ -364,7 +366,7 @@ def fit_to_codes(
             (energy + prior.log_partition() + decay).backward()
             prior.keep_classifier()
             optimizer.step()
-            _average(mean, prior, step)
+            _average(mean, prior, max(1.0 - memory, 10.0 / (step + 10.0)) if memory else 1.0)
             if on_step is not None:
                 on_step(step)
             if step in due:
@@ -405,10 +407,9 @@ def _copy(prior: BoltzmannPrior) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _average(mean: dict[str, Tensor], prior: BoltzmannPrior, step: int) -> None:
-    """Move the running mean of the parameters to their values after a step; buffers are those of now."""
+def _average(mean: dict[str, Tensor], prior: BoltzmannPrior, weight: float) -> None:
+    """Move the running mean of the parameters towards their current values; buffers are copied."""
     parameters = dict(prior.named_parameters())
-    weight = max(1.0 - _MEMORY, 10.0 / (step + 10.0))
     for name, value in prior.state_dict().items():
         mean[name].lerp_(value, weight) if name in parameters else mean[name].copy_(value)
 
