@@ -66,7 +66,17 @@ class Watch(Callback):
             trainer.save_checkpoint(self.path)
 
 
-def run(name: str, out: Path, *, is_remote=False, fails=False, spoil=None, likelihood="nb", **trainer_kwargs) -> None:
+def run(
+    name: str,
+    out: Path,
+    *,
+    is_remote=False,
+    fails=False,
+    spoil=None,
+    likelihood="nb",
+    fit_prior=False,
+    **trainer_kwargs,
+) -> None:
     scvi.settings.seed = 0
     adata = synthetic_counts(240, 40, seed=1)
     QBMSCVI.setup_anndata(adata, batch_key="batch")
@@ -77,7 +87,15 @@ def run(name: str, out: Path, *, is_remote=False, fails=False, spoil=None, likel
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            model.train(max_epochs=2, sampler=sampler, schedule=schedule, callbacks=[watch], **FLAGS, **trainer_kwargs)
+            model.train(
+                max_epochs=2,
+                sampler=sampler,
+                schedule=schedule,
+                callbacks=[watch],
+                fit_prior=fit_prior,
+                **FLAGS,
+                **trainer_kwargs,
+            )
         except TrainingDivergedError as raised:
             error = str(raised)
     rank = torch.distributed.get_rank()
@@ -100,6 +118,7 @@ def main(out: Path) -> None:
     run("resumed", out, ckpt_path=out / "local.ckpt")
     run("remote", out, is_remote=True, check_val_every_n_epoch=1)
     run("failing", out, is_remote=True, fails=True)
+    run("fitted", out, fit_prior=True)
     # torch's normal distribution refuses a mean that is not a number, scvi-tools' distributions of counts do not
     run("refused-on-one-rank", out, spoil=float("nan"), likelihood="normal")
     run("nan-on-one-rank", out, spoil=float("nan"))

@@ -217,7 +217,7 @@ def _with_self_loop():
 
 CONSTRUCTOR = [
     pytest.param(
-        {"latent": "spins", "n_latent": 1, "n_spins": None},
+        {"latent": "spins", "n_latent": 1, "n_hidden_spins": 0, "n_spins": None},
         ValueError,
         "two layers, but there are 1",
         "at least 2.*independent",
@@ -408,7 +408,7 @@ TRAIN = [
         {"latent": "spins", "n_latent": 64, "n_spins": None},
         {"sampler": "exact"},
         GraphMismatchError,
-        "enumerate 32 of the 64 spins, but at most 20",
+        "enumerate 64 of the 128 spins, but at most 20",
         "Lower `n_latent` or `n_spins`, or use sampler='gibbs'",
         id="exact-64-spins",
     ),

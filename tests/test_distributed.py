@@ -16,7 +16,7 @@ def dumps(tmp_path_factory) -> dict[str, tuple[dict, dict]]:
     """What both ranks wrote down, by case."""
     folder = tmp_path_factory.mktemp("ranks")
     run_script("ranks.py", folder, timeout=240)
-    names = (*CASES, *DIVERGING, "resumed", "unshared")
+    names = (*CASES, *DIVERGING, "fitted", "resumed", "unshared")
     return {name: tuple(torch.load(folder / f"{name}-{rank}.pt") for rank in (0, 1)) for name in names}
 
 
@@ -31,6 +31,16 @@ def test_ranks_end_with_bit_equal_models(dumps, case):
     assert unequal(first, second) == []
     assert first["advice"] == second["advice"] == []
     assert int(first["state"]["prior.n_updates"]) == first["n_steps"] == second["n_steps"] == N_STEPS
+
+
+def test_rank_0_fits_the_prior_for_all(dumps):
+    first, second = dumps["fitted"]
+    assert unequal(first, second) == []
+    changed = unequal(first, dumps["local"][0])
+    assert "prior.J" in changed or "prior.W" in changed
+    assert all(name.startswith("prior.") for name in changed)
+    assert first["n_calls"] > N_STEPS
+    assert second["n_calls"] == 0
 
 
 def test_resumed_ranks_equal_uninterrupted_ones(dumps):

@@ -42,7 +42,8 @@ def adata():
 def train(adata, sampler, *, pace=None, **schedule):
     """A model whose prior has structure from the start, so that ground states and noise differ from samples."""
     scvi.settings.seed = 0
-    model = QBMSCVI(adata, latent="spins", n_latent=8, n_chains=512, n_hidden=8, gene_likelihood="poisson")
+    sizes = {"n_latent": 8, "n_hidden_spins": 0, "n_chains": 512, "n_hidden": 8}
+    model = QBMSCVI(adata, latent="spins", gene_likelihood="poisson", **sizes)
     prior, honesty = model.module.prior, Honesty()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -59,6 +60,7 @@ def train(adata, sampler, *, pace=None, **schedule):
             schedule=SamplingSchedule(**{"every_n_steps": 1, "n_sweeps": 2, **schedule}),
             plan_kwargs={"n_epochs_kl_warmup": None},  # the prior moves from the first step on
             callbacks=[pace or Pace(), honesty],
+            fit_prior=False,
         )
     model.warned = [str(w.message) for w in caught if issubclass(w.category, RuntimeWarning)]
     model.worst = max(honesty.worst)

@@ -143,6 +143,7 @@ def test_training_ends_with_a_fit_unless_the_prior_is_frozen_or_it_is_refused(mo
     assert not calls
     model.train(**settings)
     assert [call["n_steps"] for call in calls] == [model.trainer.global_step]  # no longer than training
+    model.train(**settings, plan_kwargs={"prior_lr": 0.0})
     for parameter in model.module.prior.parameters():
         parameter.requires_grad_(False)
     model.train(**settings)

@@ -127,8 +127,9 @@ def test_resuming_within_an_epoch_continues_the_sampling_exactly(adata, tmp_path
     first, second = Saver(tmp_path / "step.ckpt", step=10), Saver()
     whole_sampler, half_sampler = Remembering(), Remembering()
     every_step = SamplingSchedule(every_n_steps=1)
-    whole = train(adata, [first], whole_sampler, schedule=every_step)
-    resumed = train(adata, [second], half_sampler, seed=99, schedule=every_step, ckpt_path=tmp_path / "step.ckpt")
+    only = {"schedule": every_step, "fit_prior": False}
+    whole = train(adata, [first], whole_sampler, **only)
+    resumed = train(adata, [second], half_sampler, seed=99, ckpt_path=tmp_path / "step.ckpt", **only)
     assert list(second.chains) == list(range(11, N_EPOCHS * N_STEPS + 1))
     assert torch.equal(second.chains[11], first.chains[11])
     assert half_sampler.asked == whole_sampler.asked[10:]

@@ -13,6 +13,8 @@ from lightning.pytorch.callbacks import Callback
 from qbmscvi.exceptions import TrainingDivergedError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import lightning.pytorch as pl
     from torch import Tensor
 
@@ -163,10 +165,19 @@ def share_buffers(trainer: pl.Trainer, module: torch.nn.Module) -> None:
 
     DDP does the same before each forward pass, if it is not told otherwise, but not after the last one.
     """
+    _share(trainer, module.buffers())
+
+
+def share_state(trainer: pl.Trainer, module: torch.nn.Module) -> None:
+    """Give every rank the parameters and buffers of rank 0; all ranks must call this."""
+    _share(trainer, module.state_dict().values())
+
+
+def _share(trainer: pl.Trainer, tensors: Iterable[Tensor]) -> None:
     if trainer.world_size > 1:
-        for buffer in module.buffers():
-            if buffer.numel():
-                torch.distributed.broadcast(buffer, src=0)
+        for tensor in tensors:
+            if tensor.numel():
+                torch.distributed.broadcast(tensor, src=0)
 
 
 def _is_finite(pl_module: pl.LightningModule) -> bool:

@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 from qbmscvi._arguments import as_rows
 from qbmscvi._callbacks import SamplingCallback, SamplingSchedule
 from qbmscvi._generation import build_prior_sampler, split_seed
+from qbmscvi._guards import share_state
 from qbmscvi._labels import LabeledPrior
 from qbmscvi.diagnostics import MIXED, chain_diagnostics, estimate_log_z
 from qbmscvi.distributions import FactorialPosterior
@@ -246,19 +247,24 @@ class PriorFitMixin:
     def _fit_prior_after_training(self, datamodule: LightningDataModule | None, progress: bool) -> None:
         """Fit the prior to the codes of the cells that were trained on, unless it was frozen or they are too few."""
         prior, trainer = self.module.prior, self.trainer
-        sampling = trainer.lightning_module.sampling
+        plan, sampling = trainer.lightning_module, trainer.lightning_module.sampling
         n_steps = min(_N_STEPS, trainer.global_step)
-        if not n_steps or not any(parameter.requires_grad for parameter in prior.parameters()):
+        is_frozen = plan.prior_lr == 0 or not any(parameter.requires_grad for parameter in prior.parameters())
+        if is_frozen or not n_steps:
             return
         if datamodule is None and len(self.train_indices) < _MIN_CODES:
             return
-        self.fit_prior(
-            sampler="gibbs" if sampling.sampler.traits.is_remote else sampling.sampler,
-            n_steps=n_steps if sampling.sampler.traits.is_persistent else min(n_steps, _N_STEPS_OF_ANSWERS),
-            dataloader=None if datamodule is None else datamodule.train_dataloader(),
-            seed=sampling.draw_seed(),
-            progress=progress,
-        )
+        if prior.h.dtype != torch.get_default_dtype():  # with precision="64-true" scVI cannot encode cells afterwards
+            return
+        if trainer.is_global_zero:
+            self.fit_prior(
+                sampler="gibbs" if sampling.sampler.traits.is_remote else sampling.sampler,
+                n_steps=n_steps if sampling.sampler.traits.is_persistent else min(n_steps, _N_STEPS_OF_ANSWERS),
+                dataloader=None if datamodule is None else datamodule.train_dataloader(),
+                seed=sampling.draw_seed(),
+                progress=progress,
+            )
+        share_state(trainer, prior)
 
     @torch.no_grad()
     def _split_codes(

@@ -54,7 +54,9 @@ class Oracle:
         encoder = module.z_encoder
         logits = encoder.logit_encoder(encoder.encoder(torch.log1p(x))).double().numpy()
         law = Law.boltzmann(model.get_ising_model())
-        codes = state_table(law.states.shape[1])
+        codes = state_table(model.module.prior.n_visible)
+        # Hidden spins come last and change fastest in the table of all states.
+        log_p = np.log(law.probabilities.reshape(len(codes), -1).sum(1))
         library = x.sum(1, keepdim=True).log()
         z = torch.tensor(codes, dtype=torch.float32)
         scale, rate = [], []
@@ -69,7 +71,7 @@ class Oracle:
             codes,
             logits,
             special.log_expit(logits[:, None, :] * codes).sum(-1),
-            np.log(law.probabilities),
+            log_p,
             stats.nbinom.logpmf(counts, theta, theta / (theta + rate)).sum(-1),
             rate,
             scale,
@@ -197,7 +199,7 @@ def check_get_latent_representation(trained, oracle):
 def check_get_elbo(trained, oracle):
     values = np.stack([trained.get_elbo(indices=ROWS, return_mean=False).numpy() for _ in range(80)])
     assert_mean(values, oracle.reconstruction - oracle.kl)
-    np.testing.assert_allclose(trained.get_kl(indices=ROWS), oracle.kl, atol=1e-3)
+    assert_mean(np.stack([trained.get_kl(indices=ROWS) for _ in range(80)]), oracle.kl)
 
 
 @check
@@ -274,7 +276,7 @@ ONE_BATCH = slice(0, 30)
 @check
 def check_get_importance_weights(other):
     rows = np.flatnonzero(other.adata.obs["batch"] == "batch_0")[ONE_BATCH]
-    exact = Oracle.of(off_by(other, 2.0), rows)
+    exact = Oracle.of(off_by(other, 1.0), rows)
     expected = special.logsumexp(exact.log_posterior, axis=0) - special.logsumexp(exact.log_q, axis=0)
     qz = other.module.inference(
         **other.module._get_inference_input(next(iter(other._make_data_loader(other.adata, rows))))

@@ -60,7 +60,8 @@ def adata():
 
 def untrained(adata, **settings) -> QBMSCVI:
     scvi.settings.seed = 0
-    return QBMSCVI(adata, **{"n_latent": 10, "n_chains": 256} | settings)
+    hidden = {} if settings.get("latent") == "gaussian-spins" else {"n_hidden_spins": 0}
+    return QBMSCVI(adata, **{"n_latent": 10, "n_chains": 256} | hidden | settings)
 
 
 def train(model, sampler, **settings) -> QBMSCVI:
