@@ -274,7 +274,10 @@ def records_of_cells() -> list[dict]:
         for seed in range(4):
             for model, value in scores.items():
                 value = value if data == "first" else 0.9
-                own = {"cells_forest_auc": value + 0.001 * (-1) ** seed * ("own" in model), "cells_rare_types_found": None}
+                own = {
+                    "cells_forest_auc": value + 0.001 * (-1) ** seed * ("own" in model),
+                    "cells_rare_types_found": None,
+                }
                 own |= {"cells_coverage": 1.0 - own["cells_forest_auc"], "cells_mmd2": value / 100}
                 own |= {} if "own" in model or "real" in model else {"elbo": -100 * value, "kl": 3 * value}
                 key = {"data": data, "model": model, "seed": seed, "schedule": "native"}

@@ -1,9 +1,9 @@
 """Train models side by side on one data set, several seeds each, and keep one record per run.
 
 A record is a dictionary, one line of a JSON-lines file: ``data``, ``model``, ``seed`` and ``schedule`` name the run,
-``scores`` holds the numbers, ``settings``, ``versions`` and ``commit`` say exactly what was run, ``cpu_s`` what it
-cost. A run that the file has is not repeated, so a comparison goes on where it stopped; one that was made with other
-settings of its model stays in the file and is not used.
+``scores`` holds the numbers, ``settings``, ``versions`` and ``commit`` say exactly what was run, ``cpu_s`` and
+``fit_cpu_s`` what training and the fit of the prior cost. A run that the file has is not repeated, so a comparison goes
+on where it stopped; one that was made with other settings of its model stays in the file and is not used.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ def compare(
     models
         Names from :data:`~qbmscvi.benchmark.MODEL_NAMES`, or functions of your own, which take a
         :class:`~qbmscvi.benchmark.Task` and return a :class:`~qbmscvi.benchmark.Fit` or just the representation; their
-        ``__name__`` names them in the records. None for all names that suit the data. Runs in the file count as done
+        ``__name__`` names them in the records. None for all names that suit the data. A name such as ``"SCVI, own
+        codes"`` comes with a trained model; alone, it has that model trained for it. Runs in the file count as done
         if the function had the same code, arguments of a partial, defaults, closure, attributes and globals; what a
         run itself changes, such as a counter, does not matter.
     n_seeds, first_seed
