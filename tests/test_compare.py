@@ -99,7 +99,7 @@ def test_neural_models_share_split_and_epochs_and_keep_their_schedules(adata, qu
     assert not {"elbo"} & (fit["VAE, normal"].keys() | fit["SysVI, VampPrior"].keys())
     for name in ("QBMSCVI", "QBMSCVI, J shuffled"):
         assert fit[name]["elbo_low"] <= fit[name]["elbo"] <= fit[name]["elbo_high"]
-    assert fit["QBMSCVI, J shuffled"].keys() == {"elbo", "elbo_low", "elbo_high"}
+    assert fit["QBMSCVI, J shuffled"].keys() == {"elbo", "elbo_low", "elbo_high", "kl"}  # too few cells to generate
     pd.testing.assert_frame_equal(adata.obs, before.obs)
     assert (adata.X != before.X).nnz == 0
 

@@ -1,9 +1,9 @@
 """Train models side by side on one data set, several seeds each, and keep one record per run.
 
 A record is a dictionary, one line of a JSON-lines file: ``data``, ``model``, ``seed`` and ``schedule`` name the run,
-``scores`` holds the numbers, ``settings``, ``versions`` and ``commit`` say exactly what was run, ``cpu_s`` what it
-cost. A run that the file has is not repeated, so a comparison goes on where it stopped; one that was made with other
-settings of its model stays in the file and is not used.
+``scores`` holds the numbers, ``settings``, ``versions`` and ``commit`` say exactly what was run, ``cpu_s`` and
+``fit_cpu_s`` what training and the fit of the prior cost. A run that the file has is not repeated, so a comparison goes
+on where it stopped; one that was made with other settings of its model stays in the file and is not used.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from qbmscvi._input_checks import check_categories, check_matrix, get_column
 from qbmscvi.benchmark._definitions import agree, agreed, define
 from qbmscvi.benchmark._metrics import as_codes, as_numbers, as_order, order_by_lineage
 from qbmscvi.benchmark._models import (
+    CONTROLS,
     MODEL_NAMES,
     MODELS,
-    SHUFFLED,
     Fit,
     NeuralModel,
     Schedule,
@@ -104,7 +104,8 @@ def compare(
     models
         Names from :data:`~qbmscvi.benchmark.MODEL_NAMES`, or functions of your own, which take a
         :class:`~qbmscvi.benchmark.Task` and return a :class:`~qbmscvi.benchmark.Fit` or just the representation; their
-        ``__name__`` names them in the records. None for all names that suit the data. Runs in the file count as done
+        ``__name__`` names them in the records. None for all names that suit the data. A name such as ``"SCVI, own
+        codes"`` comes with a trained model; alone, it has that model trained for it. Runs in the file count as done
         if the function had the same code, arguments of a partial, defaults, closure, attributes and globals; what a
         run itself changes, such as a counter, does not matter.
     n_seeds, first_seed
@@ -188,7 +189,10 @@ def compare(
     for seed, model in _with_progress(open_runs, name, progress):
         if (model, seed) in done:  # came with another run
             continue
-        task = Task(adata, batch_key, seed, int(max_epochs), schedule, accelerator)
+        trained = _trained(model)
+        with_it = {control: other for other, (parent, control) in CONTROLS.items() if parent == trained}
+        wanted = tuple(c for c, other in with_it.items() if other in chosen and (other, seed) not in done)
+        task = Task(adata, batch_key, seed, int(max_epochs), schedule, accelerator, label_key, wanted)
         with _quiet():
             scvi.settings.seed = seed
             torch.set_num_threads(n_threads)  # numba, under scanpy, sets the threads of torch's OpenMP anew
@@ -198,13 +202,15 @@ def compare(
             seconds = time.process_time() - started
             own = {} if model in MODEL_NAMES else {"definition": agreed(before, define(chosen[model]))}
             fit = _check_fit(fit, model, adata.n_obs)
-            started = time.process_time()
+            learning = seconds if fit.cpu_s is None else fit.cpu_s
+            started = time.process_time() - (seconds - learning - (fit.fit_cpu_s or 0.0))
             scores = score_all(fit.latent, labels, batches, order, unintegrated, seed, lineages) | fit.scores
-        key = {"data": name, "model": model, "seed": seed, "schedule": schedule}
+        key = {"data": name, "model": trained, "seed": seed, "schedule": schedule}
         record = {
-            **{**key, "model": "QBMSCVI" if model == SHUFFLED else model},
+            **key,
             "n_latent": fit.latent.shape[1],
-            "cpu_s": round(seconds, 2),
+            "cpu_s": round(learning, 2),
+            "fit_cpu_s": fit.fit_cpu_s,
             "scoring_cpu_s": round(time.process_time() - started, 2),
             "scores": scores,
             **facts,
@@ -213,7 +219,7 @@ def compare(
             "settings": {**fit.settings, "accelerator": accelerator, "n_threads": n_threads},
             **provenance,
         }
-        new = [record, *({**record, "model": other, "scores": own} for other, own in fit.controls.items())]
+        new = [record, *({**record, "model": with_it.get(c), **own._asdict()} for c, own in fit.controls.items())]
         new = [_plain(r) for r in new if r["model"] in chosen and (r["model"], seed) not in done]
         if save_latents:
             _save_latent(Path(records), key, fit.latent, labels, batches)
@@ -269,6 +275,11 @@ def _recorded_definition(record: Record) -> Definition:
     return record.get("definition", {})
 
 
+def _trained(model: str) -> str:
+    """The model that is trained for this name."""
+    return CONTROLS[model][0] if model in CONTROLS else model
+
+
 def _check_models(models: Sequence[str | Model] | None, batch_key: str | None) -> dict[str, Model]:
     """Functions by name."""
     if isinstance(models, str):
@@ -283,7 +294,7 @@ def _check_models(models: Sequence[str | Model] | None, batch_key: str | None) -
                 msg = f"A function named {model_name!r} would pass for the built-in model. Give it another `__name__`."
                 raise ValueError(msg)
         elif model in available:
-            model_name, function = model, MODELS["QBMSCVI" if model == SHUFFLED else model]
+            model_name, function = model, MODELS[_trained(model)]
         elif model in MODEL_NAMES:
             msg = f"{model!r} integrates batches, but batch_key=None. Pass `batch_key`, or leave this model out."
             raise ValueError(msg)

@@ -46,12 +46,7 @@ class Divergence(NamedTuple):
 
 
 class Density(ABC):
-    """Normalized density over codes, ready for use once made by :meth:`fit`."""
-
-    @classmethod
-    @abstractmethod
-    def fit(cls, codes: FactorialPosterior, seed: int = 0) -> Self:
-        """Fit to the codes of training cells; global random numbers are not touched."""
+    """Normalized density over codes."""
 
     @abstractmethod
     def log_prob(self, z: Tensor) -> Tensor:
@@ -60,6 +55,15 @@ class Density(ABC):
     @abstractmethod
     def sample(self, n_samples: int, generator: torch.Generator) -> Tensor:
         """Independent draws, shape ``(n_samples, n_units)``."""
+
+
+class FittedDensity(Density):
+    """Density that is ready for use once made by :meth:`fit`."""
+
+    @classmethod
+    @abstractmethod
+    def fit(cls, codes: FactorialPosterior, seed: int = 0) -> Self:
+        """Fit to the codes of training cells; global random numbers are not touched."""
 
 
 def spin_codes(logits: Tensor | np.ndarray) -> FactorialPosterior:
@@ -103,14 +107,14 @@ def divergence(codes: FactorialPosterior, density: Density, *, n_draws: int = 10
         msg = f"n_draws={n_draws} leaves the error unknown, but at least 2 are needed. 10 are usual."
         raise ValueError(msg)
     generator = torch.Generator().manual_seed(seed)
-    cross = -torch.stack([density.log_prob(_draw(codes, generator)).double() for _ in range(n_draws)])
+    cross = -torch.stack([density.log_prob(draw(codes, generator)).double() for _ in range(n_draws)])
     per_cell = cross.mean(0) - codes.entropy().double().sum(1)
     error = (cross.var(0).mean() / cross.numel()).sqrt()
     return Divergence(float(per_cell.mean()), float(error), per_cell.numpy())
 
 
 @dataclass(frozen=True)
-class IndependentSpins(Density):
+class IndependentSpins(FittedDensity):
     """Spins that know nothing of each other, with the mean spins of the codes: what fields without couplings reach.
 
     ``logits`` are the log odds of the spins, shape ``(n_spins,)``.
@@ -120,7 +124,7 @@ class IndependentSpins(Density):
 
     @classmethod
     def fit(cls, codes: FactorialPosterior, seed: int = 0) -> Self:
-        """See :meth:`Density.fit`."""
+        """See :meth:`FittedDensity.fit`."""
         return cls(torch.logit(_smoothed(torch.sigmoid(_spin_logits(codes)).mean(0))))
 
     def log_prob(self, z: Tensor) -> Tensor:
@@ -133,7 +137,7 @@ class IndependentSpins(Density):
 
 
 @dataclass(frozen=True)
-class BernoulliMixture(Density):
+class BernoulliMixture(FittedDensity):
     """Mixture of products of Bernoulli distributions: clusters of cells, and no Boltzmann machine.
 
     Fitted by expectation maximization on the mean spins, from the codes of random cells. All draws of a cell then
@@ -337,7 +341,7 @@ class _Chain:
 
 
 @dataclass(frozen=True)
-class AutoregressiveDensity(Density):
+class AutoregressiveDensity(FittedDensity):
     r"""Strong density over spins, a yardstick for what any prior could reach.
 
     A mixture of autoregressive densities :math:`p(s) = \prod_i p(s_i \mid s_{<i})`, each in its own random order. The
@@ -394,7 +398,7 @@ class AutoregressiveDensity(Density):
 
 
 @dataclass(frozen=True)
-class GaussianMixture(Density):
+class GaussianMixture(FittedDensity):
     """Mixture of Gaussians with full covariances, scikit-learn's: the rival on codes of scVI.
 
     ``fitted`` is the estimator. It is fitted to draws of the codes, not to their means, which are too narrow.
@@ -430,7 +434,7 @@ class GaussianMixture(Density):
             )
             raise ValueError(msg)
         generator = torch.Generator().manual_seed(seed)
-        draws = torch.stack([_draw(codes, generator) for _ in range(5)], 1)  # (n_cells, 5, n_units)
+        draws = torch.stack([draw(codes, generator) for _ in range(5)], 1)  # (n_cells, 5, n_units)
         train, held_out = (part.flatten(0, 1).double().numpy() for part in _split(draws, generator))
 
         def estimate(values: np.ndarray, n: int) -> mixture.GaussianMixture:
@@ -477,7 +481,7 @@ def _draw_spins(logits: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(torch.rand(logits.shape, generator=generator) < torch.sigmoid(logits), 1.0, -1.0)
 
 
-def _draw(codes: FactorialPosterior, generator: torch.Generator) -> Tensor:
+def draw(codes: FactorialPosterior, generator: torch.Generator) -> Tensor:
     """One draw of each cell, from the random numbers of ``generator``, which torch's distributions cannot use."""
     noise = torch.randn(codes.gaussian_loc.shape, generator=generator)
     return torch.cat([codes.gaussian_loc + codes.gaussian_scale * noise, _draw_spins(codes.logits, generator)], 1)

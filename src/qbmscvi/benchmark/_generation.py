@@ -400,6 +400,13 @@ def _score(
     return scores
 
 
+def can_score(real: AnnData, reference: AnnData, label_key: str | None, seed: int) -> bool:
+    """Whether :func:`score_generated` takes real and reference cells of one AnnData; types are those of the column."""
+    if min(real.n_obs, reference.n_obs // 2) < _MIN_CELLS or real.n_vars <= _N_COMPONENTS:
+        return False
+    return label_key is None or reference.obs[label_key].iloc[_halves(reference.n_obs, seed)[0]].nunique() > 1
+
+
 def _check(
     real: AnnData, generated: AnnData, reference: AnnData, label_key: str | None, layer: str | None, seed: int
 ) -> dict[str, str | None]:

@@ -7,6 +7,7 @@ what differs and nothing else. Each is read by ``get_latent_representation()`` w
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,8 +21,17 @@ from scvi.model import SCVI
 
 from qbmscvi._model import QBMSCVI
 from qbmscvi._training_plan import QBMTrainingPlan, auto_kl_warmup, auto_weight_decay
-from qbmscvi.diagnostics import estimate_log_z
-from qbmscvi.samplers import BlockGibbsSampler, SamplingRequest
+from qbmscvi.benchmark._cells import (
+    GAUSSIAN_RIVALS,
+    OF_TRAINING,
+    OWN_CODES,
+    REAL_CELLS,
+    SHUFFLED,
+    SPIN_RIVALS,
+    BoltzmannDensity,
+    Control,
+    score_priors,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -30,8 +40,6 @@ if TYPE_CHECKING:
     from scvi.model.base import BaseModelClass
 
 Schedule = Literal["native", "default", "half"]
-
-SHUFFLED = "QBMSCVI, J shuffled"
 
 _TARGET_SUM = 1e4
 _N_COMPONENTS = 50
@@ -58,6 +66,10 @@ class Task:
         KL schedule: ``"native"``, ``"default"`` or ``"half"``.
     accelerator
         Lightning's accelerator.
+    label_key
+        Column of ``adata.obs`` with the cell type, for scores of generated cells; no model may learn from it.
+    controls
+        What to score in place of the trained model's prior, as keys of :attr:`Fit.controls`.
     """
 
     adata: AnnData
@@ -66,6 +78,8 @@ class Task:
     max_epochs: int
     schedule: Schedule = "native"
     accelerator: str = "auto"
+    label_key: str | None = None
+    controls: tuple[str, ...] = ()
 
     @cached_property
     def normalized(self) -> AnnData:
@@ -84,15 +98,22 @@ class Fit:
     settings
         Whatever says exactly how it was made; becomes part of the record.
     scores
-        Scores that need the model itself: ``elbo``, with ``elbo_low`` and ``elbo_high`` where log Z is estimated.
+        Scores that need the model itself: ``elbo``, with ``elbo_low`` and ``elbo_high`` where log Z is estimated,
+        ``kl`` and those of cells from the prior.
     controls
-        Scores of the same trained model under another name, by that name.
+        Scores of the same trained model with something else in place of its prior, by what that is.
+    cpu_s
+        CPU seconds of training; None for all that the model took.
+    fit_cpu_s
+        CPU seconds of fitting the prior afterwards.
     """
 
     latent: np.ndarray
     settings: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
-    controls: dict[str, dict[str, float]] = field(default_factory=dict)
+    controls: dict[str, Control] = field(default_factory=dict)
+    cpu_s: float | None = None
+    fit_cpu_s: float | None = None
 
 
 def log_normalize(adata: AnnData) -> AnnData:
@@ -152,15 +173,26 @@ class NeuralModel:
         if self.takes_schedule and task.schedule != "native":
             plan["n_epochs_kl_warmup"] = _SCVI_WARMUP if task.schedule == "default" else task.max_epochs // 2
         scvi.settings.seed = task.seed
+        started = time.process_time()
         model = self.build(task, arguments)
+        training = self.training(task)
+        is_boltzmann = isinstance(model, QBMSCVI)
+        fits_prior = is_boltzmann and training.get("fit_prior", True)
+        if is_boltzmann:
+            training = {**training, "fit_prior": False}  # here instead, to see the prior before and count the seconds
         model.train(
             max_epochs=task.max_epochs,
             accelerator=task.accelerator,
             plan_kwargs=plan,
             enable_progress_bar=False,
-            **self.training(task),
+            **training,
         )
-        fit = Fit(model.get_latent_representation())
+        fit = Fit(model.get_latent_representation(), cpu_s=round(time.process_time() - started, 2))
+        of_training = BoltzmannDensity.of(model) if is_boltzmann else None
+        if fits_prior:
+            started = time.process_time()
+            model._fit_prior_after_training(None, False)
+            fit.fit_cpu_s = round(time.process_time() - started, 2)
         fit.settings = {
             "model": f"{self.model_class.__module__}.{self.model_class.__qualname__}",
             "given": arguments,
@@ -169,8 +201,15 @@ class NeuralModel:
         }
         if not self.is_normalized:
             fit.scores = _held_out_fit(model, task.seed)
-        if self is MODELS["QBMSCVI"]:
-            fit.controls = {SHUFFLED: _shuffled_fit(model, task.seed)}
+            of_prior, fit.controls = score_priors(
+                model,
+                fit.scores["elbo"],
+                task.controls,
+                label_key=task.label_key,
+                of_training=of_training,
+                seed=task.seed,
+            )
+            fit.scores |= of_prior
         return fit
 
     def build(self, task: Task, arguments: dict) -> BaseModelClass:
@@ -211,29 +250,7 @@ def _held_out_fit(model: SCVI, seed: int) -> dict[str, float]:
         elbo = float(model.get_elbo(indices=model.validation_indices))
     if not isinstance(model, QBMSCVI):
         return {"elbo": elbo}
-    log_z = model.get_log_z()
-    low, high = log_z.interval
-    return {"elbo": elbo, "elbo_low": elbo + log_z.value - high, "elbo_high": elbo + log_z.value - low}
-
-
-def _shuffled_fit(model: QBMSCVI, seed: int) -> dict[str, float]:
-    """The same ELBO with the couplings of the prior in random order and log Z to match; restores the prior."""
-    prior = model.module.prior
-    before = {name: tensor.clone() for name, tensor in prior.state_dict().items()}
-    generator = torch.Generator().manual_seed(seed)
-    try:
-        with torch.no_grad():
-            for couplings in (prior.J, prior.W):
-                order = torch.randperm(couplings.numel(), generator=generator).to(couplings.device)
-                couplings.copy_(couplings.flatten()[order].view_as(couplings))
-        # The persistent chains are samples of the prior as it was trained, so the reverse runs need others.
-        problem = prior.to_ising()
-        spins = BlockGibbsSampler().sample(SamplingRequest(problem, 256, seed=seed)).spins
-        log_z = estimate_log_z(problem, samples=spins, seed=seed)
-        prior.set_log_z(log_z.value, log_z.lower, log_z.upper, log_z.scale)
-        return _held_out_fit(model, seed)
-    finally:
-        prior.load_state_dict(before)
+    return {"elbo": elbo, **BoltzmannDensity.of(model).bounds(elbo)}
 
 
 def _same_width(task: Task) -> dict[str, int]:
@@ -292,9 +309,20 @@ MODELS: dict[str, Callable[[Task], Fit]] = {
     "QBMSCVI, gaussian-spins": NeuralModel(QBMSCVI, lambda task: {"latent": "gaussian-spins"}),
     "SysVI, VampPrior": NeuralModel(SysVI, is_normalized=True, takes_schedule=False),
 }
-"""Built-in models; :data:`SHUFFLED` comes with ``"QBMSCVI"``."""
+"""Built-in models that are trained."""
 
-MODEL_NAMES = (*MODELS, SHUFFLED)
+_OF_PRIOR = {
+    **{name: (OWN_CODES, *GAUSSIAN_RIVALS) for name in MODELS if name.startswith("SCVI")},
+    "QBMSCVI": (SHUFFLED, OF_TRAINING, OWN_CODES, *SPIN_RIVALS),
+}
+
+CONTROLS: dict[str, tuple[str, str]] = {
+    REAL_CELLS: ("SCVI", REAL_CELLS),
+    **{f"{name}, {control}": (name, control) for name, controls in _OF_PRIOR.items() for control in controls},
+}
+"""Names that come with a trained model: which model that is, and what stands in place of its prior."""
+
+MODEL_NAMES = (*MODELS, *CONTROLS)
 
 
 def available_models(batch_key: str | None) -> tuple[str, ...]:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
+from qbmscvi.benchmark._cell_report import cell_lines
 from qbmscvi.benchmark._compare import latent_path, read_records
-from qbmscvi.benchmark._models import SHUFFLED
+from qbmscvi.benchmark._models import CONTROLS
 from qbmscvi.benchmark._statistics import paired_difference, pooled_difference
+from qbmscvi.benchmark._tables import ALL_SETS, CELL_METRICS, METRICS, counted, interval, markdown_table, spread
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -26,39 +28,9 @@ if TYPE_CHECKING:
 
 _KEY = ["data", "schedule", "model", "seed"]
 _MODEL = "QBMSCVI"
-_ALL = "all"  # the data set of pooled differences
 _UMAP_CELLS = 5_000
-
-
-class Metric(NamedTuple):
-    """What a score is called, what it is a score of, and which end is better."""
-
-    title: str
-    task: str
-    lower_is_better: bool = False
-
-
-METRICS = {
-    "knn_accuracy": Metric("kNN accuracy", "types"),
-    "knn_macro_f1": Metric("kNN macro-F1", "types"),
-    "logistic_accuracy": Metric("logistic accuracy", "types"),
-    "logistic_macro_f1": Metric("logistic macro-F1", "types"),
-    "boosting_accuracy": Metric("boosting accuracy", "types"),
-    "boosting_macro_f1": Metric("boosting macro-F1", "types"),
-    "leiden_nmi": Metric("Leiden NMI", "clusters"),
-    "leiden_ari": Metric("Leiden ARI", "clusters"),
-    "silhouette": Metric("silhouette", "clusters"),
-    "scib_bio": Metric("scIB bio", "integration"),
-    "scib_batch": Metric("scIB batch", "integration"),
-    "scib_total": Metric("scIB total", "integration"),
-    "transfer_accuracy": Metric("transfer accuracy", "transfer"),
-    "transfer_macro_f1": Metric("transfer macro-F1", "transfer"),
-    "pseudotime_tau": Metric("pseudotime tau", "order"),
-    "pseudotime_finite": Metric("finite pseudotime", "order"),
-    "fate_tau_mean": Metric("tau per fate", "order"),
-    "elbo": Metric("held-out ELBO", "fit"),
-}
-"""Scores that the report shows, by their name in the records; the CSV files have all."""
+_SHUFFLED = f"{_MODEL}, J shuffled"
+_OF_CELLS = [name for name in CONTROLS if name != _SHUFFLED]  # stand in the section on generated cells alone
 
 _HEADLINES = ("scib_total", "knn_macro_f1", "boosting_macro_f1", "pseudotime_tau", "elbo")
 _BEST, _BEST_ELSEWHERE = "best SCVI", "best SCVI of other seeds"
@@ -97,7 +69,7 @@ def write_report(records: str | Path | Iterable[Record], folder: str | Path, *, 
     summary = table.groupby(["data", "schedule", "model", "metric"], sort=False)["value"]
     summary.agg(["mean", "std", "count"]).to_csv(folder / "results.csv")
     differences.to_csv(folder / "differences.csv", index=False)
-    figures = _draw(table, differences, records, path, folder)
+    figures = _draw(*_without_cells(table, differences), records, path, folder)
     text = to_markdown(table, differences, records, title)
     text += "".join(f"\n![{figure.stem}]({figure.name})\n" for figure in figures)
     (folder / "RESULTS.md").write_text(text)
@@ -155,21 +127,23 @@ def compute_differences(table: pd.DataFrame, model: str = _MODEL) -> pd.DataFram
                 rows.append({**key, **result._asdict()})
                 pooled.setdefault((one, reference), {})[data] = (wide[one] - scores).to_numpy()
         for (one, reference), values in pooled.items() if n_sets[schedule] > 1 else ():
-            key = {"data": _ALL, "schedule": schedule, "metric": metric, "model": one, "reference": reference}
+            key = {"data": ALL_SETS, "schedule": schedule, "metric": metric, "model": one, "reference": reference}
             rows.append({**key, **pooled_difference(values)._asdict()})
     return pd.DataFrame(rows)
 
 
 def _pairs(wide: pd.DataFrame, model: str, metric: str) -> Iterable[tuple[str, str, pd.Series]]:
-    variants = [name for name in wide if name.startswith("SCVI")]
-    sign = -1 if metric in METRICS and METRICS[metric].lower_is_better else 1
+    trained = [name for name in wide if name not in CONTROLS]
+    variants = [name for name in trained if name.startswith("SCVI")]
+    known = (METRICS | CELL_METRICS).get(metric)
+    sign = -1 if known is not None and known.lower_is_better else 1
     best = max(variants, key=lambda name: sign * wide[name].mean(), default=None)
-    for one in [name for name in wide if name.startswith(model) and name != SHUFFLED]:
+    for one in [name for name in trained if name.startswith(model)]:
         references = {name: wide[name] for name in variants}
         if best is not None:
             references |= {_BEST: wide[best], _BEST_ELSEWHERE: _chosen_elsewhere(wide[variants], sign)}
         if one == model:
-            references |= {name: wide[name] for name in (f"{model}, J = 0", SHUFFLED) if name in wide}
+            references |= {name: wide[name] for name in (f"{model}, J = 0", *CONTROLS) if name in wide}
         for reference, scores in references.items():
             if (wide[one].notna() & scores.notna()).any():
                 yield one, reference, scores
@@ -189,6 +163,8 @@ def _chosen_elsewhere(scores: pd.DataFrame, sign: int) -> pd.Series:
 
 def to_markdown(table: pd.DataFrame, differences: pd.DataFrame, records: list[Record], title: str) -> str:
     """Text of ``RESULTS.md`` but for the figures."""
+    of_cells = cell_lines(table, differences)
+    table, differences = _without_cells(table, differences)
     versions = "; ".join(sorted({_versions(record) for record in records}))
     commits = ", ".join(sorted({record["commit"] or "none" for record in records}))
     lines = [
@@ -209,18 +185,26 @@ def to_markdown(table: pd.DataFrame, differences: pd.DataFrame, records: list[Re
         own = [record for record in records if (record["data"], record["schedule"]) == (data, schedule)]
         lines += ["", f"## {data}, {schedule} schedule", "", _facts(own), ""]
         shown = [metric for metric in METRICS if metric in set(part["metric"])]
-        lines += _markdown_table(
+        lines += markdown_table(
             ["model", *(METRICS[metric].title for metric in shown), "CPU, s"],
             [
-                [model, *(_spread(of_model, metric) for metric in shown), _cost(own, model)]
+                [model, *(spread(of_model, metric) for metric in shown), _cost(own, model)]
                 for model, of_model in part.groupby("model", sort=False)
             ],
         )
         lines += _difference_lines(differences, data, schedule)
     for schedule in table["schedule"].unique():
-        pooled = _difference_lines(differences, _ALL, schedule)
+        pooled = _difference_lines(differences, ALL_SETS, schedule)
         lines += ["", f"## All data sets, {schedule} schedule", *pooled] if pooled else []
+    lines += of_cells
     return "\n".join(lines) + "\n"
+
+
+def _without_cells(table: pd.DataFrame, differences: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Both without the controls that say something of generated cells only."""
+    if not differences.empty:
+        differences = differences[~differences["reference"].isin(_OF_CELLS)]
+    return table[~table["model"].isin(_OF_CELLS)], differences
 
 
 def _summary_lines(differences: pd.DataFrame) -> list[str]:
@@ -237,7 +221,7 @@ def _summary_lines(differences: pd.DataFrame) -> list[str]:
         return []
     sets = list(dict.fromkeys(headlines["data"]))
     cells = {
-        key: _interval(row.set_index("metric").iloc[0])
+        key: interval(row.set_index("metric").iloc[0])
         for key, row in headlines.groupby(["metric", "reference", "data"], sort=False)
     }
     rows = [
@@ -253,12 +237,12 @@ def _summary_lines(differences: pd.DataFrame) -> list[str]:
         f"{_MODEL} minus the model named, with default arguments. Above zero is in favor of {_MODEL}; an interval that "
         "holds zero says that these runs cannot tell the two apart.",
         "",
-        *_markdown_table(["score", "against", *sets], rows),
+        *markdown_table(["score", "against", *sets], rows),
     ]
-    pooled = part[(part["data"] == _ALL) & part["reference"].str.startswith("SCVI")]
+    pooled = part[(part["data"] == ALL_SETS) & part["reference"].str.startswith("SCVI")]
     if pooled["reference"].nunique() > 1:
         shown, rows = _pair_rows(pooled)
-        table = _markdown_table(["against", *(METRICS[m].title for m in shown)], [row[1:] for row in rows])
+        table = markdown_table(["against", *(METRICS[m].title for m in shown)], [row[1:] for row in rows])
         lines += ["", "The same over all data sets, variant by variant of scVI:", "", *table]
     return lines
 
@@ -270,7 +254,7 @@ def _difference_lines(differences: pd.DataFrame, data: str, schedule: str) -> li
     shown, rows = _pair_rows(part)
     if not shown:
         return []
-    table = _markdown_table(["model", "against", *(METRICS[m].title for m in shown)], rows)
+    table = markdown_table(["model", "against", *(METRICS[m].title for m in shown)], rows)
     return ["", "Paired differences:", "", *table]
 
 
@@ -280,46 +264,22 @@ def _pair_rows(part: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     rows = []
     for (model, reference), of_pair in part.groupby(["model", "reference"], sort=False):
         by_metric = of_pair.set_index("metric")
-        cells = [_interval(by_metric.loc[metric]) if metric in by_metric.index else "" for metric in shown]
+        cells = [interval(by_metric.loc[metric]) if metric in by_metric.index else "" for metric in shown]
         rows.append([model, reference, *cells])
     return shown, rows
 
 
-def _markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
-    return ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
-
-
-def _spread(part: pd.DataFrame, metric: str) -> str:
-    values = part.loc[part["metric"] == metric, "value"].dropna()
-    if values.empty:
-        return ""
-    digits = 1 if metric == "elbo" else 3
-    spread = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{values.mean():.{digits}f}{spread}"
-
-
-def _interval(row: pd.Series) -> str:
-    digits = 1 if row.name == "elbo" else 3
-    interval = f" ({row['low']:+.{digits}f} to {row['high']:+.{digits}f})" if np.isfinite(row["low"]) else ""
-    n_sets = f", {_counted([row['n']], 'set')}" if row["data"] == _ALL else ""
-    return f"{row['mean']:+.{digits}f}{interval}{n_sets}"
-
-
 def _facts(records: list[Record]) -> str:
     first, n_seeds = records[0], Counter(record["model"] for record in records)
-    seeds = _counted(n_seeds.values(), "seed")
+    seeds = counted(n_seeds.values(), "seed")
     if len(set(n_seeds.values())) > 1:
         seeds += "; differences are of those that both models have"
     return f"{first['n_cells']} cells, {first['n_genes']} genes, {first['max_epochs']} epochs, {seeds}."
 
 
-def _counted(numbers: Iterable[int], noun: str) -> str:
-    fewest, most = min(numbers), max(numbers)
-    return f"{fewest}{'' if fewest == most else f' to {most}'} {noun}{'' if most == 1 else 's'}"
-
-
 def _cost(records: list[Record], model: str) -> str:
-    return f"{np.mean([record['cpu_s'] for record in records if record['model'] == model]):.0f}"
+    own = [record for record in records if record["model"] == model]
+    return f"{np.mean([record['cpu_s'] + (record.get('fit_cpu_s') or 0.0) for record in own]):.0f}"
 
 
 def _versions(record: Record) -> str:
@@ -366,8 +326,8 @@ def _draw_forests(differences: pd.DataFrame, file: Path) -> Path:
             # All models have a place in every panel: their colors are the same in all, and one legend has them.
             of_set = rows.setdefault(row["data"], dict.fromkeys(models, (np.nan, np.nan, np.nan)))
             of_set[row["model"]] = (row["mean"], row["low"], row["high"])
-        if _ALL in rows:
-            rows[f"all, {_counted(of_metric.loc[of_metric['data'] == _ALL, 'n'], 'set')}"] = rows.pop(_ALL)
+        if ALL_SETS in rows:
+            rows[f"all, {counted(of_metric.loc[of_metric['data'] == ALL_SETS, 'n'], 'set')}"] = rows.pop(ALL_SETS)
         label = f"{METRICS[metric].title}:\ndifference to the best SCVI variant"
         pl.difference_forest(rows, xlabel=label, legend=ax is axes[0, -1], ax=ax)
         ax.locator_params(axis="x", nbins=3)  # more run into each other
@@ -382,7 +342,7 @@ def _draw_cells(data: str, schedule: str, records: list[Record], path: Path, fol
 
     own = [record for record in records if (record["data"], record["schedule"]) == (data, schedule)]
     first = min(record["seed"] for record in own)
-    files = {r["model"]: latent_path(path, r) for r in own if r["seed"] == first and r["model"] != SHUFFLED}
+    files = {r["model"]: latent_path(path, r) for r in own if r["seed"] == first and r["model"] not in CONTROLS}
     files = {model: file for model, file in files.items() if file.exists()}
     figure_file = folder / f"umap_{data}_{schedule}.png"
     if not files:  # they take much room and may be gone, but a figure of them stays
