@@ -50,14 +50,14 @@ if TYPE_CHECKING:
     from qbmscvi.diagnostics import ChainDiagnostics, LogPartition
     from qbmscvi.samplers import Sampler
 
-_N_STEPS, _N_STEPS_OF_ANSWERS = 1_000, 300
+_N_STEPS, _N_STEPS_OF_ANSWERS = 2_000, 300
 _LEARNING_RATE = 0.01
 _BETAS = (0.5, 0.999)  # gradients from chains are noisy, and old ones mislead
 _COUPLING_DECAY = 1e-4
 _BATCH_SIZE = 512
 _N_SWEEPS = 2
 _N_ANSWERS = 100  # of a sampler that cannot continue chains
-_N_LOOKS = 4  # at held-out codes, in the second half, where the learning rate falls
+_N_LOOKS = 3  # at held-out codes, in the second half, where the learning rate falls
 _N_DRAWS = 20  # of each held-out code
 _N_SETTLING_SWEEPS = 100
 _N_FOLLOWED, _N_ROUNDS = 64, 50  # chains and their draws, to judge whether they mix
@@ -184,7 +184,7 @@ class PriorFitMixin:
             When to request samples. None for every step if the sampler continues chains, and for 100 requests
             otherwise.
         n_steps
-            Optimizer steps; None for 1,000, or 300 with a local sampler that cannot continue chains.
+            Optimizer steps; None for 2,000, or 300 with a local sampler that cannot continue chains.
         dataloader
             Batches of cells in place of ``adata``.
         batch_size
