@@ -63,7 +63,7 @@ _N_SETTLING_SWEEPS = 100
 _N_FOLLOWED, _N_ROUNDS = 64, 50  # chains and their draws, to judge whether they mix
 _SWEEPS_A_ROUND = (10, 50, 200)  # between draws: more if they have not
 _MIN_CODES, _MAX_CODES = 20, 20_000
-_MIN_HELD_OUT, _MAX_HELD_OUT = 50, 1_000
+_MAX_HELD_OUT = 1_000
 _N_DIRECTIONS = 5  # in which most of the chains' variance lies
 
 
@@ -170,9 +170,8 @@ class PriorFitMixin:
         :meth:`train` ends with this. Call it again with more steps, or with another sampler: a device that takes
         seconds or money for each request is asked a hundred times here, not thousands of times as in training.
 
-        Codes of a tenth of the cells are held out; those of the validation cells, if the model's own training cells are
-        used and there are enough. The parameters with the lowest KL divergence on held-out codes are kept, which may be
-        those from before. With labels, ``p(label | z)``, and with it :meth:`QBMSCANVI.predict`, stays as it is.
+        Codes of a tenth of these cells are held out; validation cells play no part. The latest parameters are kept
+        whose KL divergence on held-out codes is not above the lowest; they may be those from before. With labels, ``p(label | z)``, and with it :meth:`QBMSCANVI.predict`, stays as it is.
 
         Parameters
         ----------
@@ -277,9 +276,8 @@ class PriorFitMixin:
     ) -> tuple[Codes, Codes]:
         """Codes to learn from, and codes held out."""
         generator = np.random.default_rng(seed)
-        held_out = None
         if adata is None and indices is None and dataloader is None:
-            indices, held_out = self.train_indices, self.validation_indices
+            indices = self.train_indices
         if dataloader is not None:
             codes = self._get_codes(None, None, batch_size, dataloader)
         else:
@@ -287,9 +285,6 @@ class PriorFitMixin:
             rows = np.arange(adata.n_obs) if indices is None else as_rows(indices, adata)
             rows = generator.permutation(rows)[:_MAX_CODES]
             codes = self._get_codes(adata, np.sort(rows), batch_size, None)
-        if held_out is not None and len(held_out) >= _MIN_HELD_OUT:
-            held_out = np.sort(generator.permutation(held_out)[:_MAX_HELD_OUT])
-            return codes, self._get_codes(adata, held_out, batch_size, None)
         if len(codes) < _MIN_CODES:
             msg = f"There are {len(codes)} cells to fit the prior to, but it needs {_MIN_CODES}. Name more cells."
             raise ValueError(msg)
