@@ -171,7 +171,8 @@ class PriorFitMixin:
         seconds or money for each request is asked a hundred times here, not thousands of times as in training.
 
         Codes of a tenth of these cells are held out; validation cells play no part. The latest parameters are kept
-        whose KL divergence on held-out codes is not above the lowest; they may be those from before. With labels, ``p(label | z)``, and with it :meth:`QBMSCANVI.predict`, stays as it is.
+        whose KL divergence on held-out codes is not above the lowest; they may be those from before. With labels,
+        ``p(label | z)``, and with it :meth:`QBMSCANVI.predict`, stays as it is.
 
         Parameters
         ----------
