@@ -203,6 +203,10 @@ def test_numbers_of_a_model_are_of_the_model_and_not_of_the_bound(model):
     bound = float(kl_divergence(q, prior.distribution()).sum(-1).mean().detach())
     assert abs(repeats.mean() - expected) < 4.0 * error + 1e-4
     assert bound - expected > 10.0 * error
+    values, errors = model.get_kl(return_error=True)
+    z = (values - exact.numpy()) / errors
+    assert 0.7 < z.std() < 1.4  # of 400 cells with 20 draws each; errors that are half or twice too large fail
+    assert abs(z.mean()) < 5.0 / len(z) ** 0.5 + 0.1
     with torch.no_grad():
         energies = np.stack([model.get_prior_energy() for _ in range(30)])
     exact_energy = float((log_q.exp() * prior.energy(states.float())[:, None].double().detach()).sum(0).mean())

@@ -193,32 +193,49 @@ class LikelihoodMixin:
         batch_size: int | None = None,
         dataloader: Batches | None = None,
         *,
+        n_draws: int = 20,
         per_unit: bool = False,
-    ) -> np.ndarray:
+        return_error: bool = False,
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         r"""KL divergence of the posterior of each cell from the prior, in nats.
 
         Closed form but for log Z. With hidden spins the sum over these is a mean over draws of the posterior, too.
 
         Parameters
         ----------
+        n_draws
+            Draws of each posterior at which hidden spins are summed out.
         per_unit
             Whether to split the divergence between the units. They are coupled, so this is bookkeeping: a term that
             couples two units is halved, log Z is shared equally, and a share can be negative. See
             :meth:`get_active_units` for which units are in use.
+        return_error
+            Whether to return the Monte Carlo standard error of each value as well; it is zero without hidden spins. The
+            error of log Z, common to all cells, is not in it.
 
         Returns
         -------
         Shape ``(n_cells,)``, or ``(n_cells, n_gaussian + n_spins)``, Gaussian units first, with the former as row sums.
-        That of the library size, if it is a latent variable, is not in it.
+        That of the library size, if it is a latent variable, is not in it. With ``return_error`` a pair of such arrays.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If ``n_draws`` is not an integer of at least one, or two with ``return_error``.
         """
+        require_integer("n_draws", n_draws, 2 if return_error else 1)
         self.get_log_z()
-        kl = torch.cat(
-            [
-                kl_divergence(qz, self.module.prior.distribution(n_draws=self.module.n_kl_draws)).cpu()
-                for qz in self._get_posteriors(adata, indices, batch_size, dataloader)
-            ]
-        )
-        return (kl if per_unit else kl.sum(-1)).numpy()
+        # All draws at once, or each by itself where their spread is asked for.
+        n_repeats, n_at_once = (int(n_draws), 1) if return_error else (1, int(n_draws))
+        distribution = self.module.prior.distribution(n_draws=n_at_once)
+        values, errors = [], []
+        for qz in self._get_posteriors(adata, indices, batch_size, dataloader):
+            draws = torch.stack([kl_divergence(qz, distribution) for _ in range(n_repeats)])
+            draws = (draws if per_unit else draws.sum(-1)).cpu()
+            values.append(draws.mean(0))
+            errors.append(draws.std(0, correction=min(1, n_repeats - 1)) / math.sqrt(n_repeats))
+        value, error = torch.cat(values).numpy(), torch.cat(errors).numpy()
+        return (value, error) if return_error else value
 
     @torch.inference_mode()
     def get_active_units(
