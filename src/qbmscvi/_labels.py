@@ -18,11 +18,11 @@ an unlabeled cell is summed out, with its best factorial posterior; since the en
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch.nn.functional import cross_entropy
 
 from qbmscvi._prior import BoltzmannDistribution, BoltzmannPrior
 from qbmscvi.graphs import Graph
@@ -138,17 +138,12 @@ class LabeledPrior(BoltzmannPrior):
     def _fields_given(self, z: Tensor) -> Tensor:
         return torch.cat([super()._fields_given(z), self._label_fields(*self.split(z))], dim=-1)
 
-    def keep_classifier(self) -> None:
-        """Drop the gradients of fields and couplings of the label spins: ``p(label | z)`` stays as it is."""
-        first = self.n_spins - self.n_labels
-        self.h.grad[first:] = 0.0
-        self.J.grad[self._is_label_edge] = 0.0
-        if self.W.grad is not None:
-            self.W.grad[:, first:] = 0.0
-
-    @cached_property
-    def _is_label_edge(self) -> Tensor:
-        return torch.from_numpy(self.graph.edges[:, 1] >= self.n_spins - self.n_labels)
+    def classification_error(self, z: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of the known types given ``z``, draws or means; mean over the cells that have one."""
+        is_known = (labels >= 0) & (labels < self.n_labels)
+        logits = self.label_logits(*self.split(z))[is_known]
+        # The sum over no cells is a zero with a gradient; their mean would not be a number.
+        return cross_entropy(logits, labels[is_known], reduction="sum") / max(len(logits), 1)
 
     def energy(self, z: Tensor) -> Tensor:
         """Energy of ``z`` with hidden spins and the cell type summed out, shape ``(...)``, in nats."""

@@ -258,9 +258,6 @@ class BoltzmannPrior(nn.Module):
         """Fields on the spins that are no part of ``z``, shape ``(n, n_spins - n_visible)``."""
         return self.hidden_fields(self.split(z)[1])
 
-    def keep_classifier(self) -> None:
-        """Drop gradients that would change the types that the prior reads from ``z``; there are none here."""
-
     @torch.no_grad()
     def set_log_z(self, value: float, lower: float, upper: float, scale: float) -> None:
         """Take over an estimate of log Z at the present parameters, its bounds and its standard error, in nats."""

@@ -171,8 +171,9 @@ class PriorFitMixin:
         seconds or money for each request is asked a hundred times here, not thousands of times as in training.
 
         Codes of a tenth of these cells are held out; validation cells play no part. The latest parameters are kept
-        whose KL divergence on held-out codes is not above the lowest; they may be those from before. With labels,
-        ``p(label | z)``, and with it :meth:`QBMSCANVI.predict`, stays as it is.
+        whose KL divergence on held-out codes is not above the lowest; they may be those from before. With labels, their
+        cross-entropy is added once to the objective, and ``p(label | z)`` is fitted, too: :meth:`QBMSCANVI.predict` may
+        change.
 
         Parameters
         ----------
@@ -365,8 +366,10 @@ def fit_to_codes(
             energy = prior.expected_energy(batch.posterior, n_draws=1, **batch.known).sum(-1).mean()
             optimizer.zero_grad(set_to_none=True)
             decay = 0.5 * _COUPLING_DECAY * prior.J.square().sum()
-            (energy + prior.log_partition() + decay).backward()
-            prior.keep_classifier()
+            loss = energy + prior.log_partition() + decay
+            if batch.labels is not None:
+                loss = loss + prior.classification_error(batch.posterior.mean, batch.labels)
+            loss.backward()
             optimizer.step()
             _average(mean, prior, max(1.0 - memory, 10.0 / (step + 10.0)) if memory else 1.0)
             if on_step is not None:

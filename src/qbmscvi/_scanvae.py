@@ -8,7 +8,6 @@ import torch
 from scvi import REGISTRY_KEYS
 from scvi.module._constants import MODULE_KEYS
 from scvi.module.base import LossOutput, auto_move_data
-from torch.nn.functional import cross_entropy
 
 from qbmscvi._labels import LabeledDistribution, LabeledPrior
 from qbmscvi._module import QBMVAE
@@ -75,14 +74,12 @@ class QBMSCANVAE(QBMVAE):
         """
         losses = super().loss(tensors, inference_outputs, generative_outputs, kl_weight)
         labels = tensors[REGISTRY_KEYS.LABELS_KEY].squeeze(-1).long()
-        is_known = labels < self.prior.n_labels
-        draw = inference_outputs[MODULE_KEYS.Z_KEY] if self.training else None
-        logits = self.classify(inference_outputs[MODULE_KEYS.QZ_KEY], draw)[is_known]
-        labels = labels[is_known]
-        # The sum over no cells is a zero with a gradient; their mean would not be a number.
-        error = cross_entropy(logits, labels, reduction="sum") / max(len(labels), 1)
+        z = inference_outputs[MODULE_KEYS.Z_KEY] if self.training else inference_outputs[MODULE_KEYS.QZ_KEY].mean
+        error = self.prior.classification_error(z, labels)
         losses.loss = losses.loss + classification_ratio * error
         losses.extra_metrics["classification_loss"] = error.detach()
-        if len(labels):
-            losses.extra_metrics["accuracy"] = (logits.argmax(-1) == labels).to(torch.float32).mean()
+        is_known = labels < self.prior.n_labels
+        if is_known.any():
+            predicted = self.prior.label_logits(*self.prior.split(z))[is_known].argmax(-1)
+            losses.extra_metrics["accuracy"] = (predicted == labels[is_known]).to(torch.float32).mean()
         return losses
