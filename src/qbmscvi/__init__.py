@@ -14,6 +14,7 @@ from qbmscvi._interpretation import PriorModes
 from qbmscvi._model import QBMSCVI
 from qbmscvi._module import QBMVAE
 from qbmscvi._prior import BoltzmannPrior
+from qbmscvi._prior_fit import PriorFit
 from qbmscvi._scanvi import QBMSCANVI
 from qbmscvi._training_plan import QBMTrainingPlan
 
@@ -24,6 +25,7 @@ __all__ = [
     "QBMSCVI",
     "QBMVAE",
     "BoltzmannPrior",
+    "PriorFit",
     "PriorModes",
     "QBMTrainingPlan",
     "SamplingCallback",
