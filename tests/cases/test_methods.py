@@ -320,7 +320,7 @@ def check_get_normalized_expression(trained, oracle, other):
 def check_draws_of_a_population(model, n_draws=12_000):
     """Importance weights turn draws of posteriors into draws of true posteriors."""
     rows = np.flatnonzero(model.adata.obs["batch"] == "batch_0")[ONE_BATCH]
-    exact = Oracle.of(off_by(model, 0.5), rows)
+    exact = Oracle.of(off_by(model, 1.0), rows)
     proposal, target = (np.exp(log).mean(0) for log in (exact.log_q, exact.log_posterior))  # (n_codes,)
     direction = (target - proposal) @ exact.scale[0]
     score = exact.scale[0] @ direction / np.linalg.norm(direction)
