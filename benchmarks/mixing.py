@@ -35,6 +35,7 @@ from sklearn.linear_model import LogisticRegression
 from qbmscvi import QBMSCVI, graphs
 from qbmscvi._prior import BoltzmannPrior
 from qbmscvi._prior_fit import Codes, fit_to_codes
+from qbmscvi.benchmark import pooled_difference
 from qbmscvi.distributions import FactorialPosterior
 from qbmscvi.ising import IsingModel
 from qbmscvi.samplers import (
@@ -171,19 +172,22 @@ def write_table(records: pd.DataFrame, path: Path) -> None:
         "# Weights of modes",
         "",
         "How shares of types among samples of the fitted prior depend on the way it was fitted. See",
-        "`benchmarks/mixing.py`, which wrote this page. Means over data sets and seeds; error: standard deviation over",
-        "data sets of the mean over seeds, divided by the root of their number.",
+        "`benchmarks/mixing.py`, which wrote this page. Means over data sets, with Student's t interval (95 %) of the",
+        "difference to persistent chains over data sets.",
         "",
         f"Data sets: {', '.join(sorted(records['data'].unique()))}; seeds: "
         f"{', '.join(map(str, sorted(records['seed'].unique())))}.",
         "",
-        "| way | share error | KL | CPU seconds | rungs |",
-        "|---|---|---|---|---|",
+        "| way | share error | minus persistent chains | KL | CPU seconds | rungs |",
+        "|---|---|---|---|---|---|",
     ]
+    reference = records[records["way"] == "persistent chains"].groupby("data")["share error"].mean()
     for way in ways:
         of_sets = records[records["way"] == way].groupby("data")[columns].mean()
-        error = of_sets["share error"].std() / max(1, len(of_sets)) ** 0.5
-        cells = [f"{of_sets['share error'].mean():.3f} ± {error:.3f}"]
+        gain = of_sets["share error"] - reference
+        found = pooled_difference({name: [value] for name, value in gain.items()})
+        interval = f"{found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f})" if gain.any() else ""
+        cells = [f"{of_sets['share error'].mean():.3f}", interval]
         cells += ["" if of_sets[c].isna().all() else f"{of_sets[c].mean():.2f}" for c in columns[1:]]
         lines.append(f"| {way} | " + " | ".join(cells) + " |")
     by_set = records.pivot_table(index="way", columns="data", values="share error").reindex(ways)

@@ -178,6 +178,14 @@ def test_a_device_is_asked_a_hundred_times(trained_model):
     assert fit.kl < fit.kl_before - 0.05
 
 
+@pytest.mark.parametrize("n_steps", [7, 150])
+def test_a_device_is_never_asked_more_often_than_a_hundred_times(trained_model, n_steps):
+    before, device = state_of(trained_model), Device()
+    trained_model.fit_prior(sampler=device, n_steps=n_steps, seed=0, progress=False)
+    restore(trained_model, before)
+    assert min(n_steps, 50) <= device.n_asked <= 100
+
+
 def test_a_failing_device_costs_a_warning_and_a_count(trained_model):
     before, device = state_of(trained_model), Device(failing=range(3, 50))
     with pytest.warns(RuntimeWarning, match="being calibrated") as caught:

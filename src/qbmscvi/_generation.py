@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from qbmscvi.samplers import Sampler
 
-# Sweeps of a chain from random spins: on codes of real cells, shares of far-apart modes need a thousand.
+# Sweeps of a chain from random spins; `fit_prior` says after how many sweeps chains have mixed.
 _BURN_IN = 1_000
 _UNKNOWN = -1  # code of a type that is not known
 

@@ -7,8 +7,7 @@ neither does any representation of cells, bit for bit.
 Each step compares draws of some codes with chains of the prior. The chains start as draws of codes, so each mode has
 its share of them. What is kept is a running mean of the parameters: single steps follow the noise of the chains, most
 of all in the weights of far-apart modes, which chains rarely leave. A sampler that continues chains moves them at every
-step. A remote sampler is asked a hundred times, and local chains go on from its answers. Any other sampler is asked at
-every third step.
+step. Any other is asked a hundred times at most; where it is remote, local chains go on from its answers.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ _BETAS = (0.5, 0.999)  # gradients from chains are noisy, and old ones mislead
 _COUPLING_DECAY = 1e-4
 _BATCH_SIZE = 512
 _N_SWEEPS = 2
-_N_ANSWERS = 100  # of a sampler that cannot continue chains
+_N_ANSWERS = 100  # at most, of a sampler that cannot continue chains
 _N_LOOKS = 3  # at held-out codes, in the second half, where the learning rate falls
 _N_DRAWS = 20  # of each held-out code
 _N_SETTLING_SWEEPS = 100
@@ -168,7 +167,7 @@ class PriorFitMixin:
         """Fit the prior to the codes of cells, the networks and all representations unchanged.
 
         :meth:`train` ends with this. Call it again with more steps, or with another sampler: a device that takes
-        seconds or money for each request is asked a hundred times here, not thousands of times as in training.
+        seconds or money for each request is asked a hundred times at most, not thousands of times as in training.
 
         Codes of a tenth of these cells are held out; validation cells play no part. The latest parameters are kept
         whose KL divergence on held-out codes is not above the lowest; they may be those from before. With labels, their
@@ -182,7 +181,7 @@ class PriorFitMixin:
         sampler
             Source of the prior's samples: a name or an instance, as in :meth:`train`.
         schedule
-            When to request samples. None for every step if the sampler continues chains, and for 100 requests
+            When to request samples. None for every step if the sampler continues chains, and for 100 requests at most
             otherwise.
         n_steps
             Optimizer steps; None for 2,000, or 300 with a local sampler that cannot continue chains.
@@ -331,7 +330,8 @@ def fit_to_codes(
     sampler
         Sampler of the prior.
     schedule
-        When to request samples; None for every step if the sampler continues chains, and for 100 requests otherwise.
+        When to request samples; None for every step if the sampler continues chains, and otherwise for 100 requests at
+        most.
     n_steps
         Optimizer steps.
     seed
@@ -343,7 +343,7 @@ def fit_to_codes(
     """
     started = time.perf_counter()
     if schedule is None:
-        every = 1 if sampler.traits.is_persistent else max(1, n_steps // _N_ANSWERS)
+        every = 1 if sampler.traits.is_persistent else math.ceil(n_steps / _N_ANSWERS)
         schedule = SamplingSchedule(every_n_steps=every, n_sweeps=_N_SWEEPS, latency=0)
     was_learned = {parameter: parameter.requires_grad for parameter in prior.parameters()}
     device = prior.h.device
