@@ -264,6 +264,15 @@ def test_wrong_shares_of_types_are_reported(real, reference):
     assert scores["type_total_variation"] == pytest.approx(0.3, abs=0.1)
 
 
+def test_shares_of_types_are_those_of_all_cells(real, reference):
+    generated = draw(real.n_obs, 7, shares=(0.1, 0.1, 0.1, 0.7))
+    wrong, right = score_generated(real, generated, reference, label_key="cell_type"), draw(20 * real.n_obs, 8)
+    both = score_generated(real, ad.concat([generated, right]), reference, label_key="cell_type")
+    assert both["type_total_variation"] < wrong["type_total_variation"] / 5
+    few = score_generated(real[:50].copy(), right, reference, label_key="cell_type")
+    assert few["type_total_variation"] < 0.05  # 50 real cells alone: .06 on average, up to .15
+
+
 def test_genes_that_are_independent_within_types_lose_their_correlations():
     """A program that varies within one type only: means and variances of genes keep, correlations do not."""
     rng = np.random.default_rng(0)

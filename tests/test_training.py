@@ -487,10 +487,10 @@ def test_schedule_asks_every_n_steps(adata, every, expected):
     assert len(sampler.requests) == expected
 
 
-def test_default_schedule_moves_chains_at_every_step_and_asks_other_samplers_at_every_eighth(adata):
+def test_default_schedule_moves_chains_at_every_second_step_and_asks_other_samplers_at_every_eighth(adata):
     sampler = RecordingSampler()
     train(build(adata), max_epochs=5, sampler=sampler, schedule=None)  # 20 steps
-    assert [request.n_sweeps for request in sampler.requests] == [SamplingSchedule().burn_in, *[2] * 19]
+    assert [request.n_sweeps for request in sampler.requests] == [SamplingSchedule().burn_in, *[2] * 9]
     sampler = RecordingSampler()
     sampler.traits = replace(sampler.traits, is_persistent=False)
     train(build(adata), max_epochs=5, sampler=sampler, schedule=None)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 _MAX_STALENESS = 500  # steps
-_STEPS_BETWEEN_ANSWERS = 8
+_STEPS_BETWEEN_MOVES, _STEPS_BETWEEN_ANSWERS = 2, 8
 _N_WAITS = 20  # of the advice to a run that no answer reached
 _RESAMPLE_BELOW = 0.5  # effective share of the tracking chains
 _REPORTED_FACTS = ("staleness", "effective_beta", "effective_share", "exchange_rate")
@@ -46,7 +46,7 @@ class SamplingSchedule:
     Parameters
     ----------
     every_n_steps
-        Optimizer steps between two requests to the sampler. None for one with a local sampler that continues chains,
+        Optimizer steps between two requests to the sampler. None for two with a local sampler that continues chains,
         and for eight otherwise. The moments of a local sampler stay as they are in between; with a remote one, local
         chains renew them at every step.
     n_sweeps
@@ -88,7 +88,7 @@ class SamplingSchedule:
         if self.every_n_steps is not None:
             return self.every_n_steps
         traits = sampler.traits
-        return 1 if traits.is_persistent and not traits.is_remote else _STEPS_BETWEEN_ANSWERS
+        return _STEPS_BETWEEN_MOVES if traits.is_persistent and not traits.is_remote else _STEPS_BETWEEN_ANSWERS
 
     def oldest_answer(self, sampler: Sampler) -> float:
         """Age in steps beyond which an answer of this sampler is not used; may be infinite."""

@@ -1,8 +1,9 @@
 """Cells from the prior of a trained model, and from other densities over its codes in place of the prior.
 
 The networks stay as they are, and only what the codes are drawn from changes: the model's own prior, codes of training
-cells (what the decoder allows), and controls. For each held-out cell one cell is generated, with the library size,
-batch and covariates of a training cell of the same batch. All models of a seed get the same training cells for it.
+cells (what the decoder allows), and controls. For each held-out cell the same number of cells is generated, some 2,000
+in all, with the library sizes, batch and covariates of training cells of the same batch. All models of a seed get the
+same training cells for it.
 Counts are drawn, and scored by :func:`~qbmscvi.benchmark.score_generated` against the held-out cells.
 
 All KL divergences of one model are taken at the same draws of its held-out posteriors, so that the error of the draws
@@ -60,6 +61,7 @@ _RIVALS = GAUSSIAN_RIVALS | SPIN_RIVALS
 PREFIX = "cells_"  # of scores of generated cells
 
 _MAX_CELLS = 2_000  # distances are computed for no more
+_LEAST_GENERATED = 2_000  # shares of types take so many
 _MAX_CODES = 20_000
 _N_DRAWS = 20  # of each held-out code
 _N_SHUFFLED_CHAINS = 256
@@ -222,9 +224,10 @@ class Bench:
         batches = np.asarray(self.model.adata_manager.get_from_registry(REGISTRY_KEYS.BATCH_KEY)).ravel()
         known = np.sort(self.model.train_indices)
         self.held_out = np.sort(rng.permutation(np.sort(self.model.validation_indices))[:_MAX_CELLS])
-        self.rows = draw_rows(batches, self.held_out, known, rng)
+        wanted = np.repeat(self.held_out, -(-_LEAST_GENERATED // len(self.held_out)))
+        self.rows = draw_rows(batches, wanted, known, rng)
         # Codes of other cells than those with the library sizes: no prior over codes knows the library size either.
-        self.others = draw_rows(batches, self.held_out, known, rng)
+        self.others = draw_rows(batches, wanted, known, rng)
         real, reference = (self.model.adata[rows] for rows in (self.held_out, known))
         self.label_key = self.label_key if can_score(real, reference, self.label_key, self.seed) else None
         self.can_score_cells = can_score(real, reference, None, self.seed)
@@ -232,7 +235,7 @@ class Bench:
             self.real, self.reference = real.copy(), reference.copy()
 
     def score_codes(self, z: Tensor) -> dict[str, float]:
-        """Scores of the cells decoded at these codes, one for each held-out cell."""
+        """Scores of the cells decoded at these codes, one for each of :attr:`rows`."""
         if not self.can_score_cells:
             return {}
         generated = AnnData(decode(self.model, z, self.rows, self.seed), var=self.real.var[[]].copy())
@@ -242,7 +245,7 @@ class Bench:
     def score_density(self, density: Density) -> dict[str, float]:
         """Scores of cells from a density."""
         generator = torch.Generator().manual_seed(self.seed)
-        return self.score_codes(density.sample(len(self.held_out), generator))
+        return self.score_codes(density.sample(len(self.rows), generator))
 
     def score_own_codes(self) -> dict[str, float]:
         """Scores of cells decoded at draws of the posteriors of training cells of the same batches."""

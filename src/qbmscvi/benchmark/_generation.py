@@ -58,8 +58,8 @@ def score_generated(
     real
         Counts of cells that the model was not trained on, a random part of the same data as ``reference``.
     generated
-        Generated counts, as :meth:`qbmscvi.QBMSCVI.generate` returns them: draws, not means. At best as many cells as
-        ``real`` has, in the same proportions of batches.
+        Generated counts, as :meth:`qbmscvi.QBMSCVI.generate` returns them: draws, not means. As many cells as ``real``
+        has, or more for shares of types with less noise; in the same proportions of batches.
     reference
         Counts of the cells that the model was trained on.
     label_key
@@ -73,7 +73,7 @@ def score_generated(
     Returns
     -------
     By name. Real and generated cells are compared in equal numbers, those of the smaller of the two, and distances are
-    computed for 2000 cells at most. "Anchor" is what :func:`score_real` gives.
+    computed for 2000 cells at most; shares of types are those of all cells. "Anchor" is what :func:`score_real` gives.
 
     Told apart, in principal components:
 
@@ -120,7 +120,8 @@ def score_generated(
     Types, with ``label_key``:
 
     - ``type_total_variation``: half the summed absolute difference between the shares of types in real and generated
-      cells. Lower is better, 0 to 1; above 0 for the anchor.
+      cells. The real ones are those of ``real`` and of the half of the reference that does not fit the classifier.
+      Lower is better, 0 to 1; above 0 for the anchor, the more so the fewer cells there are.
     - ``rare_types_found``: share of the types below 2 % of the reference that have a generated cell at least. Higher is
       better, 0 to 1; NaN if there is no such type. Types that the half for the classifier lacks are left out. The
       classifier gives cells off the data a type, too: read it beside ``coverage``.
@@ -372,15 +373,25 @@ def _score(
     """All scores of counts; rows ``fitted`` of the reference fit, rows ``originals`` may have been copied."""
     from sklearn.decomposition import PCA
 
+    reference_logs = _log_normalize(reference)
+    components = PCA(_N_COMPONENTS, svd_solver="arpack", random_state=seed).fit(reference_logs[fitted])
+    scores = {}
+    if types is not None:
+        unseen = np.setdiff1d(np.arange(reference.shape[0])[originals], fitted)
+        classifier = logistic_classifier().fit(_points(components, reference_logs[fitted]), types[fitted])
+
+        def predict(*cells: sparse.csr_matrix) -> np.ndarray:
+            return classifier.predict(_points(components, sparse.vstack([_log_normalize(part) for part in cells])))
+
+        scores = type_scores(predict(real, reference[unseen]), predict(generated), classifier.classes_, types)
     rng = np.random.default_rng(seed)
     n_equal = min(real.shape[0], generated.shape[0])
     real, generated = (_subsample(cells, n_equal, rng) for cells in (real, generated))
-    real_logs, generated_logs, reference_logs = (_log_normalize(counts) for counts in (real, generated, reference))
-    components = PCA(_N_COMPONENTS, svd_solver="arpack", random_state=seed).fit(reference_logs[fitted])
+    real_logs, generated_logs = (_log_normalize(counts) for counts in (real, generated))
     real_points, generated_points = (_points(components, logs) for logs in (real_logs, generated_logs))
 
     near, made = real_points[:_MAX_CELLS], generated_points[:_MAX_CELLS]  # in random order
-    scores = {
+    scores |= {
         "forest_auc": forest_auc(near, made, seed),
         "mmd2": mmd_squared(near, made),
         "wasserstein2": wasserstein2(near[:_MAX_ASSIGNED_CELLS], made[:_MAX_ASSIGNED_CELLS]),
@@ -393,10 +404,8 @@ def _score(
         real_logs[:, variable].toarray(), generated_logs[:, variable].toarray()
     )
     if types is not None:
-        classifier = logistic_classifier().fit(_points(components, reference_logs[fitted]), types[fitted])
-        of_real, of_generated = (classifier.predict(points) for points in (real_points, generated_points))
-        scores |= type_scores(of_real, of_generated, classifier.classes_, types)
-        scores["type_change_slope"] = type_change_slope(real_logs, generated_logs, of_real, of_generated)
+        found = (classifier.predict(points) for points in (real_points, generated_points))
+        scores["type_change_slope"] = type_change_slope(real_logs, generated_logs, *found)
     return scores
 
 
