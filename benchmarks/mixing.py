@@ -19,11 +19,9 @@ cell, with log Z by annealed importance sampling. CPU seconds are of the fit.
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from dataclasses import replace
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -31,6 +29,7 @@ import scvi
 import torch
 from results import DATA_SETS, load
 from sklearn.linear_model import LogisticRegression
+from study import run_study
 
 from qbmscvi import QBMSCVI, graphs
 from qbmscvi._prior import BoltzmannPrior
@@ -47,7 +46,11 @@ from qbmscvi.samplers import (
     SamplingRequest,
 )
 
-HERE = Path(__file__).parent
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterator
+    from pathlib import Path
+
 N_TEMPERED = 256
 LEAST_EXCHANGE = 0.25
 
@@ -103,7 +106,9 @@ def codes_of(logits: np.ndarray) -> Codes:
     return Codes(FactorialPosterior(tensor[:, :0], tensor[:, :0], tensor))
 
 
-def measure(name: str, seed: int, options: argparse.Namespace) -> list[dict]:
+def measure(name: str, seed: int, options: argparse.Namespace, done: list[dict]) -> Iterator[dict]:
+    if len(done) == 1 + len(WAYS):
+        return
     keys = DATA_SETS[name]
     adata = load(name, options.data, options.n_genes, options.max_cells)
     scvi.settings.seed = seed
@@ -126,9 +131,7 @@ def measure(name: str, seed: int, options: argparse.Namespace) -> list[dict]:
 
     expected = shares(codes_of(training).posterior.sample().numpy())
     found = shares(codes_of(held_out).posterior.sample().numpy())
-    records = [
-        {"data": name, "seed": seed, "way": "held-out codes", "share error": 0.5 * np.abs(found - expected).sum()}
-    ]
+    yield {"way": "held-out codes", "share error": 0.5 * np.abs(found - expected).sum()}
     for way, (build, n_chains, memory) in WAYS.items():
         torch.manual_seed(seed)
         prior = BoltzmannPrior(graphs.bipartite(64, 64), n_hidden=64, n_chains=n_chains)
@@ -148,21 +151,15 @@ def measure(name: str, seed: int, options: argparse.Namespace) -> list[dict]:
         problem = prior.to_ising()
         samples = BlockGibbsSampler().sample(SamplingRequest(problem, 4_000, n_sweeps=1_000, seed=seed)).spins
         found = shares(samples[:, :64].numpy())
-        records.append(
-            {
-                "data": name,
-                "seed": seed,
-                "way": way,
-                "share error": 0.5 * np.abs(found - expected).sum(),
-                "KL": fit.kl,
-                "log Z": fit.log_z.value,
-                "log Z scale": fit.log_z.scale,
-                "CPU seconds": seconds,
-                "rungs": len(getattr(sampler, "rungs", [])),
-            }
-        )
-        print(json.dumps(records[-1]), flush=True)
-    return records
+        yield {
+            "way": way,
+            "share error": 0.5 * np.abs(found - expected).sum(),
+            "KL": fit.kl,
+            "log Z": fit.log_z.value,
+            "log Z scale": fit.log_z.scale,
+            "CPU seconds": seconds,
+            "rungs": len(getattr(sampler, "rungs", [])),
+        }
 
 
 def write_table(records: pd.DataFrame, path: Path) -> None:
@@ -197,28 +194,5 @@ def write_table(records: pd.DataFrame, path: Path) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data", help="folder of the .h5ad")
-    parser.add_argument("--sets", nargs="+", choices=DATA_SETS, default=list(DATA_SETS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--epochs", type=int, default=100)
-    parser.add_argument("--n-steps", type=int, default=1_000)
-    parser.add_argument("--n-genes", type=int, default=2_000)
-    parser.add_argument("--max-cells", type=int, default=4_000)
-    parser.add_argument("--table-only", action="store_true", help="write the table from existing records")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    path = HERE / "mixing.jsonl"
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    for name in [] if options.table_only else options.sets:
-        for seed in options.seeds:
-            if not any((r["data"], r["seed"]) == (name, seed) for r in records):
-                records += (new := measure(name, seed, options))
-                with path.open("a") as file:
-                    file.writelines(json.dumps(record) + "\n" for record in new)
-    write_table(pd.DataFrame(records), HERE / "MIXING.md")
-
-
 if __name__ == "__main__":
-    main()
+    run_study("mixing", __doc__, measure, write_table, epochs=100, n_steps=1_000, n_genes=2_000, max_cells=4_000)

@@ -12,9 +12,7 @@ divergence, and the mean distance to the 15 nearest training cells in the latent
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -24,16 +22,31 @@ from results import DATA_SETS, load
 from scvi.model import SCVI
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
+from study import run_study
 
 from qbmscvi import QBMSCVI
 from qbmscvi.benchmark import pooled_difference
 
-HERE = Path(__file__).parent
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from anndata import AnnData
+
 LEAST_CELLS = 30
 SCORES = ["energy", "KL", "distance, QBMSCVI", "distance, SCVI"]
 
 
-def measure(name: str, seed: int, label: str, adata, options: argparse.Namespace) -> dict:
+def measure(name: str, seed: int, options: argparse.Namespace, done: list[dict]) -> Iterator[dict]:
+    adata = load(name, options.data, options.n_genes, options.max_cells)
+    counts = adata.obs[DATA_SETS[name]["label_key"]].astype(str).value_counts()
+    for label in sorted(set(counts.index[counts >= LEAST_CELLS]) - {record["type"] for record in done}):
+        yield measure_type(adata, name, seed, label, options.epochs)
+
+
+def measure_type(adata: AnnData, name: str, seed: int, label: str, epochs: int) -> dict:
+    """AUROC of each score after training without this type."""
     labels = adata.obs[DATA_SETS[name]["label_key"]].astype(str).to_numpy()
     rng = np.random.default_rng(seed)
     known = rng.permutation(np.flatnonzero(labels != label))
@@ -41,14 +54,14 @@ def measure(name: str, seed: int, label: str, adata, options: argparse.Namespace
     held_out, training = np.sort(known[:n_held_out]), np.sort(known[n_held_out:])
     cells = np.concatenate([held_out, np.flatnonzero(labels == label)])
     is_new = labels[cells] == label
-    record = {"data": name, "seed": seed, "type": label, "n_cells": int(is_new.sum())}
+    record = {"type": label, "n_cells": int(is_new.sum())}
     for model_class in (QBMSCVI, SCVI):
         scvi.settings.seed = seed
         train = adata[training].copy()
         batch_key = DATA_SETS[name].get("batch_key")
         model_class.setup_anndata(train, batch_key=batch_key)
         model = model_class(train)
-        model.train(max_epochs=options.epochs, accelerator="cpu", enable_progress_bar=False)
+        model.train(max_epochs=epochs, accelerator="cpu", enable_progress_bar=False)
         both = adata[np.concatenate([cells, training])].copy()
         own, reference = np.arange(len(cells)), np.arange(len(cells), both.n_obs)
         latent = model.get_latent_representation(both)
@@ -92,33 +105,5 @@ def write_table(records: pd.DataFrame, path: Path) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data", help="folder of the .h5ad")
-    parser.add_argument("--sets", nargs="+", choices=DATA_SETS, default=list(DATA_SETS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--epochs", type=int, default=100)
-    parser.add_argument("--n-genes", type=int, default=2_000)
-    parser.add_argument("--max-cells", type=int, default=4_000)
-    parser.add_argument("--table-only", action="store_true", help="write the table from existing records")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    path = HERE / "unexpected.jsonl"
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {(record["data"], record["seed"], record["type"]) for record in records}
-    for name in [] if options.table_only else options.sets:
-        adata = load(name, options.data, options.n_genes, options.max_cells)
-        counts = adata.obs[DATA_SETS[name]["label_key"]].astype(str).value_counts()
-        for seed in options.seeds:
-            for label in sorted(counts.index[counts >= LEAST_CELLS]):
-                if (name, seed, label) in done:
-                    continue
-                records.append(measure(name, seed, label, adata, options))
-                print(json.dumps(records[-1]), flush=True)
-                with path.open("a") as file:
-                    file.write(json.dumps(records[-1]) + "\n")
-    write_table(pd.DataFrame(records), HERE / "UNEXPECTED.md")
-
-
 if __name__ == "__main__":
-    main()
+    run_study("unexpected", __doc__, measure, write_table, epochs=100, n_genes=2_000, max_cells=4_000)
