@@ -27,7 +27,6 @@ from laws import (
     random_scan_law,
     state_table,
 )
-from scipy import stats
 
 from qbmscvi import graphs
 from qbmscvi.exceptions import GraphMismatchError, InvalidSamples, QBMSCVIError, SamplerError, SamplerTimeout
@@ -43,7 +42,6 @@ from qbmscvi.samplers import (
     SimulatedAnnealingSampler,
     build_sampler,
 )
-from qbmscvi.samplers._gibbs import _Uniform
 
 N_SAMPLES = 20_000
 BETAS = (0.3, 1.0, 2.0)
@@ -532,23 +530,3 @@ def test_chain_states_that_are_not_spins_are_refused(problem):
 def test_annealing_takes_seeds_beyond_32_bits(problem):
     request = SamplingRequest(problem, 4, seed=2**40 + 5)
     assert SimulatedAnnealingSampler().sample(request).info["seed"] == 2**40 + 5
-
-
-@pytest.mark.parametrize("is_numpys", [True, False], ids=["numpy", "torch"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_uniforms_of_block_gibbs_are_uniform_and_independent(is_numpys, dtype):
-    """Kolmogorov-Smirnov and the correlation of the two halves of a number, both at alpha = 1e-4; fixed seed."""
-    uniform = _Uniform(torch.Generator().manual_seed(5), 501 * 399, torch.zeros((), dtype=dtype))
-    if not is_numpys:
-        uniform._source = None  # as on other devices
-    values = (uniform.multiples(501, 399) * uniform.scale).double().numpy()
-    assert values.shape == (501, 399)
-    assert values.min() >= 0.0
-    assert values.max() <= 1.0
-    flat = values.ravel()
-    assert stats.kstest(flat, "uniform").pvalue > 1e-4
-    assert stats.kstest(np.clip(1.02 * flat, 0.0, 1.0), "uniform").pvalue < 1e-4  # what the gate would see
-    for lag in (1, 2):
-        assert stats.pearsonr(flat[:-lag], flat[lag:]).pvalue > 1e-4
-    again = _Uniform(torch.Generator().manual_seed(6), 501 * 399, torch.zeros((), dtype=dtype))
-    assert not np.array_equal((again.multiples(501, 399) * again.scale).double().numpy(), values)

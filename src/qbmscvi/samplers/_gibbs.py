@@ -4,32 +4,21 @@ The color classes of the graph are updated in turn, all spins of a class at once
 :math:`p(s_i = +1 \mid s_{\setminus i}) = \sigma(-2 \beta f_i)` with :math:`f_i = h_i + \sum_j J_{ij} s_j`. A factor
 ``F`` of the problem adds one block, the Gaussian variable :math:`v \mid s \sim N(F s, 1/\beta)` of its
 Hubbard-Stratonovich form, and :math:`-F^\top v` to the fields; spins that interact only through the factor
-are then updated together. Sweeps leave the Boltzmann distribution invariant; the only errors are that of
-finite chains and, for two large classes on some processors, that of rounded couplings, which is bounded in
-:mod:`qbmscvi.samplers._whole_numbers`.
+are then updated together. Sweeps leave the Boltzmann distribution invariant; the only error is that of finite chains.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from numpy.random.bit_generator import ISeedSequence
 from torch import Tensor
 
 from qbmscvi.samplers._base import Draw, Sampler, SamplerTraits
-from qbmscvi.samplers._whole_numbers import WholeNumberChains, rounding_step
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from qbmscvi.ising import IsingModel
     from qbmscvi.samplers._base import SamplingRequest
-
-_DRAWN_AHEAD = 2**16  # random numbers; for small problems those of several sweeps at once
-_WORDS_PER_DRAW = 12_288  # 96 KiB, below what the C library takes from, and gives back to, the system each time
-_WITHOUT_SIGNS = 0x7FFFFFFF_7FFFFFFF  # of two 32-bit integers
 
 
 class BlockGibbsSampler(Sampler):
@@ -105,50 +94,23 @@ def gibbs_sweeps(
     n_chains = len(state)
     scale = -2.0 * beta  # of a field that makes it the logit of s_i = +1
     field = scale * field
-    couplings, step = _couplings_of_classes(problem), rounding_step(problem, beta)
-    if step is None:
-        chains = _FloatChains(state, bounds, couplings, scale)
-    else:
-        ((_, block),) = couplings[1]
-        chains = WholeNumberChains(state, block, scale, step)
-    sizes = [stop - start for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
-    uniform = _Uniform(generator, max(n_chains * max(sizes), min(n_sweeps * state.numel(), _DRAWN_AHEAD)), state)
-    order_of_classes = [*range(len(sizes)), *(range(len(sizes) - 2, -1, -1) if is_reversible else ())]
+    couplings, one = _couplings_of_classes(problem), state.new_ones(())
+    order_of_classes = list(range(len(couplings)))
+    if is_reversible:
+        order_of_classes += order_of_classes[-2::-1]
     for _ in range(n_sweeps):
         base = field
         if factor is not None:
             noise = torch.randn(n_chains, len(factor), generator=generator, device=device, dtype=dtype)
-            gaussian = torch.addmm(noise, chains.spins(), factor.T, beta=beta**-0.5)  # v given s, (n_chains, rank)
+            gaussian = torch.addmm(noise, state, factor.T, beta=beta**-0.5)  # v given s, (n_chains, rank)
             base = torch.addmm(field, gaussian, factor, alpha=-scale)  # (n_chains, n_spins)
         for k in order_of_classes:
-            difference = chains.logits(k, base[..., bounds[k] : bounds[k + 1]]).sigmoid_()
-            chains.update(k, difference.sub_(uniform.multiples(n_chains, sizes[k]), alpha=uniform.scale))
-    state = chains.spins()
+            part, logits = state[:, bounds[k] : bounds[k + 1]], base[..., bounds[k] : bounds[k + 1]]
+            for columns, coupling in couplings[k]:
+                logits = torch.addmm(logits, state[:, columns], coupling, alpha=scale)
+            uniform = torch.rand(part.shape, generator=generator, device=device, dtype=dtype)
+            torch.copysign(one, logits.sigmoid() - uniform, out=part)
     return state.index_select(1, inverse) if permutation else state
-
-
-class _FloatChains:
-    """States as floats, changed in place, and their fields; as :class:`WholeNumberChains`, for any color classes."""
-
-    def __init__(
-        self, state: Tensor, bounds: Sequence[int], couplings: list[list[tuple[slice, Tensor]]], scale: float
-    ) -> None:
-        self._state, self._couplings, self._scale = state, couplings, scale
-        self._parts = [state[:, start:stop] for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
-        self._logits = [torch.empty_like(part, memory_format=torch.contiguous_format) for part in self._parts]
-        self._one = state.new_ones(())
-
-    def logits(self, k: int, base: Tensor) -> Tensor:
-        logits = self._logits[k]
-        for columns, coupling in self._couplings[k]:
-            base = torch.addmm(base, self._state[:, columns], coupling, alpha=self._scale, out=logits)
-        return logits if base is logits else logits.copy_(base)
-
-    def update(self, k: int, difference: Tensor) -> None:
-        torch.copysign(self._one, difference, out=self._parts[k])
-
-    def spins(self) -> Tensor:
-        return self._state
 
 
 def _couplings_of_classes(problem: IsingModel) -> list[list[tuple[slice, Tensor]]]:
@@ -170,50 +132,3 @@ def _couplings_of_classes(problem: IsingModel) -> list[list[tuple[slice, Tensor]
         ]
         for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
     ]
-
-
-class _Uniform:
-    """Uniform numbers from the seed that a generator gives, as whole multiples of ``2**-31``.
-
-    In main memory they come from numpy's SFC64, two from each of its numbers: :func:`torch.rand` alone takes a good
-    part of a sweep of a few hundred spins. They go into one piece of memory, in parts that the cache holds: fresh
-    memory for each class of spins took longer than the numbers.
-    """
-
-    scale = 2.0**-31
-
-    def __init__(self, generator: torch.Generator, n_ahead: int, like: Tensor) -> None:
-        self._generator = generator
-        self._source = np.random.SFC64(_Words(generator)) if like.device.type == "cpu" else None
-        self._numbers = like.new_empty(n_ahead + n_ahead % 2)
-        self._n_used = n_ahead
-
-    def multiples(self, n_rows: int, n_columns: int) -> Tensor:
-        """Numbers of ``[0, 1]``, divided by :attr:`scale`, of the given shape; good until the next call."""
-        n = n_rows * n_columns
-        if self._n_used + n > len(self._numbers):
-            self._draw()
-        self._n_used += n
-        return self._numbers[self._n_used - n : self._n_used].view(n_rows, n_columns)
-
-    def _draw(self) -> None:
-        self._n_used = 0
-        if self._source is None:
-            words = torch.empty(len(self._numbers) // 2, dtype=torch.int64, device=self._numbers.device)
-            words.random_(-(2**63), None, generator=self._generator)
-            self._numbers.copy_(words.bitwise_and_(_WITHOUT_SIGNS).view(torch.int32))
-            return
-        for part in self._numbers.split(2 * _WORDS_PER_DRAW):
-            words = torch.from_numpy(self._source.random_raw(len(part) // 2).view(np.int64))
-            part.copy_(words.bitwise_and_(_WITHOUT_SIGNS).view(torch.int32))
-
-
-class _Words(ISeedSequence):
-    """Seed of a numpy stream: words of a torch generator. Hashing them once more would take longer than a sweep."""
-
-    def __init__(self, generator: torch.Generator) -> None:
-        self._generator = generator
-
-    def generate_state(self, n_words: int, dtype: type = np.uint64) -> np.ndarray:
-        words = torch.empty(n_words, dtype=torch.int64).random_(-(2**63), None, generator=self._generator)
-        return words.numpy().view(dtype)
