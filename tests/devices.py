@@ -44,16 +44,15 @@ def rescaled(device, device_beta=BELIEVED_BETA) -> Rescaled:
 
 
 class OffTemperature(ExactSampler):
-    """Exact, at ``gain * beta``; ``reports`` says whether it says so."""
+    """Exact, at ``gain * beta``."""
 
     traits = SamplerTraits(target="boltzmann")
 
-    def __init__(self, gain, reports=False):
-        self.gain, self.reports = gain, reports
+    def __init__(self, gain):
+        self.gain = gain
 
     def _sample(self, request, seed):
-        draw = super()._sample(replace(request, beta=self.gain * request.beta), seed)
-        return replace(draw, info={"effective_beta": self.gain * request.beta} if self.reports else {})
+        return super()._sample(replace(request, beta=self.gain * request.beta), seed)
 
 
 def _flip_couplings(problem: IsingModel) -> IsingModel:

@@ -30,14 +30,12 @@ from qbmscvi.samplers import (
     Polished,
     Rescaled,
     Retrying,
-    Reweighted,
     Sampler,
     SamplerTraits,
     SamplingRequest,
     SpinReversed,
     effective_beta,
 )
-from qbmscvi.samplers._composites import resample
 from qbmscvi.testing import assert_boltzmann, compare_with_boltzmann, tiny_problems
 
 PROBLEMS = tiny_problems()
@@ -345,10 +343,9 @@ def test_chains_through_gauges_keep_the_law():
 # Calibrated --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["pseudo-likelihood", "energy"])
 @pytest.mark.parametrize("gain", [0.4, 1.0, 2.5])
-def test_calibrated_learns_a_gain_and_corrects_it(gain, method):
-    problem, sampler = PROBLEMS["complete-6"], Calibrated(OffTemperature(gain), method=method, memory=0.5)
+def test_calibrated_learns_a_gain_and_corrects_it(gain):
+    problem, sampler = PROBLEMS["complete-6"], Calibrated(OffTemperature(gain), memory=0.5)
     first = ask(sampler, problem, 10_000, 0.8, seed=10)
     assert first.info["gain"] == 1.0
     assert abs(first.info["effective_beta"] - 0.8 * gain) < 4 * first.info["effective_beta_scale"]
@@ -425,15 +422,6 @@ def test_calibrated_passes_flat_problems_on_and_refuses_noise_and_the_opposite_s
                 Calibrated(child).sample(SamplingRequest(problem, 200, seed=seed))
 
 
-def test_calibration_by_energy_uses_random_numbers_of_its_own():
-    """Within 4 standard errors (alpha 6e-5); with the child's numbers the estimate is 5 or more of them off."""
-    problem = PROBLEMS["complete-6"]
-    initial = Law.boltzmann(problem, 1.0).draw(60_000, seed=1)
-    sampler = Calibrated(BlockGibbsSampler(), method="energy")
-    info = ask(sampler, problem, 60_000, 1.0, seed=5, initial_spins=initial, n_sweeps=5).info
-    assert abs(info["effective_beta"] - 1.0) < 4 * info["effective_beta_scale"]
-
-
 # Polished ----------------------------------------------------------------------------------------------------------
 
 
@@ -473,80 +461,6 @@ def test_polished_chains_with_seeds_in_sequence_keep_the_law():
     assert_boltzmann(problem, batch, 2.0)
 
 
-# Reweighted --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("n_rows", [1, 7, 4000])
-def test_resampled_rows_come_as_often_as_their_weights_say(n_rows):
-    """Systematic resampling: each row within one of its due number."""
-    weights = torch.from_numpy(np.random.default_rng(1).dirichlet(np.full(n_rows, 0.3)))
-    for seed in range(20):
-        rows = resample(weights, torch.Generator().manual_seed(seed))
-        assert len(rows) == n_rows
-        assert ((rows.bincount(minlength=n_rows) - n_rows * weights).abs() < 1.0).all()
-
-
-@pytest.mark.parametrize("reports", [False, True], ids=["estimated", "reported"])
-@each_problem
-def test_resampled_answers_have_the_temperature_asked_for(name, reports):
-    problem = PROBLEMS[name]
-    batch = ask(Reweighted(OffTemperature(0.7, reports=reports)), problem, 5000, 1.2, seed=16)
-    drawn = ask(OffTemperature(0.7), problem, 5000, 1.2, seed=16)
-    beta = 0.84 if reports else effective_beta(problem, drawn).value
-    assert beta == pytest.approx(0.84, rel=0.1)
-    assert batch.info["drawn_beta"] == pytest.approx(beta)
-    assert batch.info["effective_beta"] == 1.2
-    weights = torch.softmax((beta - 1.2) * drawn.energies, 0)
-    assert batch.info["effective_share"] == pytest.approx(float(1 / (5000 * weights.square().sum())))
-    assert_boltzmann(problem, batch, 1.2)
-    assert compare_with_boltzmann(problem, drawn, 1.2).p_value < 1e-6
-
-
-def test_resampling_without_the_sweeps_is_right_already(monkeypatch):
-    """The sweeps part copies, and do not hide weights of the wrong sign: mean energy within 4.5 standard errors."""
-    monkeypatch.setattr("qbmscvi.samplers._composites._N_PARTING_SWEEPS", 0)
-    problem = PROBLEMS["chimera-12"]
-    batch = ask(Reweighted(OffTemperature(0.7, reports=True)), problem, 20_000, 1.2, seed=17)
-    law = Law.boltzmann(problem, 1.2)
-    mean = law.probabilities @ law.energies
-    error = np.sqrt(law.probabilities @ (law.energies - mean) ** 2 / (20_000 * batch.info["effective_share"]))
-    assert abs(float(batch.energies.mean()) - mean) < 4.5 * error
-
-
-def test_too_few_effective_samples_are_refused():
-    problem = PROBLEMS["chimera-12"]
-    share = ask(Reweighted(OffTemperature(0.5, reports=True), 0.01), problem, 2000, 1.5).info["effective_share"]
-    assert 0.05 < share < 0.6
-    for limit, is_enough in ((share * 0.99, True), (min(1.0, share * 1.01), False)):
-        sampler = Reweighted(OffTemperature(0.5, reports=True), limit)
-        if is_enough:
-            ask(sampler, problem, 2000, 1.5)
-        else:
-            pattern = (
-                rf"OffTemperature drawn at beta=0.75 are worth .*% of their number at beta=1.5; at least {limit:.0%}"
-            )
-            with pytest.raises(InvalidSamples, match=pattern):
-                ask(sampler, problem, 2000, 1.5)
-
-
-def test_samples_without_temperature_cannot_be_resampled():
-    with pytest.raises(InvalidSamples, match="has no temperature: No inverse temperature"):
-        ask(Reweighted(DimodSampler(SteepestDescentSampler())), PROBLEMS["bipartite-3x5"], 200)
-
-
-def test_resampling_twice_is_resampling_once():
-    problem = PROBLEMS["complete-6"]
-    twice = ask(Reweighted(Reweighted(OffTemperature(0.7, reports=True))), problem, 5000, 1.2, seed=18)
-    assert twice.info["effective_share"] == pytest.approx(1.0)
-    assert_boltzmann(problem, twice, 1.2)
-
-
-def test_polished_samples_are_not_resampled_by_the_temperature_before_polishing():
-    problem = PROBLEMS["complete-6"]
-    batch = ask(Reweighted(Polished(OffTemperature(0.6, reports=True), 30)), problem, 5000, 1.2)
-    assert_boltzmann(problem, batch, 1.2)
-
-
 # All ---------------------------------------------------------------------------------------------------------------
 
 
@@ -563,7 +477,7 @@ def test_failures_of_the_child_pass_through():
         def _sample(self, request, seed):
             raise OSError("port closed")
 
-    for composite in (Rescaled, SpinReversed, Calibrated, Polished, Reweighted):
+    for composite in (Rescaled, SpinReversed, Calibrated, Polished):
         with pytest.raises(SamplerError, match="Broken failed: OSError: port closed"):
             ask(composite(Broken()), PROBLEMS["complete-6"], 4)
 
@@ -599,8 +513,6 @@ def test_rescaled_checks_the_problem_that_the_child_will_see():
         (lambda: Calibrated(ExactSampler(), memory=1.0), "memory=1.0 must be at least 0 and below 1"),
         (lambda: Calibrated(ExactSampler(), memory=-0.1), "memory=-0.1 must be"),
         (lambda: Polished(ExactSampler(), 0), "n_sweeps=0 must be at least 1"),
-        (lambda: Reweighted(ExactSampler(), 0.0), "min_effective_share=0.0 must be above 0 and at most 1"),
-        (lambda: Reweighted(ExactSampler(), 1.1), "min_effective_share=1.1 must be"),
     ],
 )
 def test_values_without_meaning_are_refused(build, match):

@@ -40,12 +40,10 @@ from qbmscvi.samplers import (
     Replayed,
     Rescaled,
     Retrying,
-    Reweighted,
     Sampler,
     SamplingRequest,
     SimulatedAnnealingSampler,
     SpinReversed,
-    TimeLimited,
     TreeDecompositionSampler,
     Vetted,
     build_coherent_ising_sampler,
@@ -146,17 +144,12 @@ COMPOSITES = {
     "spin-reversed": Case(lambda path: SpinReversed(ExactSampler(), 4)),
     "calibrated": Case(lambda path: warmed_up(Calibrated(ExactSampler(), memory=0.95)), exempt=LEARNS, n_samples=1_000),
     "polished": Case(lambda path: Polished(ExactSampler(), 3)),
-    "reweighted": Case(lambda path: Reweighted(OffTemperature(0.8))),
-    "reweighted-report": Case(lambda path: Reweighted(OffTemperature(0.8, reports=True))),
     "retrying": Case(lambda path: Retrying(ExactSampler())),
-    "time-limited": Case(lambda path: TimeLimited(ExactSampler(), 60.0)),
     "budgeted": Case(lambda path: Budgeted(ExactSampler(), n_calls=1000)),
     "recorded": Case(lambda path: Recorded(ExactSampler(), path / "tape")),
     "vetted": Case(lambda path: Vetted(ExactSampler())),
     "stack": Case(lambda path: Polished(SpinReversed(Rescaled(Retrying(ExactSampler()), h_limit=1, J_limit=1), 3), 2)),
-    "stack-upside-down": Case(
-        lambda path: Rescaled(SpinReversed(Reweighted(Polished(ExactSampler(), 2)), 3), J_limit=0.1)
-    ),
+    "stack-upside-down": Case(lambda path: Rescaled(SpinReversed(Polished(ExactSampler(), 2), 3), J_limit=0.1)),
     "device": Case(lambda path: rescaled(Device()), "approximate"),
     "device-in-a-stack": Case(
         lambda path: Budgeted(

@@ -22,7 +22,6 @@ from qbmscvi.samplers import (
     ExactSampler,
     Retrying,
     SamplingRequest,
-    TimeLimited,
 )
 from qbmscvi.samplers import _resilience as resilience
 from qbmscvi.testing import tiny_problems
@@ -197,39 +196,13 @@ def test_by_default_pauses_are_real():
     assert time.perf_counter() - started >= 0.05
 
 
-# TimeLimited -------------------------------------------------------------------------------------------------------
+# Budgeted ----------------------------------------------------------------------------------------------------------
 
 
 class Slow(ExactSampler):
     def _sample(self, request, seed):
         time.sleep(0.5)
         return super()._sample(request, seed)
-
-
-def test_a_call_that_takes_too_long_is_given_up():
-    started = time.perf_counter()
-    with pytest.raises(SamplerTimeout, match="Slow did not answer within 0.05 s"):
-        ask(TimeLimited(Slow(), 0.05))
-    assert time.perf_counter() - started < 0.4
-
-
-def test_a_call_in_time_is_answered_as_without_a_limit():
-    assert torch.equal(ask(TimeLimited(ExactSampler(), 60.0)).spins, ask(ExactSampler()).spins)
-
-
-def test_errors_come_out_of_the_thread():
-    error = SamplerUnavailable("busy")
-    with pytest.raises(SamplerUnavailable, match="busy") as caught:
-        ask(TimeLimited(Unreliable(error), 60.0))
-    assert caught.value is error
-
-
-def test_errors_of_other_kinds_come_out_of_the_thread_as_sampler_errors():
-    with pytest.raises(SamplerError, match="Unreliable failed: ConnectionResetError: peer"):
-        ask(TimeLimited(Unreliable(ConnectionResetError("peer")), 60.0))
-
-
-# Budgeted ----------------------------------------------------------------------------------------------------------
 
 
 def test_calls_are_counted_by_trip():
@@ -344,8 +317,6 @@ def test_budgets_of_nothing_let_nothing_through():
         (lambda: Retrying(ExactSampler(), pause=-1.0), "pause=-1.0 at least 0"),
         (lambda: Retrying(ExactSampler(), deadline=0.0), "deadline=0.0 positive or None"),
         (lambda: Budgeted(ExactSampler()), "A budget needs a limit: set n_calls, n_samples or device_seconds"),
-        (lambda: TimeLimited(ExactSampler(), 0.0), "seconds=0.0 must be positive"),
-        (lambda: TimeLimited(ExactSampler(), float("nan")), "seconds=nan must be positive"),
     ],
 )
 def test_values_without_meaning_are_refused(build, match):

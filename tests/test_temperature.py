@@ -16,9 +16,7 @@ from qbmscvi.samplers import BetaEstimate, effective_beta
 from qbmscvi.testing import tiny_problems
 
 ALPHA = 1e-4
-METHODS = ("pseudo-likelihood", "energy")
 PROBLEMS = tiny_problems()
-each_method = pytest.mark.parametrize("method", METHODS)
 each_problem = pytest.mark.parametrize("name", list(PROBLEMS))
 
 
@@ -63,70 +61,42 @@ def test_pseudo_likelihood_is_consistent(name, beta):
     assert abs(estimate.value - beta) < estimate.scale / 3
 
 
-def coverage(
-    method: str, cases: list[tuple[str, float]], n_samples: int, n_seeds: int
-) -> tuple[list[int], list[float]]:
-    """Intervals that hold the true temperature, by case, and errors in units of their own scale."""
-    hits, z = [], []
-    for name, beta in cases:
-        problem = PROBLEMS[name]
-        estimates = [
-            effective_beta(problem, exact_batch(problem, beta, n_samples, seed), method=method, seed=seed + 900)
-            for seed in range(n_seeds)
-        ]
-        hits.append(sum(low <= beta <= high for low, high in (estimate.interval for estimate in estimates)))
-        z += [(estimate.value - beta) / estimate.scale for estimate in estimates]
-    return hits, z
-
-
-@pytest.mark.parametrize(("method", "n_samples"), [("pseudo-likelihood", 400), ("energy", 1200)])
-def test_intervals_cover_the_true_temperature(method, n_samples, capsys):
-    """Of 40 seeds at 95 % a case covers at least 31 (binomial, P below that: 2e-5 in each of 12 or 4 cases).
+def test_intervals_cover_the_true_temperature(capsys):
+    """Of 40 seeds at 95 % a case covers at least 31 (binomial, P below that: 2e-5 in each of 12 cases).
 
     Over all cases the share must lie where a binomial of 95 % lies with probability 1 - 1e-4, so that intervals far too
     wide fail as well as intervals too narrow.
     """
     cases = [(name, beta) for name in PROBLEMS for beta in (0.3, 1.0, 2.0)]
-    if method == "energy":  # fifty times as slow
-        cases = list(zip(PROBLEMS, (2.0, 1.0, 0.3, 1.0), strict=True))
-    hits, z = coverage(method, cases, n_samples, 40)
+    hits, z = [], []
+    for name, beta in cases:
+        estimates = [effective_beta(PROBLEMS[name], exact_batch(PROBLEMS[name], beta, 400, seed)) for seed in range(40)]
+        hits.append(sum(low <= beta <= high for low, high in (estimate.interval for estimate in estimates)))
+        z += [(estimate.value - beta) / estimate.scale for estimate in estimates]
     n = 40 * len(cases)
     with capsys.disabled():
-        print(f"\n{method}: {sum(hits)} of {n} intervals cover; z {np.mean(z):+.2f} +- {np.std(z):.2f}; cases {hits}")
+        print(f"\n{sum(hits)} of {n} intervals cover; z {np.mean(z):+.2f} +- {np.std(z):.2f}; cases {hits}")
     assert min(hits) >= 31
     low, high = stats.binom.ppf([ALPHA / 2, 1 - ALPHA / 2], n, 0.95)
     assert low <= sum(hits) <= high
 
 
-def test_intervals_of_energy_matching_cover_with_few_samples():
-    """As above, for 100 samples."""
-    hits, _ = coverage("energy", list(zip(PROBLEMS, (2.0, 1.0, 0.3, 1.0), strict=True)), 100, 50)
-    assert sum(hits) >= stats.binom.ppf(ALPHA, 200, 0.95)
-
-
-@each_method
-def test_estimates_converge_to_the_true_temperature(method):
+def test_estimates_converge_to_the_true_temperature():
     """Within 4 standard errors (alpha 6e-5), at a hundredth of beta, from both sides of one."""
     problem = PROBLEMS["complete-6"]
     for beta in (0.5, 1.7):
-        estimate = effective_beta(problem, exact_batch(problem, beta, 40_000, seed=3), method=method)
-        assert estimate.method == method
+        estimate = effective_beta(problem, exact_batch(problem, beta, 40_000, seed=3))
         assert estimate.scale < 0.012 * beta
         assert abs(estimate.value - beta) < 4 * estimate.scale
 
 
-@each_method
-def test_estimates_scale_with_the_problem(method):
+def test_estimates_scale_with_the_problem():
     """Samples of 2 E at beta are those of E at 2 beta."""
     problem = PROBLEMS["bipartite-3x5"]
     batch = exact_batch(problem, 1.0, 1000, seed=4)
-    whole, half = (
-        effective_beta(problem, batch, method=method),
-        effective_beta(problem.scaled(2.0), batch, method=method),
-    )
+    whole, half = effective_beta(problem, batch), effective_beta(problem.scaled(2.0), batch)
     assert half.value == pytest.approx(whole.value / 2, rel=1e-6)
-    # Energy matching runs chains at temperatures that agree to the last bisection only: a spin may come out otherwise.
-    assert half.scale == pytest.approx(whole.scale / 2, rel=1e-3 if method == "energy" else 1e-6)
+    assert half.scale == pytest.approx(whole.scale / 2, rel=1e-6)
 
 
 def test_a_factor_counts_as_the_couplings_that_it_stands_for():
@@ -137,33 +107,29 @@ def test_a_factor_counts_as_the_couplings_that_it_stands_for():
     assert factored.scale == pytest.approx(dense.scale, rel=1e-9)
 
 
-@each_method
-def test_single_precision_is_enough(method):
+def test_single_precision_is_enough():
     problem = PROBLEMS["chimera-12"]
     batch = exact_batch(problem, 1.0, 2000, seed=6)
-    double = effective_beta(problem, batch, method=method)
-    single = effective_beta(problem.to(torch.float32), replace(batch, energies=batch.energies.float()), method=method)
-    # Energy matching draws other random numbers in the other precision.
-    tolerance = 1e-4 if method == "pseudo-likelihood" else 4 * double.scale
-    assert abs(single.value - double.value) < tolerance
+    double = effective_beta(problem, batch)
+    single = effective_beta(problem.to(torch.float32), replace(batch, energies=batch.energies.float()))
+    assert abs(single.value - double.value) < 1e-4
     assert single.scale == pytest.approx(double.scale, rel=0.2)
 
 
-@each_method
-def test_samples_without_correlations_look_hotter(method):
+def test_samples_without_correlations_look_hotter():
     """Shuffled columns: every mean spin is that of beta = 1."""
     problem = PROBLEMS["complete-6"]
     batch = exact_batch(problem, 1.0, 5000, seed=7)
     rng = np.random.default_rng(7)
     spins = torch.from_numpy(np.stack([rng.permutation(column) for column in batch.spins.numpy().T], axis=1))
-    assert effective_beta(problem, SampleBatch(spins, problem.energy(spins)), method=method).interval[1] < 0.9
+    assert effective_beta(problem, SampleBatch(spins, problem.energy(spins))).interval[1] < 0.9
 
 
 # The contract ------------------------------------------------------------------------------------------------------
 
 
 def test_interval_is_95_percent_of_a_normal():
-    low, high = BetaEstimate(1.0, 0.1, "energy").interval
+    low, high = BetaEstimate(1.0, 0.1).interval
     assert stats.norm.cdf(high, 1.0, 0.1) - stats.norm.cdf(low, 1.0, 0.1) == pytest.approx(0.95, abs=1e-4)
 
 
@@ -171,9 +137,7 @@ def test_global_random_state_and_samples_are_left_alone():
     problem = PROBLEMS["ring-7-factor-2"]
     batch = exact_batch(problem, 1.0, 300, seed=11)
     spins, state = batch.spins.clone(), torch.get_rng_state()
-    first, second, other = (effective_beta(problem, batch, method="energy", seed=seed) for seed in (1, 1, 2))
-    assert first == second
-    assert first.value != other.value
+    effective_beta(problem, batch)
     assert torch.equal(batch.spins, spins)
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -183,13 +147,12 @@ def ground_states(problem: IsingModel) -> torch.Tensor:
     return torch.from_numpy(lowest.astype(np.int8)).expand(500, -1)
 
 
-@each_method
 @each_problem
-def test_ground_states_have_no_temperature(name, method):
+def test_ground_states_have_no_temperature(name):
     problem = PROBLEMS[name]
     spins = ground_states(problem)
     with pytest.raises(ValueError, match="lies above it.*all local minima have none"):
-        effective_beta(problem, SampleBatch(spins, problem.energy(spins)), method=method)
+        effective_beta(problem, SampleBatch(spins, problem.energy(spins)))
 
 
 @each_problem
@@ -201,14 +164,13 @@ def test_uniform_samples_have_no_positive_temperature(name):
         effective_beta(problem, SampleBatch(spins, problem.energy(spins)))
 
 
-@each_method
-def test_random_uniform_samples_have_none_or_one_that_may_be_zero(method):
+def test_random_uniform_samples_have_none_or_one_that_may_be_zero():
     """Within 4 standard errors of zero (alpha 3e-5 a seed, one-sided), or refused; both happen."""
     problem = PROBLEMS["complete-6"]
     n_refused = 0
     for seed in range(20):
         try:
-            estimate = effective_beta(problem, exact_batch(problem, 1e-12, 500, seed), method=method, seed=seed)
+            estimate = effective_beta(problem, exact_batch(problem, 1e-12, 500, seed))
         except ValueError as error:
             assert "lies below it" in str(error)
             n_refused += 1
@@ -217,34 +179,29 @@ def test_random_uniform_samples_have_none_or_one_that_may_be_zero(method):
     assert 0 < n_refused < 20
 
 
-@each_method
 @each_problem
-def test_samples_of_the_opposite_sign_have_no_temperature(name, method):
+def test_samples_of_the_opposite_sign_have_no_temperature(name):
     problem = PROBLEMS[name]
     with pytest.raises(ValueError, match="lies below it"):
-        effective_beta(problem, exact_batch(problem, -1.0, 500, seed=12), method=method)
+        effective_beta(problem, exact_batch(problem, -1.0, 500, seed=12))
 
 
-@each_method
-def test_an_estimate_outside_the_bracket_is_refused(method):
+def test_an_estimate_outside_the_bracket_is_refused():
     problem = PROBLEMS["bipartite-3x5"]
     batch = exact_batch(problem, 1.0, 1000, seed=13)
     with pytest.raises(ValueError, match=r"inside \(2.0, 9.0\) fits the samples: the estimate lies below it"):
-        effective_beta(problem, batch, method=method, bracket=(2.0, 9.0))
+        effective_beta(problem, batch, bracket=(2.0, 9.0))
     with pytest.raises(ValueError, match=r"inside \(0.01, 0.5\) fits the samples: the estimate lies above it"):
-        effective_beta(problem, batch, method=method, bracket=(0.01, 0.5))
-    narrow = effective_beta(problem, batch, method=method, bracket=(0.5, 2.0))
-    # Energy matching looks for the root of a step function, which may have several, close to each other.
-    tolerance = 1e-6 if method == "pseudo-likelihood" else 0.3 * narrow.scale
-    assert narrow.value == pytest.approx(effective_beta(problem, batch, method=method).value, abs=tolerance)
+        effective_beta(problem, batch, bracket=(0.01, 0.5))
+    narrow = effective_beta(problem, batch, bracket=(0.5, 2.0))
+    assert narrow.value == pytest.approx(effective_beta(problem, batch).value, abs=1e-6)
 
 
-@each_method
 @pytest.mark.parametrize("bracket", [(0.0, 1.0), (-1.0, 1.0), (2.0, 1.0), (1.0, 1.0), (float("nan"), 1.0)], ids=str)
-def test_brackets_without_meaning_are_refused(bracket, method):
+def test_brackets_without_meaning_are_refused(bracket):
     problem = PROBLEMS["bipartite-3x5"]
     with pytest.raises(ValueError, match="must be two positive numbers in increasing order"):
-        effective_beta(problem, exact_batch(problem, 1.0, 100, seed=14), method=method, bracket=bracket)
+        effective_beta(problem, exact_batch(problem, 1.0, 100, seed=14), bracket=bracket)
 
 
 def test_samples_of_another_width_are_refused():
@@ -253,23 +210,15 @@ def test_samples_of_another_width_are_refused():
         effective_beta(problem, exact_batch(PROBLEMS["complete-6"], 1.0, 100, seed=15))
 
 
-def test_unknown_methods_are_refused():
-    problem = PROBLEMS["bipartite-3x5"]
-    with pytest.raises(ValueError, match="Unknown method 'likelihood'.*'pseudo-likelihood' or 'energy'"):
-        effective_beta(problem, exact_batch(problem, 1.0, 100, seed=16), method="likelihood")
-
-
-@each_method
-def test_a_problem_without_energy_has_no_temperature(method):
+def test_a_problem_without_energy_has_no_temperature():
     """All fields and couplings zero: every temperature gives the same samples."""
     problem = random_problem(graphs.complete(5), scale=0.0)
     with pytest.raises(ValueError, match="No inverse temperature"):
-        effective_beta(problem, exact_batch(problem, 1.0, 100, seed=17), method=method)
+        effective_beta(problem, exact_batch(problem, 1.0, 100, seed=17))
 
 
-@each_method
-def test_independent_spins_have_a_temperature(method):
+def test_independent_spins_have_a_temperature():
     """No edges: the pseudo-likelihood is the likelihood. Within 4 standard errors (alpha 6e-5)."""
     problem = random_problem(graphs.independent(6), seed=1, scale=0.5)
-    estimate = effective_beta(problem, exact_batch(problem, 1.4, 3000, seed=18), method=method)
+    estimate = effective_beta(problem, exact_batch(problem, 1.4, 3000, seed=18))
     assert abs(estimate.value - 1.4) < 4 * estimate.scale

@@ -20,7 +20,6 @@ from qbmscvi.diagnostics import estimate_log_z
 from qbmscvi.exceptions import SamplerError, TrainingDivergedError, require_integer
 from qbmscvi.ising import SampleBatch
 from qbmscvi.samplers import BlockGibbsSampler, Broker, SamplingRequest, vet
-from qbmscvi.samplers._composites import resample
 from qbmscvi.samplers._tape import problem_fingerprint
 
 if TYPE_CHECKING:
@@ -303,7 +302,9 @@ class SamplingCallback(Callback):
         prior.log_z.add_(gain)
         log_weights.sub_(gain)  # the weights are one in the mean
         if (2.0 * log_weights).exp().sum() > n_chains / _RESAMPLE_BELOW:
-            prior.chains[-n_chains:] = tracked.spins[resample(torch.softmax(log_weights, 0), self._seeds)]
+            weights = torch.softmax(log_weights, 0).cpu()
+            rows = torch.multinomial(weights, n_chains, replacement=True, generator=self._seeds)
+            prior.chains[-n_chains:] = tracked.spins[rows.to(tracked.spins.device)]
             log_weights.zero_()
 
     def _note_failure(self, error: SamplerError, problem: IsingModel) -> None:

@@ -1,4 +1,4 @@
-"""Samplers of others, samples that count alike, and state that outlives a run."""
+"""Samplers of others, and state that outlives a run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,6 @@ from qbmscvi.samplers import (
     Recorded,
     Replayed,
     Rescaled,
-    Reweighted,
     Sampler,
     SamplerTraits,
     SamplingRequest,
@@ -82,66 +81,6 @@ def coupled(adata, **settings) -> QBMSCVI:
 def test_an_estimator_that_is_gone_is_an_unknown_name():
     with pytest.raises(ValueError, match=r"'disarm'.*straight-through.*spike-exponential"):
         build_smoothing("disarm")
-
-
-# Rows of equal weight ----------------------------------------------------------------------------------------------
-
-
-def mean_energy_z(law: Law, spins: np.ndarray) -> float:
-    """Mean energy of rows less the exact one, over the standard error of so many independent rows."""
-    code = ((spins.astype(int) + 1) // 2) @ (1 << np.arange(spins.shape[1] - 1, -1, -1))
-    mean = law.probabilities @ law.energies
-    scale = np.sqrt(law.probabilities @ (law.energies - mean) ** 2 / len(spins))
-    return float((law.energies[code].mean() - mean) / scale)
-
-
-@pytest.mark.parametrize("reports", [False, True], ids=["estimated", "reported"])
-@pytest.mark.parametrize("latent", ["spins", "gaussian-spins"])
-def test_resampled_draws_of_the_prior_have_the_exact_mean_energy(latent, reports, adata):
-    """Drawn at half of beta, where their mean energy is wrong by many standard errors; within 5 of them after all.
-
-    Copies leave fewer than 20,000 independent rows, but the energy has forgotten them after the sweeps.
-    """
-    model = coupled(adata, latent=latent) if latent == "spins" else coupled(adata, latent=latent, n_spins=10)
-    law, n_spins = Law.boltzmann(model.get_ising_model()), model.module.prior.n_spins
-    raw, resampled = (
-        model.sample_prior(20_000, sampler=sampler, seed=5)[:, -n_spins:]
-        for sampler in (OffTemperature(0.5), Reweighted(OffTemperature(0.5, reports=reports)))
-    )
-    assert mean_energy_z(law, raw) > 20
-    assert abs(mean_energy_z(law, resampled)) < 5
-
-
-class OfItsOwnTemperature(OffTemperature):
-    """Remote or not, and no sampler of the package: its answers are looked at."""
-
-    def __init__(self, gain, is_remote):
-        super().__init__(gain, reports=True)
-        self.traits = SamplerTraits(target="boltzmann", is_remote=is_remote)
-
-
-@pytest.mark.parametrize("is_remote", [False, True], ids=["local", "remote"])
-def test_resampled_answers_train_and_are_not_taken_for_repeats(is_remote, adata):
-    model = coupled(adata)
-    sampler = Reweighted(OfItsOwnTemperature(0.5, is_remote))
-    train(model, sampler, schedule=SamplingSchedule(every_n_steps=1, latency=0))
-    assert model.history["sampling_fallbacks"].to_numpy().max() == 0
-    law = Law.boltzmann(model.get_ising_model())
-    mean = law.probabilities @ law.energies
-    error = np.sqrt(law.probabilities @ (law.energies - mean) ** 2 / 256)
-    # Parameters move by little within an epoch: five standard errors of 256 chains, and the move of a few steps.
-    assert abs(float(model.history["prior_energy"].iloc[-1, 0]) - mean) < 5 * error + 0.1
-
-
-def test_history_and_chains_are_those_of_the_resampled_rows(adata):
-    """Chains are what moments, energies in the history and log Z are made of."""
-    model = coupled(adata)
-    problem = model.get_ising_model()
-    train(model, Reweighted(OffTemperature(0.5, reports=True)), plan_kwargs={"prior_lr": 0.0})
-    law = Law.boltzmann(problem)
-    assert abs(mean_energy_z(law, model.module.prior.chains.numpy())) < 5
-    z = float(model.history["prior_energy"].iloc[-1, 0]) - law.probabilities @ law.energies
-    assert abs(z) < 5 * np.sqrt(law.probabilities @ (law.energies - law.probabilities @ law.energies) ** 2 / 256)
 
 
 # Samplers of dimod -------------------------------------------------------------------------------------------------
@@ -455,6 +394,14 @@ def test_the_stand_in_for_a_d_wave_machine_is_refused_without_an_embedding(adata
 # State -------------------------------------------------------------------------------------------------------------
 
 
+def mean_energy_z(law: Law, spins: np.ndarray) -> float:
+    """Mean energy of rows less the exact one, over the standard error of so many independent rows."""
+    code = ((spins.astype(int) + 1) // 2) @ (1 << np.arange(spins.shape[1] - 1, -1, -1))
+    mean = law.probabilities @ law.energies
+    scale = np.sqrt(law.probabilities @ (law.energies - mean) ** 2 / len(spins))
+    return float((law.energies[code].mean() - mean) / scale)
+
+
 @pytest.mark.parametrize("n_rungs", [2, 8])
 @pytest.mark.parametrize("n_sweeps", [1, 4, 20])
 def test_a_new_tempering_sampler_leaves_chains_in_equilibrium(n_sweeps, n_rungs):
@@ -608,9 +555,7 @@ LOCAL = {
     "rescaled": lambda: Rescaled(ExactSampler(), h_limit=0.1, J_limit=0.1, n_bits=8),
     "spin-reversed": lambda: SpinReversed(BlockGibbsSampler(), 3),
     "calibrated": lambda: Calibrated(ExactSampler()),
-    "calibrated-by-energy": lambda: Calibrated(ExactSampler(), method="energy"),
     "polished": lambda: Polished(ExactSampler()),
-    "reweighted": lambda: Reweighted(OffTemperature(0.8)),
     "vetted": lambda: Vetted(BlockGibbsSampler()),
     "in-double-precision": lambda: InDoublePrecision(),
 }

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from qbmscvi.samplers._base import Draw, Sampler, SamplerTraits, SamplingRequest
 from qbmscvi.samplers._broker import Broker, Ledger
 from qbmscvi.samplers._cim import CoherentIsingSampler, build_coherent_ising_sampler
-from qbmscvi.samplers._composites import Calibrated, Composite, Polished, Rescaled, Reweighted, SpinReversed
+from qbmscvi.samplers._composites import Calibrated, Composite, Polished, Rescaled, SpinReversed
 from qbmscvi.samplers._dimod import (
     DimodSampler,
     PathIntegralAnnealingSampler,
@@ -19,7 +19,7 @@ from qbmscvi.samplers._dwave import DWaveSampler, build_dwave_sampler
 from qbmscvi.samplers._exact import ExactSampler
 from qbmscvi.samplers._gibbs import BlockGibbsSampler
 from qbmscvi.samplers._kaiwu import KaiwuSampler, build_kaiwu_sampler
-from qbmscvi.samplers._resilience import Budgeted, Retrying, TimeLimited
+from qbmscvi.samplers._resilience import Budgeted, Retrying
 from qbmscvi.samplers._tape import Recorded, Replayed
 from qbmscvi.samplers._temperature import BetaEstimate, effective_beta
 from qbmscvi.samplers._tempering import ParallelTemperingSampler
@@ -50,13 +50,11 @@ __all__ = [
     "Replayed",
     "Rescaled",
     "Retrying",
-    "Reweighted",
     "Sampler",
     "SamplerTraits",
     "SamplingRequest",
     "SimulatedAnnealingSampler",
     "SpinReversed",
-    "TimeLimited",
     "TreeDecompositionSampler",
     "Vetted",
     "build_coherent_ising_sampler",

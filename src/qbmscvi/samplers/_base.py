@@ -129,7 +129,7 @@ _PLAIN_FIELDS = ("n_samples", "beta", "n_sweeps", "seed", "purpose", "request_id
 class Draw:
     """Answer of a sampler's private hook: spins ``(n_samples, n_spins)`` and facts about the run.
 
-    Every row counts alike: a sampler that weights its samples resamples them, as :class:`Reweighted` does.
+    Every row counts alike: a sampler that weights its samples resamples them.
     """
 
     spins: Tensor

@@ -10,7 +10,7 @@ A usual stack around a device of fixed, roughly known temperature and limited ra
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,13 +21,10 @@ from qbmscvi.samplers._gibbs import gibbs_sweeps
 from qbmscvi.samplers._temperature import effective_beta, fits_beta
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from qbmscvi.ising import IsingModel, SampleBatch
     from qbmscvi.samplers._base import SamplerTraits, SamplingRequest
 
 _OWN_FACTS = ("sampler", "seed", "beta", "seconds")
-_N_PARTING_SWEEPS = 5  # of copies; after one of them `Vetted` finds no repeats any more
 
 
 class Composite(Sampler):
@@ -246,24 +243,15 @@ class Calibrated(Composite):
     ----------
     child
         The wrapped sampler.
-    method
-        Estimator; see :func:`~qbmscvi.samplers.effective_beta`.
     memory
         Weight of the past in the running mean, in ``[0, 1)``.
     """
 
-    def __init__(
-        self,
-        child: Sampler,
-        *,
-        method: Literal["pseudo-likelihood", "energy"] = "pseudo-likelihood",
-        memory: float = 0.7,
-    ) -> None:
+    def __init__(self, child: Sampler, *, memory: float = 0.7) -> None:
         super().__init__(child)
         if not 0.0 <= memory < 1.0:
             msg = f"memory={memory} must be at least 0 and below 1."
             raise ValueError(msg)
-        self.method = method
         self.memory = memory
         self.log_gain: float | None = None
 
@@ -284,8 +272,7 @@ class Calibrated(Composite):
         draws = []
         for request, question, batch in zip(requests, asked, self.child.sample_batch(asked), strict=True):
             try:
-                seed = self._own_seed(question.seed)
-                estimate = effective_beta(request.problem, batch, method=self.method, seed=seed)
+                estimate = effective_beta(request.problem, batch)
             except ValueError as error:
                 if fits_beta(request.problem, batch, request.beta):
                     draws.append(pass_on(batch, gain=gain))
@@ -332,67 +319,3 @@ class Polished(Composite):
             spins = gibbs_sweeps(problem, batch.spins.to(problem.h), self.n_sweeps, request.beta, generator)
             draws.append(replace(pass_on(batch, n_polish_sweeps=self.n_sweeps), spins=spins))
         return draws
-
-
-class Reweighted(Composite):
-    r"""Resample answers that were drawn at another temperature.
-
-    Rows are drawn anew by their weights, :math:`w \propto e^{-(\beta - \beta_\text{eff}) E}`. The effective temperature
-    is the one the child reports, or an estimate. A row that weighs much comes back several times; Gibbs sweeps at the
-    requested temperature then move the copies apart. Too few effective samples are an error and not an answer. ``info``
-    has ``drawn_beta``, the temperature of the child's answer, and ``effective_share``, the share of its samples that
-    the weights leave.
-
-    Parameters
-    ----------
-    child
-        The wrapped sampler.
-    min_effective_share
-        Smallest acceptable effective share of the samples.
-    """
-
-    def __init__(self, child: Sampler, min_effective_share: float = 0.1) -> None:
-        super().__init__(child)
-        if not 0.0 < min_effective_share <= 1.0:
-            msg = f"min_effective_share={min_effective_share} must be above 0 and at most 1."
-            raise ValueError(msg)
-        self.min_effective_share = min_effective_share
-
-    def _sample_batch(self, requests: list[SamplingRequest], seeds: list[int]) -> list[Draw]:
-        asked = [replace(request, seed=seed) for request, seed in zip(requests, seeds, strict=True)]
-        batches = self.child.sample_batch(asked)
-        return [self._resample(request, batch) for request, batch in zip(asked, batches, strict=True)]
-
-    def _resample(self, request: SamplingRequest, batch: SampleBatch) -> Draw:
-        problem = request.problem
-        # A temperature from before a polish is not that of the samples.
-        beta = None if "n_polish_sweeps" in batch.info else batch.info.get("effective_beta")
-        if beta is None:
-            try:
-                beta = effective_beta(problem, batch).value
-            except ValueError as error:
-                msg = f"The answer of {self.child.name} has no temperature: {error}"
-                raise InvalidSamples(msg) from error
-        weights = torch.softmax(-(request.beta - beta) * batch.energies, 0)
-        share = float(1.0 / weights.square().sum() / len(weights))
-        if share < self.min_effective_share:
-            msg = (
-                f"Samples of {self.child.name} drawn at beta={beta:.3g} are worth {share:.1%} of their number at "
-                f"beta={request.beta:.3g}; at least {self.min_effective_share:.0%} is asked for. Calibrate the "
-                "sampler, or use `Polished` instead of weights."
-            )
-            raise InvalidSamples(msg)
-        seed = self._own_seed(request.seed)
-        spins = batch.spins[resample(weights, torch.Generator().manual_seed(seed))]
-        generator = torch.Generator(device=problem.h.device).manual_seed(derive_seed(seed, "sweeps"))
-        spins = gibbs_sweeps(problem, spins.to(problem.h), _N_PARTING_SWEEPS, request.beta, generator)
-        facts = {"drawn_beta": beta, "effective_beta": request.beta, "effective_share": share}
-        return replace(pass_on(batch, **facts), spins=spins)
-
-
-def resample(weights: Tensor, generator: torch.Generator) -> Tensor:
-    """Systematic resampling: numbers of the rows that live on, each as often as its weight says."""
-    n_rows = len(weights)
-    offset = float(torch.rand((), generator=generator))
-    positions = (torch.arange(n_rows, dtype=weights.dtype, device=weights.device) + offset) / n_rows
-    return torch.searchsorted(weights.cumsum(0), positions).clamp(max=n_rows - 1)

@@ -7,16 +7,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from qbmscvi.exceptions import BudgetExceeded, SamplerError, SamplerTimeout
-from qbmscvi.samplers._background import call_in_background
 from qbmscvi.samplers._composites import Composite, pass_on
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from concurrent.futures import Future
 
     from qbmscvi.samplers._base import Draw, Sampler, SamplingRequest
-
-_MAX_GIVEN_UP = 4  # each is a thread
 
 
 class Retrying(Composite):
@@ -83,44 +79,6 @@ class Retrying(Composite):
                 raise failure
             pause *= 2.0
         raise AssertionError  # the loop returns or raises
-
-
-class TimeLimited(Composite):
-    """Give up on a call that takes too long.
-
-    The call runs in a thread of its own, which cannot be stopped: the child is told to cancel it, and an answer that
-    comes late is dropped. While four calls that were given up are still under way, no other one is made.
-
-    Parameters
-    ----------
-    child
-        The wrapped sampler.
-    seconds
-        Longest wait.
-    """
-
-    def __init__(self, child: Sampler, seconds: float) -> None:
-        super().__init__(child)
-        if not seconds > 0:
-            msg = f"seconds={seconds} must be positive."
-            raise ValueError(msg)
-        self.seconds = seconds
-        self._given_up: list[Future] = []
-
-    def _sample_batch(self, requests: list[SamplingRequest], seeds: list[int]) -> list[Draw]:
-        self._given_up = [answer for answer in self._given_up if not answer.done()]
-        if len(self._given_up) >= _MAX_GIVEN_UP:
-            msg = f"{self.child.name} is not asked: {_MAX_GIVEN_UP} earlier calls have not ended yet."
-            raise SamplerTimeout(msg)
-        asked = [replace(request, seed=seed) for request, seed in zip(requests, seeds, strict=True)]
-        answer = call_in_background(self.child.sample_batch, asked)
-        try:
-            return [pass_on(batch) for batch in answer.result(timeout=self.seconds)]
-        except TimeoutError as error:
-            self._given_up.append(answer)
-            self.child.cancel()
-            msg = f"{self.child.name} did not answer within {self.seconds:g} s."
-            raise SamplerTimeout(msg) from error
 
 
 class Budgeted(Composite):

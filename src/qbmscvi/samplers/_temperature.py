@@ -1,23 +1,12 @@
-r"""Estimates of the inverse temperature at which samples were really drawn.
-
-Two estimators. **Maximum pseudo-likelihood** :cite:p:`Chatterjee07` maximizes
-:math:`\sum_{r,i} \log p_\beta(s_{ri} \mid s_{r,\setminus i})`, concave in :math:`\beta`; it looks at single flips and
-needs no other samples. **Energy matching** looks for the :math:`\beta` whose Gibbs sweeps, started from the samples,
-leave their mean energy where it is; it sees collective structure, but samples whose moves are frozen hide from it.
-
-Both give an interval; samples are treated as independent. Where the two disagree beyond their intervals the samples do
-not come from a Boltzmann distribution of the problem at any temperature.
-"""
+"""Estimate of the inverse temperature at which samples were really drawn."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
-
-from qbmscvi.samplers._gibbs import gibbs_sweeps
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,13 +30,10 @@ class BetaEstimate:
         The estimate.
     scale
         Its standard error.
-    method
-        How it was obtained.
     """
 
     value: float
     scale: float
-    method: str
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -56,14 +42,12 @@ class BetaEstimate:
 
 
 def effective_beta(
-    problem: IsingModel,
-    batch: SampleBatch,
-    *,
-    method: Literal["pseudo-likelihood", "energy"] = "pseudo-likelihood",
-    bracket: tuple[float, float] = (1e-3, 1e3),
-    seed: int = 0,
+    problem: IsingModel, batch: SampleBatch, *, bracket: tuple[float, float] = (1e-3, 1e3)
 ) -> BetaEstimate:
-    """Estimate the inverse temperature at which samples were really drawn.
+    r"""Estimate the inverse temperature at which samples were really drawn.
+
+    Maximizes the pseudo-likelihood :math:`\sum_{r,i} \log p_\beta(s_{ri} \mid s_{r,\setminus i})` over
+    :math:`\beta`, in which it is concave :cite:p:`Chatterjee07`. Samples are treated as independent.
 
     Parameters
     ----------
@@ -71,28 +55,24 @@ def effective_beta(
         Problem as asked for, before any scaling to hardware ranges.
     batch
         Samples of it, spins of shape ``(n_samples, n_spins)``.
-    method
-        See the module's first lines.
     bracket
         Search interval.
-    seed
-        Seed of the sweeps of energy matching.
 
     Raises
     ------
     ValueError
-        If the number of spins differs, the method is unknown, or there is no estimate inside ``bracket``: samples that
-        are all local minima have an infinite one.
+        If the number of spins differs, or there is no estimate inside ``bracket``: samples that are all local minima
+        have an infinite one.
     """
     if batch.spins.shape[1] != problem.n_spins:
         msg = f"The samples have {batch.spins.shape[1]} spins, the problem {problem.n_spins}. Pass the right problem."
         raise ValueError(msg)
-    if method == "pseudo-likelihood":
-        return _pseudo_likelihood(problem, batch, bracket)
-    if method == "energy":
-        return _energy_matching(problem, batch, bracket, seed)
-    msg = f"Unknown method {method!r}. Use 'pseudo-likelihood' or 'energy'."
-    raise ValueError(msg)
+    alignment = _alignment(problem, batch)
+    beta = _bisect(lambda value: float(_score(alignment, value).mean()), bracket)
+    p = torch.sigmoid(2.0 * beta * alignment)
+    curvature = float((4.0 * alignment.square() * p * (1.0 - p)).sum())
+    # Sandwich: flips within a sample are correlated, samples are not.
+    return BetaEstimate(beta, float(_score(alignment, beta).norm()) / curvature)
 
 
 def pseudo_likelihood_score(problem: IsingModel, batch: SampleBatch, beta: float) -> Tensor:
@@ -121,34 +101,6 @@ def _alignment(problem: IsingModel, batch: SampleBatch) -> Tensor:
 
 def _score(alignment: Tensor, beta: float) -> Tensor:
     return (-2.0 * alignment * torch.sigmoid(2.0 * beta * alignment)).sum(-1)
-
-
-def _pseudo_likelihood(problem: IsingModel, batch: SampleBatch, bracket: tuple[float, float]) -> BetaEstimate:
-    alignment = _alignment(problem, batch)
-    beta = _bisect(lambda value: float(_score(alignment, value).mean()), bracket)
-    p = torch.sigmoid(2.0 * beta * alignment)
-    curvature = float((4.0 * alignment.square() * p * (1.0 - p)).sum())
-    # Sandwich: flips within a sample are correlated, samples are not.
-    return BetaEstimate(beta, float(_score(alignment, beta).norm()) / curvature, "pseudo-likelihood")
-
-
-def _energy_matching(
-    problem: IsingModel, batch: SampleBatch, bracket: tuple[float, float], seed: int, n_sweeps: int = 5
-) -> BetaEstimate:
-    spins = batch.spins.to(problem.h)
-
-    def drift(beta: float) -> Tensor:
-        """Energy change of each sample under Gibbs sweeps at ``beta``, same random numbers for every ``beta``."""
-        generator = torch.Generator(device=problem.h.device).manual_seed(seed)
-        after = gibbs_sweeps(problem, spins, n_sweeps, beta, generator)
-        return (problem.energy(after) - problem.energy(spins)).cpu().double()
-
-    beta = _bisect(lambda value: float(drift(value).mean()), bracket)
-    change = drift(beta)
-    # At the temperature of the samples, p K = p under sweeps K; its derivative says that the mean drift falls with beta
-    # by Var(E) - Cov(E, E'), which is half the mean squared change of the energy, for any kernel.
-    slope = 0.5 * float(change.square().sum())
-    return BetaEstimate(beta, float((change - change.mean()).norm()) / slope, "energy")
 
 
 def _bisect(decreasing: Callable[[float], float], bracket: tuple[float, float]) -> float:
