@@ -127,7 +127,6 @@ CLAIMS = [
     ("docs/dwave.md", f"the default `SamplingSchedule(latency={schedule.latency})`"),
     ("docs/kaiwu.md", f"lifts the limit of {_MAX_STALENESS} steps"),
     ("docs/kaiwu.md", f"`Retrying` ({NUMBER[default(build_kaiwu_sampler, 'n_attempts')]} calls in all)"),
-    ("docs/kaiwu.md", f"`Polished` ({NUMBER[default(build_kaiwu_sampler, 'n_polish_sweeps')]} sweeps)"),
     ("docs/benchmark.md", f"all scVI's {default(TrainingPlan, 'n_epochs_kl_warmup')} epochs"),
 ]
 SAID_OF_DEFAULTS = re.compile(rf"`[^`\n]+`[^.|`]{{0,14}}\bdefaults?\b|\bdefaults?\b[^.|`]{{0,20}}(?:`[^`]+`|{LITERAL})")

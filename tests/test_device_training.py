@@ -26,6 +26,7 @@ from qbmscvi.samplers import (
     Composite,
     DWaveSampler,
     KaiwuSampler,
+    Polished,
     Sampler,
     _kaiwu,
     build_coherent_ising_sampler,
@@ -69,12 +70,12 @@ class Device(NamedTuple):
 DEVICES = {
     "dwave": Device(
         partial(connected, DWaveSampler, device_beta=12.0),
-        partial(connected, build_dwave_sampler, device_beta=12.0, n_gauges=2),
+        lambda: Polished(connected(build_dwave_sampler, device_beta=12.0, n_gauges=2), 10),
         "at 12 in its units, truly at 5",
     ),
     "kaiwu": Device(
         partial(KaiwuSampler, device_beta=6.0, timeout=60.0),
-        partial(build_kaiwu_sampler, device_beta=6.0, timeout=60.0),
+        lambda: Polished(build_kaiwu_sampler(device_beta=6.0, timeout=60.0), 20),
         "at 6 in its units, truly at 2",
     ),
     "coherent_ising": Device(

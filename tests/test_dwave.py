@@ -512,9 +512,9 @@ def test_access_time_is_in_the_ledger_and_was_known_before(problem):
 
 def test_the_ready_chain_has_its_layers_and_is_what_the_name_builds(problem):
     ready = build_sampler("dwave")
-    assert ready.name == "Polished(Calibrated(SpinReversed(Retrying(DWaveSampler[Loop_zephyr]))))"
+    assert ready.name == "Calibrated(SpinReversed(Retrying(DWaveSampler[Loop_zephyr])))"
     assert ready.traits.is_remote
-    ready = build_dwave_sampler(device_beta=8.0, topology="zephyr", n_gauges=2)
+    ready = Polished(build_dwave_sampler(device_beta=8.0, topology="zephyr", n_gauges=2))
     for seed in range(3):
         batch = ready.sample(SamplingRequest(problem, 4_000, seed=seed))
     assert_follows(batch.spins, Law.boltzmann(problem))

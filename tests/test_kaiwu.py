@@ -177,7 +177,7 @@ def test_a_restarted_run_finds_the_job_of_its_question(platform, problem):
         if step == 0:
             broker._trip.future.exception(timeout=60.0)
             broker.collect(1)
-    gain = broker.sampler.child.log_gain
+    gain = broker.sampler.log_gain
     assert gain == pytest.approx(np.log(2 / 3), abs=0.1)
     wait_until(lambda: len(platform.jobs) == 2)
     state = pickle.loads(pickle.dumps(broker.state_dict()))
@@ -190,7 +190,7 @@ def test_a_restarted_run_finds_the_job_of_its_question(platform, problem):
 
     broker = Broker(build_kaiwu_sampler(device_beta=3.0, interval=0.2), latency=1)
     broker.load_state_dict(state)
-    assert broker.sampler.child.log_gain == gain
+    assert broker.sampler.log_gain == gain
     broker._trip.future.exception(timeout=60.0)
     (batch,) = broker.collect(2)
     assert_follows(batch.spins, Law.boltzmann(problem))
@@ -235,10 +235,10 @@ def test_training_takes_its_answers(platform, capsys):
 
 def test_the_ready_chain_has_its_layers_and_is_what_the_name_builds(platform, problem, monkeypatch):
     ready = build_sampler("kaiwu")
-    assert ready.name == "Polished(Calibrated(Retrying(KaiwuSampler)))"
+    assert ready.name == "Calibrated(Retrying(KaiwuSampler))"
     assert ready.traits.is_remote
     assert ready.traits.target == "approximate"
-    ready = build_kaiwu_sampler(device_beta=3.0, interval=0.2)
+    ready = Polished(build_kaiwu_sampler(device_beta=3.0, interval=0.2), 20)
     for seed in range(3):
         batch = ready.sample(SamplingRequest(problem, 4_000, seed=seed))
     assert_follows(batch.spins, Law.boltzmann(problem))

@@ -120,7 +120,7 @@ SAMPLERS = {
     # Believed to be colder than it is, by a quarter.
     "dwave": Case(lambda path: connected(DWaveSampler), "approximate", n_samples=1_000),
     "dwave-with-its-layers": Case(
-        lambda path: connected(build_dwave_sampler, n_polish_sweeps=20),
+        lambda path: Polished(connected(build_dwave_sampler), 20),
         exempt=NOT_BOLTZMANN_BELOW,
         n_samples=1_000,
         is_slow=True,

@@ -59,8 +59,6 @@ class SamplingSchedule:
         Age in steps beyond which an answer of a remote sampler is not used. None for 500 (or ``latency``, if that is
         more), and for no limit with a sampler whose answers take minutes (``traits.is_slow``): such answers are older
         than that whenever they come.
-    n_polish_sweeps
-        Local Gibbs sweeps that carry the states of a remote answer to the parameters of now.
 
     Raises
     ------
@@ -73,10 +71,9 @@ class SamplingSchedule:
     burn_in: int = 100
     latency: int = 20
     max_staleness: int | None = None
-    n_polish_sweeps: int = 10
 
     def __post_init__(self) -> None:
-        least_values = dict.fromkeys(["n_sweeps", "burn_in", "n_polish_sweeps"], 1) | {"latency": 0}
+        least_values = dict.fromkeys(["n_sweeps", "burn_in"], 1) | {"latency": 0}
         optional = {"every_n_steps": 1, "max_staleness": self.latency}
         least_values |= {name: least for name, least in optional.items() if getattr(self, name) is not None}
         for name, least in least_values.items():
@@ -225,7 +222,7 @@ class SamplingCallback(Callback):
         if answer is not None:
             self.prior.chains.copy_(self._shuffle(answer))
             self.prior.tracking_log_weights.zero_()
-            n_sweeps = max(n_sweeps, self.schedule.n_polish_sweeps)
+            n_sweeps = max(n_sweeps, self._local.n_sweeps)  # to the current parameters
         if not self.broker.is_busy and self._is_time_to_ask(step):
             self._last_asked = step
             seed = self.draw_seed()

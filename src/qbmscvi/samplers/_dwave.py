@@ -19,7 +19,7 @@ import torch
 from qbmscvi.exceptions import InvalidSamples, SamplerTimeout, SamplerUnavailable
 from qbmscvi.samplers._background import call_in_background
 from qbmscvi.samplers._base import Draw, Sampler, SamplerTraits, derive_seed
-from qbmscvi.samplers._composites import Calibrated, Polished, SpinReversed
+from qbmscvi.samplers._composites import Calibrated, SpinReversed
 from qbmscvi.samplers._dwave_device import check_parameters, connect, lattice_of, name_of, read_times
 from qbmscvi.samplers._dwave_errors import guarded
 from qbmscvi.samplers._dwave_jobs import Order, Trip, read_answer
@@ -335,21 +335,18 @@ class DWaveSampler(Sampler):
         return Draw(torch.from_numpy(np.concatenate(order.kept)[:n_samples]), info=facts)
 
 
-def build_dwave_sampler(
-    *, n_gauges: int = 4, n_polish_sweeps: int = 10, n_attempts: int = 3, **settings: Any
-) -> Sampler:
-    """Put the usual layers around a :class:`DWaveSampler`; the same as ``sampler="dwave"`` with settings.
+def build_dwave_sampler(*, n_gauges: int = 4, n_attempts: int = 3, **settings: Any) -> Sampler:
+    """Put the usual wrappers around a :class:`DWaveSampler`; the same as ``sampler="dwave"`` with settings.
 
     From the inside out: calls are repeated when they fail (:class:`Retrying`), bias fields are averaged out over gauges
-    (:class:`SpinReversed`), the temperature is measured and corrected (:class:`Calibrated`), and Gibbs sweeps mend what
-    is left (:class:`Polished`).
+    (:class:`SpinReversed`), and the temperature is measured and corrected (:class:`Calibrated`). Training goes on from
+    these samples with Gibbs sweeps of its own; use :class:`Polished` elsewhere.
 
     Parameters
     ----------
-    n_gauges, n_polish_sweeps, n_attempts
-        Of these layers.
+    n_gauges, n_attempts
+        Of these wrappers.
     settings
         Arguments of :class:`DWaveSampler`.
     """
-    device = Retrying(DWaveSampler(**settings), n_attempts)
-    return Polished(Calibrated(SpinReversed(device, n_gauges)), n_polish_sweeps)
+    return Calibrated(SpinReversed(Retrying(DWaveSampler(**settings), n_attempts), n_gauges))

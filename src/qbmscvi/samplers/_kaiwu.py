@@ -1,7 +1,7 @@
 """QBoson's coherent Ising machines, through the Kaiwu SDK.
 
 The SDK needs an interpreter of its own (CPython 3.10), in which ``_kaiwu_worker.py`` runs; this side knows matrices,
-jobs and deadlines. :class:`KaiwuSampler` is the bare device; :func:`build_kaiwu_sampler` puts the usual layers around
+jobs and deadlines. :class:`KaiwuSampler` is the bare device; :func:`build_kaiwu_sampler` puts the usual wrappers around
 it. Credentials are read by the worker from its environment, and are not known here. Splitting of spins into copies for
 more precision (``PrecisionReducer``) and the other solvers of the SDK are left out.
 """
@@ -24,7 +24,7 @@ import torch
 
 from qbmscvi.exceptions import InvalidSamples, SamplerTimeout, SamplerUnavailable, require_integer
 from qbmscvi.samplers._base import Draw, Sampler, SamplerTraits, derive_seed
-from qbmscvi.samplers._composites import Calibrated, Polished
+from qbmscvi.samplers._composites import Calibrated
 from qbmscvi.samplers._ising_matrix import IsingMatrix, fill_up
 from qbmscvi.samplers._kaiwu_link import Link
 from qbmscvi.samplers._resilience import Retrying
@@ -310,17 +310,18 @@ def find_python(python: str | os.PathLike[str] | None = None) -> str:
     return found
 
 
-def build_kaiwu_sampler(*, n_polish_sweeps: int = 20, n_attempts: int = 2, **settings: Any) -> Sampler:
-    """Put the usual layers around a :class:`KaiwuSampler`; the same as ``sampler="kaiwu"`` with settings.
+def build_kaiwu_sampler(*, n_attempts: int = 2, **settings: Any) -> Sampler:
+    """Put the usual wrappers around a :class:`KaiwuSampler`; the same as ``sampler="kaiwu"`` with settings.
 
-    From the inside out: calls are repeated when they fail (:class:`Retrying`), the temperature is measured and
-    corrected (:class:`Calibrated`), and Gibbs sweeps mend what is left (:class:`Polished`).
+    From the inside out: calls are repeated when they fail (:class:`Retrying`), and the temperature is measured and
+    corrected (:class:`Calibrated`). Training goes on from these samples with Gibbs sweeps of its own; use
+    :class:`Polished` elsewhere.
 
     Parameters
     ----------
-    n_polish_sweeps, n_attempts
-        Of these layers.
+    n_attempts
+        Of :class:`Retrying`.
     settings
         Arguments of :class:`KaiwuSampler`.
     """
-    return Polished(Calibrated(Retrying(KaiwuSampler(**settings), n_attempts)), n_polish_sweeps)
+    return Calibrated(Retrying(KaiwuSampler(**settings), n_attempts))
