@@ -103,7 +103,7 @@ def services(tmp_path, monkeypatch):
     platform = Platform(tmp_path / "platform")
     for name, value in platform.environment(make_interpreter(tmp_path / "interpreter")).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(_kaiwu, "_LEAST_INTERVAL", 0.05)
+    monkeypatch.setattr(_kaiwu, "_INTERVAL", 0.05)
 
 
 def trained(adata, graph, sampler, max_epochs, schedule=None) -> QBMSCVI:

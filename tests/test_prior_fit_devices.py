@@ -88,10 +88,10 @@ def test_a_few_questions_to_the_kaiwu_sdk_do_what_block_gibbs_does(fit, tmp_path
     platform = Platform(tmp_path / "platform")
     for name, value in platform.environment(make_interpreter(tmp_path / "interpreter")).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(_kaiwu, "_LEAST_INTERVAL", 0.05)
+    monkeypatch.setattr(_kaiwu, "_INTERVAL", 0.05)
     schedule = SamplingSchedule(every_n_steps=25, latency=0)
     platform.plan("short", "narrow")
-    device = build_kaiwu_sampler(device_beta=6.0, interval=0.05, timeout=60.0)  # in truth at 2
+    device = build_kaiwu_sampler(device_beta=6.0, timeout=60.0)  # in truth at 2
     with pytest.warns(RuntimeWarning, match="states|spins") as caught:
         found, recorded = fit(Recorded(device, tmp_path / "tape"), schedule=schedule)
     device.cancel()

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 # Set by the sampler, or of no use to one.
 _OWN_PARAMETERS = ("answer_mode", "auto_scale", "label", "max_answers", "num_reads", "warnings")
-_GRACE = 60.0  # seconds
 
 
 def connect(*, solver: str | None, topology: str | None, profile: str | None, timeout: float) -> Any:
@@ -54,13 +53,7 @@ def connect(*, solver: str | None, topology: str | None, profile: str | None, ti
     wanted = {"name__eq": solver, "topology__type__eq": topology}
     wanted = {key: value for key, value in wanted.items() if value is not None}
     choice = {"solver": {"order_by": "-num_active_qubits", **wanted}} if wanted else {}
-    options = {
-        "profile": profile,
-        "request_timeout": min(60.0, timeout),
-        # Later than our own: the client does not cancel a job that it gave up polling.
-        "polling_timeout": timeout + _GRACE,
-        "http_retry_total": 2,
-    }
+    options = {"profile": profile, "http_retry_total": 2}
     # In a thread of its own: three attempts of every request may take longer than the time there is.
     open_device = partial(dwave.system.DWaveSampler, **options, **choice)
     opening = call_in_background(partial(guarded, open_device, profile=profile))

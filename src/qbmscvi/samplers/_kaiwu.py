@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from qbmscvi.samplers._base import SamplingRequest
 
 # Of the SDK's documentation: CIMOptimizer(interval, sample_number).
-_LEAST_INTERVAL = 60.0  # seconds
+_INTERVAL = 60.0  # seconds between two looks at a job; the least that it allows
 _LEAST_READS, _MOST_READS = 10, 2_000
 _START_SECONDS = 120.0
 
@@ -67,8 +67,6 @@ class KaiwuSampler(Sampler):
     device_beta
         Inverse temperature of the machine, where its largest coupling counts as one. Nobody has published it: this is
         that of :class:`CoherentIsingSampler`.
-    interval
-        Seconds between two looks at a job; no less than the minute that the SDK allows.
     timeout
         Seconds for a whole call, the queue included. The worker is then ended; its jobs go on, and the same question
         finds them.
@@ -95,7 +93,6 @@ class KaiwuSampler(Sampler):
         n_physical_spins: int = 550,
         n_bits: int = 8,
         device_beta: float = 2.5,
-        interval: float = _LEAST_INTERVAL,
         timeout: float = 1_800.0,
         folder: str | os.PathLike[str] | None = None,
         telemetry: bool = False,
@@ -106,15 +103,12 @@ class KaiwuSampler(Sampler):
             if not 0 < value < math.inf:
                 msg = f"{name}={value} must be a positive finite number."
                 raise ValueError(msg)
-        if not _LEAST_INTERVAL <= interval < math.inf:
-            msg = f"interval={interval} s is too short: the vendor asks for {_LEAST_INTERVAL:g} s at least."
-            raise ValueError(msg)
         if mode not in ("sample", "quota"):
             msg = f"mode={mode!r} is not known. Use 'sample' or 'quota'."
             raise ValueError(msg)
         self.python = find_python(python)
         self.mode, self.n_physical_spins, self.n_bits, self.device_beta = mode, n_physical_spins, n_bits, device_beta
-        self.interval, self.timeout, self.telemetry = interval, timeout, telemetry
+        self.timeout, self.telemetry = timeout, telemetry
         self.folder = None if folder is None else os.fspath(folder)
         target = "approximate" if mode == "sample" else "ground_state"
         self.traits = SamplerTraits(target=target, is_remote=True, is_slow=True, max_spins=n_physical_spins - 1)
@@ -201,7 +195,7 @@ class KaiwuSampler(Sampler):
                     self._ask(job, deadline, canceled)
             if all(job.states is not None for job in jobs):
                 return
-            due = time.monotonic() + self.interval  # from the last question on, however long the others took
+            due = time.monotonic() + _INTERVAL  # from the last question on, however long the others took
             if due > deadline:
                 self.close()
                 msg = (

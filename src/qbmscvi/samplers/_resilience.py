@@ -6,17 +6,15 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from qbmscvi.exceptions import BudgetExceeded, SamplerError, SamplerTimeout
+from qbmscvi.exceptions import BudgetExceeded, SamplerError
 from qbmscvi.samplers._composites import Composite, pass_on
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from qbmscvi.samplers._base import Draw, Sampler, SamplingRequest
 
 
 class Retrying(Composite):
-    """Ask again when the child fails, with growing pauses, until a deadline; not a question that was canceled.
+    """Ask again when the child fails, with growing pauses; not a request that was canceled.
 
     Parameters
     ----------
@@ -26,32 +24,15 @@ class Retrying(Composite):
         Calls in all.
     pause
         Seconds before the second call; doubled before each further one.
-    deadline
-        Seconds after which no further call is made; None for no deadline. A call under way is not cut short.
-    sleep
-        Function that waits; replaced in tests.
     """
 
-    def __init__(
-        self,
-        child: Sampler,
-        n_attempts: int = 3,
-        *,
-        pause: float = 1.0,
-        deadline: float | None = None,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
+    def __init__(self, child: Sampler, n_attempts: int = 3, *, pause: float = 1.0) -> None:
         super().__init__(child)
-        if n_attempts < 1 or pause < 0 or (deadline is not None and deadline <= 0):
-            msg = (
-                f"n_attempts={n_attempts} must be at least 1, pause={pause} at least 0 and deadline={deadline} "
-                "positive or None."
-            )
+        if n_attempts < 1 or pause < 0:
+            msg = f"n_attempts={n_attempts} must be at least 1 and pause={pause} at least 0."
             raise ValueError(msg)
         self.n_attempts = n_attempts
         self.pause = pause
-        self.deadline = deadline
-        self._sleep = sleep
         self._n_canceled = 0
 
     def cancel(self) -> None:
@@ -61,7 +42,7 @@ class Retrying(Composite):
 
     def _sample_batch(self, requests: list[SamplingRequest], seeds: list[int]) -> list[Draw]:
         asked = [replace(request, seed=seed) for request, seed in zip(requests, seeds, strict=True)]
-        started, pause, n_canceled = time.monotonic(), self.pause, self._n_canceled
+        pause, n_canceled = self.pause, self._n_canceled
         for attempt in range(1, self.n_attempts + 1):
             try:
                 return [pass_on(batch, n_attempts=attempt) for batch in self.child.sample_batch(asked)]
@@ -71,10 +52,7 @@ class Retrying(Composite):
                 if attempt == self.n_attempts or self._n_canceled > n_canceled:
                     raise
                 failure = error
-                if self.deadline is not None and time.monotonic() - started + pause > self.deadline:
-                    msg = f"{self.child.name} did not answer within {self.deadline:g} s ({attempt} attempts): {error}"
-                    raise SamplerTimeout(msg) from error
-            self._sleep(pause)
+            time.sleep(pause)
             if self._n_canceled > n_canceled:
                 raise failure
             pause *= 2.0
