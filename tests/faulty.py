@@ -41,14 +41,6 @@ def _noise(sampler, request, draw):
     return Draw(2 * torch.randint(2, draw.spins.shape, generator=generator) - 1)
 
 
-def _repeat_last(sampler, request, draw):
-    return Draw(sampler.last_spins if request.initial_spins is None else request.initial_spins)
-
-
-def _sort(sampler, request, draw):
-    return Draw(draw.spins[request.problem.energy(draw.spins).argsort()])
-
-
 def _few_states(sampler, request, draw):
     return Draw(draw.spins[:4].repeat(len(draw.spins) // 4 + 1, 1)[: len(draw.spins)])
 
@@ -68,8 +60,6 @@ FAULTS = {
     "ground-states": Fault(lambda s, r, d: Draw(ground_states(r.problem, len(d.spins))), "as ground states have"),
     "noise": Fault(_noise, "as noise has"),
     "few-states": Fault(_few_states, "repeats states"),
-    "old-states": Fault(_repeat_last, "its last answer once more|the states that its chains started from"),
-    "sorted": Fault(_sort, "is sorted by energy"),
 }
 
 
@@ -80,18 +70,12 @@ class Faulty(Sampler):
         self.spoil, self.is_due, self.n_calls = spoil, is_due, 0
         self.child = ExactSampler() if child is None else child
         self.traits = replace(self.child.traits, **traits)
-        self.last_spins: torch.Tensor | None = None
 
     def _sample(self, request, seed):
         self.n_calls += 1
         request = replace(request, seed=seed)
-        batch = self.child.sample(request)
-        draw = Draw(batch.spins)
-        if self.is_due(self.n_calls - 1):
-            draw = self.spoil(self, request, draw)
-        else:
-            self.last_spins = draw.spins
-        return draw
+        draw = Draw(self.child.sample(request).spins)
+        return self.spoil(self, request, draw) if self.is_due(self.n_calls - 1) else draw
 
 
 class Pace(Callback):

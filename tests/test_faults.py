@@ -97,9 +97,8 @@ def test_training_survives(adata, fault, place):
     """Every second answer is spoiled, from the second on."""
     spoil, words = FAULTS[fault]
     build, schedule, n_trips, used = PLACES[place]
-    is_harmless = fault == "sorted" and place != "local-chains"  # rows that are no chains are dealt out at random
     model = train(adata, build(spoil), **schedule)
-    assert_survived(model, 0 if is_harmless else sum(call % 2 for call in used), words, n_trips)
+    assert_survived(model, sum(call % 2 for call in used), words, n_trips)
 
 
 @pytest.mark.parametrize("fault", ["ground-states", "noise", "few-states"])

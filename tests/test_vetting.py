@@ -144,46 +144,6 @@ def test_repeated_states_are_refused(n_states):
     assert "repeats states" in (reason := is_refused(answer, problem)) or (n_states == 1 and "ground states" in reason)
 
 
-def test_the_last_answer_is_refused_for_another_question_and_taken_for_the_same():
-    problem, kept = PROBLEMS["chimera-12"], []
-
-    def cached(request):
-        kept.append(exact(request))
-        return kept[0]
-
-    sampler = Vetted(Device(cached))
-    request = SamplingRequest(problem, 64, seed=0)
-    sampler.sample(request)
-    sampler.sample(request)  # asked again, as after a lost connection
-    with pytest.raises(InvalidSamples, match="its last answer once more"):
-        sampler.sample(replace(request, problem=problem.scaled(1.001)))
-
-
-def test_chains_that_did_not_move_are_refused_where_they_can_move():
-    def ask(problem):
-        start = exact(SamplingRequest(problem, 256, seed=0))
-        sampler = Vetted(Device(lambda request: request.initial_spins))
-        return sampler.sample(SamplingRequest(problem, 256, initial_spins=start, seed=1))
-
-    with pytest.raises(InvalidSamples, match="the states that its chains started from"):
-        ask(PROBLEMS["chimera-12"])
-    ask(PEAKED)
-
-
-def test_sorted_answers_are_refused_as_chains_and_taken_as_samples():
-    problem = PROBLEMS["chimera-12"]
-
-    def ordered(request):
-        spins = exact(request)
-        return spins[problem.energy(spins).argsort()]
-
-    request = SamplingRequest(problem, 64, seed=0)
-    sampler = Vetted(Device(ordered))
-    sampler.sample(request)
-    with pytest.raises(InvalidSamples, match="is sorted by energy"):
-        sampler.sample(replace(request, initial_spins=exact(replace(request, seed=1))))
-
-
 def test_facts_are_those_of_the_answer():
     problem = PROBLEMS["bipartite-3x5"]
     request = SamplingRequest(problem, 512, beta=0.7, seed=3)

@@ -452,24 +452,6 @@ def test_a_tape_goes_on_where_it_was_and_another_one_starts_at_its_beginning(tmp
     assert torch.equal(played.sample(requests[2]).spins, expected)
 
 
-def test_an_old_answer_is_known_after_a_restart():
-    def cached(spins):
-        class Cache(ExactSampler):
-            traits = SamplerTraits()
-
-            def _sample(self, request, seed):
-                return Draw(spins)
-
-        return Vetted(Cache())
-
-    spins = Law.boltzmann(PROBLEM).draw(64, seed=0)
-    sampler, again = cached(spins), cached(spins)
-    sampler.sample(SamplingRequest(PROBLEM, 64, seed=0))
-    again.load_state_dict(sampler.state_dict())
-    with pytest.raises(InvalidSamples, match="its last answer once more"):
-        again.sample(SamplingRequest(PROBLEM.scaled(1.001), 64, seed=0))
-
-
 class Forgetful(ExactSampler):
     """What it does with chains depends on how often it was asked, which is not in its state."""
 
