@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import scvi
 import torch
+from faulty import Pace
 from lightning.pytorch.callbacks import Callback
 
 from qbmscvi import QBMSCVI, SamplingSchedule, graphs
@@ -265,23 +266,6 @@ print("under way:", broker.is_busy)
     assert done.stdout == "under way: True\n"
 
 
-def test_ages_are_written_on_the_tape_and_kept_by_the_replay(tmp_path):
-    gate = threading.Event()
-    broker = dispatched(SpinReversed(Recorded(Counting(gate=gate, is_remote=True), tmp_path / "tape"), 2))
-    for step in range(11, 20):
-        if step == 15:
-            gate.set()
-            wait_for(broker)
-        if (recorded := broker.collect(step)) is not None:
-            break
-    replay = dispatched(SpinReversed(Replayed(tmp_path / "tape"), 2))
-    for other in range(11, 20):
-        if (replayed := replay.collect(other)) is not None:
-            break
-    assert step == other == 16
-    assert torch.equal(recorded[0].spins, replayed[0].spins)
-
-
 def test_answers_sorted_by_energy_are_dealt_out_at_random():
     """Two requests of one problem share an answer: neither may get the low half of the energies."""
 
@@ -401,16 +385,10 @@ def test_failing_remote_costs_one_warning_and_no_step(adata):
 
 
 def test_recorded_training_replays_bit_for_bit_without_the_device(adata, tmp_path):
-    """Answers that take between 0 and 60 ms, so that some are late, and every third call fails."""
-
-    class Erratic(Counting):
-        def _sample_batch(self, requests, seeds):
-            time.sleep(0.06 * (len(self.calls) % 2))
-            return super()._sample_batch(requests, seeds)
-
-    sampler = Erratic(is_remote=True, fails=lambda call: call % 3 == 0)
+    """Answers that come in time, of which every third is a failure."""
+    sampler, callbacks = Counting(is_remote=True, fails=lambda call: call % 3 == 0), [Pace()]
     with pytest.warns(RuntimeWarning, match="the line is down"):
-        recorded = train(adata, Recorded(sampler, tmp_path / "tape.jsonl"))
+        recorded = train(adata, Recorded(sampler, tmp_path / "tape.jsonl"), callbacks=callbacks)
     replayed = Replayed(tmp_path / "tape.jsonl")
     assert replayed.traits.is_remote
     with pytest.warns(RuntimeWarning, match="the line is down"):

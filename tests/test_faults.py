@@ -156,11 +156,6 @@ def test_a_whole_trip_answered_with_nothing_is_a_failure(adata):
     assert_survived(train(adata, Silent()), N_STEPS, "Silent failed")
 
 
-def test_a_sampler_that_cannot_note_ages_is_replaced(adata):
-    model = train(adata, Broken("note_age", ValueError("no such job")), latency=2)
-    assert_survived(model, 5, "ValueError: no such job")
-
-
 def test_a_job_that_cannot_be_cancelled_costs_a_warning(adata):
     class Stubborn(SteppedDevice):
         def cancel(self):
@@ -261,16 +256,14 @@ def test_a_full_disk_costs_the_recording_and_not_the_run(adata, tmp_path):
     ("damage", "words", "n_failures"),
     [
         pytest.param(lambda lines: lines[:4], "ends after 3 calls", 9, id="cut-off"),
-        pytest.param(
-            lambda lines: [lines[0], *lines[3:]], "was never answered|belongs to another problem", 12, id="gap"
-        ),
+        pytest.param(lambda lines: [lines[0], *lines[3:]], "belongs to another problem", 12, id="gap"),
     ],
 )
 def test_a_tape_that_does_not_fit_is_replaced(adata, tmp_path, damage, words, n_failures):
-    """A line of the tape that does not match its checksum is refused before training; see ``test_tape.py``."""
+    """A line of the tape that does not match its checksum is refused before training; see ``test_recordings.py``."""
     tape = tmp_path / "tape"
     train(adata, Recorded(ExactSampler(), tape))
-    lines = [line for line in tape.read_text().splitlines() if '"age"' not in line]
+    lines = tape.read_text().splitlines()
     tape.write_text("\n".join(damage(lines)) + "\n")
     assert_survived(train(adata, Replayed(tape)), n_failures, words)
 

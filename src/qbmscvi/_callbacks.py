@@ -20,7 +20,7 @@ from qbmscvi.diagnostics import estimate_log_z
 from qbmscvi.exceptions import SamplerError, TrainingDivergedError, require_integer
 from qbmscvi.ising import SampleBatch
 from qbmscvi.samplers import BlockGibbsSampler, Broker, SamplingRequest, vet
-from qbmscvi.samplers._tape import problem_fingerprint
+from qbmscvi.samplers._recordings import problem_fingerprint
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl

@@ -45,7 +45,7 @@ from qbmscvi.samplers import (
     Vetted,
     build_sampler,
 )
-from qbmscvi.samplers._tape import problem_fingerprint
+from qbmscvi.samplers._recordings import problem_fingerprint
 from qbmscvi.samplers._temperature import fits_beta
 from qbmscvi.testing import SamplerCheckError, check_sampler
 

@@ -19,8 +19,8 @@ from qbmscvi.samplers._dwave import DWaveSampler, build_dwave_sampler
 from qbmscvi.samplers._exact import ExactSampler
 from qbmscvi.samplers._gibbs import BlockGibbsSampler
 from qbmscvi.samplers._kaiwu import KaiwuSampler, build_kaiwu_sampler
+from qbmscvi.samplers._recordings import Recorded, Replayed
 from qbmscvi.samplers._resilience import Budgeted, Retrying
-from qbmscvi.samplers._tape import Recorded, Replayed
 from qbmscvi.samplers._temperature import BetaEstimate, effective_beta
 from qbmscvi.samplers._tempering import ParallelTemperingSampler
 from qbmscvi.samplers._vetting import Vetted

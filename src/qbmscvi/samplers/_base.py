@@ -44,7 +44,7 @@ class SamplerTraits:
     packs_problems
         Several small problems may be sent as one problem without couplings between them, to save trips.
     is_replay
-        Answers come from a recording, and are used at the age at which they were used then.
+        Answers come from a recording: they are there at once, and are used after the latency of the schedule.
     max_spins
         Largest problem accepted, or None.
     """
@@ -162,14 +162,6 @@ class Sampler:
     def name(self) -> str:
         """Name for logs and provenance."""
         return type(self).__name__
-
-    @property
-    def recorded_age(self) -> float | None:
-        """Age in steps at which the last answer was used when it was recorded; infinite for never, None if unknown."""
-        return None
-
-    def note_age(self, age: int) -> None:
-        """Take note that the last answer was used, or dropped, ``age`` steps after the question; for recordings."""
 
     def cancel(self) -> None:
         """Give up the question under way, if that is possible: nobody waits for its answer any more."""

@@ -3,8 +3,7 @@
 Requests of one interval are submitted, then dispatched together: those of one problem become one call, and where the
 sampler says so several problems become one. A local sampler answers at once. A remote one works in a thread of its own
 while training goes on. Its answer is used at a fixed age, or, if it is late, at the next multiple of that: nobody ever
-waits, a run with a fast device depends on seeds alone, and the ages are on the tape of a recorded one, so that it can
-be replayed bit for bit.
+waits, and a run with a fast device depends on seeds alone.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from qbmscvi.exceptions import SamplerError, SamplerTimeout
 from qbmscvi.ising import SampleBatch, disjoint_union
 from qbmscvi.samplers._background import call_in_background
 from qbmscvi.samplers._base import Sampler, SamplingRequest, derive_seed
-from qbmscvi.samplers._tape import problem_fingerprint
+from qbmscvi.samplers._recordings import problem_fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -73,7 +72,6 @@ class _Trip:
     step: int
     due: int
     future: Future
-    recorded_age: float | None
     sampler_state: dict[str, Any]
     is_late: bool = False
     is_given_up: bool = False
@@ -150,8 +148,7 @@ class Broker:
             except Exception as error:  # noqa: BLE001 - whatever it is, the collector gets it
                 future.set_exception(error)
             self.ledger.wait_seconds += time.perf_counter() - started
-        recorded_age = self.sampler.recorded_age if self.latency else None
-        self._trip = _Trip(requests, step, step + self.latency, future, recorded_age, sampler_state)
+        self._trip = _Trip(requests, step, step + self.latency, future, sampler_state)
 
     def collect(self, step: int) -> list[SampleBatch] | None:
         """Fetch the answers of the trip under way, one per request in the order of submission; never wait.
@@ -182,13 +179,9 @@ class Broker:
                 raise SamplerTimeout(msg)
             return None
         self._trip = None
-        error = trip.future.exception()
-        try:
-            self.sampler.note_age(age)
-        except Exception as failure:  # noqa: BLE001 - whatever it is, it must not end training
-            error = error or failure
         if trip.is_given_up:
             return None
+        error = trip.future.exception()
         if age > self.max_staleness:
             limit = f"max_staleness={self.max_staleness}"
             error = SamplerTimeout(f"The answer of {self.sampler.name} is {age} steps old ({limit}). {_ADVICE}")
@@ -206,8 +199,6 @@ class Broker:
         return batches
 
     def _is_there(self, trip: _Trip, step: int) -> bool:
-        if trip.recorded_age is not None:
-            return step >= trip.step + trip.recorded_age
         if step < trip.due:
             return False
         if trip.future.done():

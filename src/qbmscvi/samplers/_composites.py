@@ -54,15 +54,6 @@ class Composite(Sampler):
         """Name for logs and provenance."""
         return f"{type(self).__name__}({self.child.name})"
 
-    @property
-    def recorded_age(self) -> float | None:
-        """That of the child."""
-        return self.child.recorded_age
-
-    def note_age(self, age: int) -> None:
-        """Tell the child."""
-        self.child.note_age(age)
-
     def cancel(self) -> None:
         """Let the child give up its question."""
         self.child.cancel()

@@ -10,7 +10,6 @@ import errno
 import hashlib
 import inspect
 import json
-import math
 import pickle
 import warnings
 from dataclasses import replace
@@ -35,7 +34,7 @@ from qbmscvi.samplers import (
     SamplerTraits,
     SamplingRequest,
     SpinReversed,
-    _tape,
+    _recordings,
 )
 from qbmscvi.testing import tiny_problems
 
@@ -81,8 +80,12 @@ def tape(tmp_path) -> Path:
     return path
 
 
-def entries(path) -> list[dict]:
+def calls(path) -> list[dict]:
     return [json.loads(line) for line in path.read_bytes().decode("ascii").split("\n")[1:-1]]
+
+
+def entries(path) -> list[dict]:
+    return [answer for call in calls(path) for answer in call["answers"]]
 
 
 def rewrite(path, change, line=2) -> Path:
@@ -138,7 +141,7 @@ def test_facts_that_json_can_hold_are_kept(tape):
 
 def test_a_batch_is_one_call_of_the_tape(tmp_path):
     together = Recorded(ExactSampler(), tmp_path / "tape").sample_batch(requests_of())
-    assert [entry["call"] for entry in entries(tmp_path / "tape")] == [1, 1, 1, 1]
+    assert [len(call["answers"]) for call in calls(tmp_path / "tape")] == [4]
     again = Replayed(tmp_path / "tape").sample_batch(requests_of())
     assert all(torch.equal(a.spins, b.spins) for a, b in zip(together, again, strict=True))
     for part in (requests_of()[:3], requests_of()[::-1]):
@@ -186,41 +189,13 @@ def test_unknown_failures_of_a_tape_call_nothing(tmp_path):
         recorder.sample(requests_of()[1])
 
     def rename(line):
-        entry = {**json.loads(line), "failure": {"type": "require_integer", "message": "x"}}
-        body = {key: value for key, value in entry.items() if key != "sha256"}
+        body = {"failure": {"type": "require_integer", "message": "x"}}
         return json.dumps({**body, "sha256": checksum(body)})
 
     player = Replayed(rewrite(tmp_path / "tape", rename, 3))
     player.sample(requests_of()[0])
     with pytest.raises(SamplerError, match="^x$"):
         player.sample(requests_of()[1])
-
-
-def test_ages_are_those_of_the_recording_and_infinite_where_no_answer_came(tmp_path):
-    recorder = Recorded(ExactSampler(), tmp_path / "tape")
-    for request, age in zip(requests_of(), (20, None, 0, 45), strict=True):
-        recorder.sample(request)
-        if age is not None:
-            recorder.note_age(age)
-    player = SpinReversed(Replayed(tmp_path / "tape"), 1)
-    assert player.recorded_age is None
-    ages = []
-    for request in requests_of():
-        player.child.sample(request)
-        ages.append(player.recorded_age)
-    assert ages == [20, math.inf, 0, 45]
-    assert recorder.recorded_age is None
-
-
-def test_a_call_without_any_answer_was_never_answered(tmp_path):
-    """As of a job that never ended: the age at which it was given up is all that is known of it."""
-    recorder = Recorded(ExactSampler(), tmp_path / "tape")
-    recorder._n_calls += 1
-    recorder.note_age(500)
-    player = Replayed(tmp_path / "tape")
-    with pytest.raises(SamplerTimeout, match="Call 1 of .* was never answered"):
-        player.sample(requests_of()[0])
-    assert player.recorded_age == 500
 
 
 def test_recording_changes_nothing(tmp_path):
@@ -272,17 +247,17 @@ def test_a_tape_inside_other_composites(tmp_path):
 def test_header_names_format_and_version(tape):
     header = json.loads(tape.read_text().splitlines()[0])
     traits = dict.fromkeys(("is_remote", "is_persistent", "is_slow"), False)
-    assert header == {"format": "qbmscvi-tape", "version": 2, **traits}
+    assert header == {"format": "qbmscvi-recording", "version": 1, **traits}
 
 
 def test_the_file_is_plain_json_lines(tape):
     text = tape.read_bytes().decode("ascii")
     assert text.endswith("\n")
     assert text.count("\n") == 5
-    for entry in entries(tape):
-        assert set(entry) == {"call", "request", "shape", "spins", "info", "sha256"}
-        body = {key: value for key, value in entry.items() if key != "sha256"}
-        assert entry["sha256"] == checksum(body)
+    for call in calls(tape):
+        assert set(call) == {"answers", "sha256"}
+        assert [set(answer) for answer in call["answers"]] == [{"request", "shape", "spins", "info"}]
+        assert call["sha256"] == checksum({"answers": call["answers"]})
 
 
 def test_spins_and_facts_can_be_rebuilt_by_hand(tape):
@@ -317,7 +292,7 @@ def test_nothing_is_pickled(tape, monkeypatch):
     for module, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load"), (np, "load")):
         monkeypatch.setattr(module, name, refuse)
     assert Replayed(tape).sample(requests_of()[0]).n_samples == 9
-    source = inspect.getsource(_tape)
+    source = inspect.getsource(_recordings)
     assert not any(word in source for word in ("pickle", "torch.load", "np.load", "eval(", "exec("))
     assert b"\x80\x04" not in tape.read_bytes()
 
@@ -347,9 +322,9 @@ def test_facts_of_a_budget_are_kept(tmp_path):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        pytest.param(lambda line: line[: len(line) // 2], r"Line 2 of the tape .* is damaged", id="half-a-line"),
-        pytest.param(lambda line: "", r"Line 2 of the tape .* is damaged", id="empty-line"),
-        pytest.param(lambda line: "[1, 2]", r"Line 2 of the tape .* is not a record", id="not-a-record"),
+        pytest.param(lambda line: line[: len(line) // 2], r"Line 2 of the recording .* is damaged", id="half-a-line"),
+        pytest.param(lambda line: "", r"Line 2 of the recording .* is damaged", id="empty-line"),
+        pytest.param(lambda line: "[1, 2]", r"Line 2 of the recording .* is not a record", id="not-a-record"),
         pytest.param(lambda line: "{}", r"Line 2 .* does not match its checksum", id="empty-record"),
         pytest.param(lambda line: line.replace("sha256", "sha512"), "Line 2 .* checksum", id="no-checksum"),
         pytest.param(lambda line: line.replace('"seed": 0', '"seed": 1'), "Line 2 .* checksum", id="changed-fact"),
@@ -365,8 +340,8 @@ def test_a_wrong_checksum_is_found_in_any_line(tape):
     for number in (2, 5):
         copy = tape.with_name(f"copy-{number}")
         copy.write_text(tape.read_text())
-        digest = entries(copy)[number - 2]["sha256"]
-        with pytest.raises(InvalidSamples, match=f"Line {number} of the tape .* does not match its checksum"):
+        digest = calls(copy)[number - 2]["sha256"]
+        with pytest.raises(InvalidSamples, match=f"Line {number} of the recording .* does not match its checksum"):
             Replayed(rewrite(copy, lambda line, digest=digest: line.replace(digest, "0" * 64), number))
 
 
@@ -376,7 +351,7 @@ def test_a_last_line_that_was_cut_off_is_found(tape):
     last = whole.rindex(b"\n", 0, -1) + 1
     for stop in (last + 1, last + 40, len(whole) - 5, len(whole) - 2):
         tape.write_bytes(whole[:stop])
-        with pytest.raises(InvalidSamples, match="Line 5 of the tape .* is damaged"):
+        with pytest.raises(InvalidSamples, match="Line 5 of the recording .* is damaged"):
             Replayed(tape)
     tape.write_bytes(whole[:last])
     assert len(Replayed(tape)._calls) == 3
@@ -395,40 +370,40 @@ def test_no_single_changed_character_goes_unnoticed(tape):
         try:
             player = Replayed(tape)
         except InvalidSamples as error:
-            assert "Line 2 of the tape" in str(error)
+            assert "Line 2 of the recording" in str(error)
         else:
-            assert {**player._calls[0][0], "sha256": due["sha256"]} == due
+            assert {**player._calls[0], "sha256": due["sha256"]} == due
 
 
 @pytest.mark.parametrize(
     "header",
     [
-        pytest.param('{"format": "qbmscvi-tape", "version": 3}', id="later-version"),
-        pytest.param('{"format": "qbmscvi-tape", "version": 1}', id="earlier-version"),
-        pytest.param('{"format": "qbmscvi-tape"}', id="no-version"),
-        pytest.param('{"format": "other", "version": 2}', id="other-format"),
+        pytest.param('{"format": "qbmscvi-recording", "version": 2}', id="later-version"),
+        pytest.param('{"format": "qbmscvi-tape", "version": 2}', id="earlier-format"),
+        pytest.param('{"format": "qbmscvi-recording"}', id="no-version"),
+        pytest.param('{"format": "other", "version": 1}', id="other-format"),
         pytest.param("{}", id="no-header"),
         pytest.param(
-            '{"format": "qbmscvi-tape", "version": 2}',
+            '{"format": "qbmscvi-recording", "version": 1}',
             id="no-traits",
         ),
     ],
 )
 def test_files_of_other_versions_and_formats_are_refused(tape, header):
-    with pytest.raises(InvalidSamples, match=r"is not a tape of version 2: it begins with \["):
+    with pytest.raises(InvalidSamples, match=r"is not a recording of version 1: it begins with \["):
         Replayed(rewrite(tape, lambda line: header, 1))
 
 
 @pytest.mark.parametrize("content", ["", "cell,gene\n1,2\n", "[]\n", "null\n", '"tape"\n'], ids=repr)
 def test_files_that_are_no_tapes_are_refused(tmp_path, content):
     (tmp_path / "tape").write_text(content)
-    with pytest.raises(InvalidSamples, match="tape"):
+    with pytest.raises(InvalidSamples, match="recording"):
         Replayed(tmp_path / "tape")
 
 
 def test_binary_files_are_refused(tmp_path):
     (tmp_path / "tape").write_bytes(b"\x89HDF\r\n\x1a\n\x00\xff")
-    with pytest.raises(InvalidSamples, match="not a tape"):
+    with pytest.raises(InvalidSamples, match="not a recording"):
         Replayed(tmp_path / "tape")
 
 

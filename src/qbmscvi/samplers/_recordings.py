@@ -1,13 +1,12 @@
 """Record what a sampler answered, and play it back without the sampler.
 
-A tape is a text file of JSON lines. First a header with ``"format": "qbmscvi-tape"``, ``"version": 2`` and the traits
-that a training run depends on. Then, for call number ``"call"`` (from 1):
+A recording is a text file of JSON lines. First a header with ``"format": "qbmscvi-recording"``, ``"version": 1`` and
+the traits that a training run depends on. Then one line per call, in order, with a checksum: ``"answers"``, a list with
+the fingerprint of each request, its spins (bits packed most significant first, base64) and the facts of ``info`` that
+JSON can hold; or ``"failure"``, the type and words of the error. It can be read by anything and runs nothing when read.
 
-- one line per answer with the fingerprint of the request, the spins (bits packed most significant first, base64) and
-  the facts of ``info`` that JSON can hold; or one line ``"failure"`` with the type and words of the error;
-- one line ``"age"``: the steps after which the answer was used or dropped. A call that never answered has none.
-
-Each line has a checksum. A tape can be read by anything and runs nothing when read.
+When an answer was used is not recorded. A replay uses it after the ``latency`` of the schedule, as a run does whose
+answers come in time; the replay of a run with late answers makes other requests, which fail.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import base64
 import hashlib
 import json
 import math
-import threading
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +35,7 @@ if TYPE_CHECKING:
 
 # What a run does depends on these traits, so a replay must have them.
 _RUN_TRAITS = ("is_remote", "is_persistent", "is_slow")
-_HEADER = {"format": "qbmscvi-tape", "version": 2}
+_HEADER = {"format": "qbmscvi-recording", "version": 1}
 _ERRORS = {kind.__name__: kind for kind in (BudgetExceeded, InvalidSamples, SamplerTimeout, SamplerUnavailable)}
 
 
@@ -58,10 +56,10 @@ def fingerprint(request: SamplingRequest) -> str:
 
 
 class Recorded(Composite):
-    """Write every answer of the child to a tape, and every failure.
+    """Write every answer of the child to a file, and every failure.
 
-    A tape that cannot be written (disk full, say) costs the recording, not the run: one warning, and
-    ``info["is_recorded"]`` is False from there on.
+    A recording that cannot be written (disk full, say) costs no run: one warning, and ``info["is_recorded"]`` is False
+    from there on.
 
     Parameters
     ----------
@@ -85,130 +83,87 @@ class Recorded(Composite):
         traits = {name: getattr(self.traits, name) for name in _RUN_TRAITS}
         self.path.write_text(json.dumps({**_HEADER, **traits}) + "\n")
         self._is_intact = True
-        self._n_calls = 0
-        self._lock = threading.Lock()
 
     def _sample_batch(self, requests: list[SamplingRequest], seeds: list[int]) -> list[Draw]:
         asked = [replace(request, seed=seed) for request, seed in zip(requests, seeds, strict=True)]
-        self._n_calls += 1
-        call = self._n_calls
         try:
             batches = self.child.sample_batch(asked)
         except SamplerError as error:
-            self._write(call, [{"failure": {"type": type(error).__name__, "message": str(error)}}])
+            self._write({"failure": {"type": type(error).__name__, "message": str(error)}})
             raise
-        self._write(call, [_encode(request, batch) for request, batch in zip(asked, batches, strict=True)])
+        self._write({"answers": [_encode(request, batch) for request, batch in zip(asked, batches, strict=True)]})
         return [pass_on(batch, is_recorded=self._is_intact) for batch in batches]
 
-    def note_age(self, age: int) -> None:
-        """Write down when the last answer was used."""
-        self._write(self._n_calls, [{"age": age}])
-        super().note_age(age)
-
-    def _write(self, call: int, entries: list[dict[str, Any]]) -> None:
-        entries = [{"call": call, **entry} for entry in entries]
-        lines = [json.dumps({**entry, "sha256": _checksum(entry)}) + "\n" for entry in entries]
-        with self._lock:
-            if not self._is_intact:
-                return
-            try:
-                with self.path.open("a") as file:
-                    file.writelines(lines)
-            except OSError as error:
-                self._is_intact = False
-                warnings.warn(
-                    f"Recording to {self.path} stopped: {error}. Sampling goes on without it.",
-                    RuntimeWarning,
-                    stacklevel=3,
-                )
+    def _write(self, call: dict[str, Any]) -> None:
+        if not self._is_intact:
+            return
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps({**call, "sha256": _checksum(call)}) + "\n")
+        except OSError as error:
+            self._is_intact = False
+            warnings.warn(
+                f"Recording to {self.path} stopped: {error}. Sampling goes on without it.", RuntimeWarning, stacklevel=3
+            )
 
 
 class Replayed(Sampler):
-    """Play back a tape: the same answers and failures in the same order, if the same is asked.
+    """Play back a recording: the same answers and failures in the same order, if the same is asked.
 
     Parameters
     ----------
     path
-        Tape written by :class:`Recorded`.
+        File written by :class:`Recorded`.
 
     Raises
     ------
     FileNotFoundError
         If there is no such file.
     InvalidSamples
-        If the file is no tape, of a version not known here, or damaged.
+        If the file is no recording, of a version not known here, or damaged.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         lines = self.path.read_text(errors="replace").splitlines()
         header = _parse(lines[0], self.path, 1) if lines else {}
-        is_tape = all(header.get(key) == value for key, value in _HEADER.items())
-        if not is_tape or not set(_RUN_TRAITS) <= set(header):
-            msg = f"{self.path} is not a tape of version {_HEADER['version']}: it begins with {lines[:1]}."
+        is_recording = all(header.get(key) == value for key, value in _HEADER.items())
+        if not is_recording or not set(_RUN_TRAITS) <= set(header):
+            msg = f"{self.path} is not a recording of version {_HEADER['version']}: it begins with {lines[:1]}."
             raise InvalidSamples(msg)
-        self._calls: list[list[dict[str, Any]]] = []
-        self._ages: list[float] = []
-        self._is_past_end = False
-        for number, line in enumerate(lines[1:], start=2):
-            self._file(_verify(line, self.path, number))
+        self._calls = [_verify(line, self.path, number) for number, line in enumerate(lines[1:], start=2)]
         self._position = 0
         self._checksum = hashlib.sha256(self.path.read_bytes()).hexdigest()
         self.traits = SamplerTraits(**{name: header[name] for name in _RUN_TRAITS}, is_replay=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Number of answers that were replayed, and the checksum of the file that they came from."""
-        return {"tape": self._checksum, "position": self._position, "is_past_end": self._is_past_end}
+        """Number of calls that were replayed, and the checksum of the file that they came from."""
+        return {"recording": self._checksum, "position": self._position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after these answers; another file is replayed from its start."""
-        if state["tape"] == self._checksum:
-            self._position, self._is_past_end = state["position"], state["is_past_end"]
-
-    def _file(self, entry: dict[str, Any]) -> None:
-        """Put an entry to its call; calls without an answer leave no other trace than a gap."""
-        missing = entry["call"] - len(self._calls)
-        self._calls += [[] for _ in range(missing)]
-        self._ages += [math.inf] * missing
-        if "age" in entry:
-            self._ages[entry["call"] - 1] = entry["age"]
-        else:
-            self._calls[entry["call"] - 1].append(entry)
-
-    @property
-    def recorded_age(self) -> float | None:
-        """Age at which the last answer was used when it was recorded; infinite for never.
-
-        So it is for a call after the last one on the tape: that one was under way when the recording ended.
-        """
-        if self._is_past_end:
-            return math.inf
-        return self._ages[self._position - 1] if self._position else None
+        """Go on after these calls; another file is replayed from its start."""
+        if state["recording"] == self._checksum:
+            self._position = state["position"]
 
     def _sample_batch(self, requests: list[SamplingRequest], seeds: list[int]) -> list[Draw]:
         if self._position == len(self._calls):
-            self._is_past_end = True
             msg = (
-                f"The tape {self.path} ends after {len(self._calls)} calls, but another was made. Replay a run with "
-                "the settings it was recorded with."
+                f"The recording {self.path} ends after {len(self._calls)} calls, but another was made. Replay a run "
+                "with the settings it was recorded with."
             )
             raise SamplerUnavailable(msg)
-        entries = self._calls[self._position]
-        failures = [entry["failure"] for entry in entries if "failure" in entry]
-        expected = [entry["request"] for entry in entries if "request" in entry]
-        if expected and expected != [fingerprint(request) for request in requests]:
+        call = self._calls[self._position]
+        answers = call.get("answers", [])
+        if answers and [answer["request"] for answer in answers] != [fingerprint(request) for request in requests]:
             msg = (
                 f"Call {self._position + 1} of {self.path} belongs to another problem than the one asked for. Replay "
                 "with the same data, seed and settings as when it was recorded."
             )
             raise InvalidSamples(msg)
         self._position += 1
-        if failures:
-            raise _ERRORS.get(failures[0]["type"], SamplerError)(failures[0]["message"])
-        if not entries:
-            msg = f"Call {self._position} of {self.path} was never answered."
-            raise SamplerTimeout(msg)
-        return [_decode(entry) for entry in entries]
+        if "failure" in call:
+            raise _ERRORS.get(call["failure"]["type"], SamplerError)(call["failure"]["message"])
+        return [_decode(answer) for answer in answers]
 
 
 def _encode(request: SamplingRequest, batch: SampleBatch) -> dict[str, Any]:
@@ -249,11 +204,11 @@ def _parse(line: str, path: Path, number: int) -> dict[str, Any]:
     try:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
-        what = f"{path} is not a tape: line 1" if number == 1 else f"Line {number} of the tape {path}"
+        what = f"{path} is not a recording: line 1" if number == 1 else f"Line {number} of the recording {path}"
         msg = f"{what} is damaged ({error}). Use an intact copy."
         raise InvalidSamples(msg) from error
     if not isinstance(entry, dict):
-        msg = f"Line {number} of the tape {path} is not a record. Use an intact copy."
+        msg = f"Line {number} of the recording {path} is not a record. Use an intact copy."
         raise InvalidSamples(msg)
     return entry
 
@@ -262,6 +217,6 @@ def _verify(line: str, path: Path, number: int) -> dict[str, Any]:
     entry = _parse(line, path, number)
     checksum = entry.pop("sha256", None)
     if checksum != _checksum(entry):
-        msg = f"Line {number} of the tape {path} does not match its checksum. Use an intact copy."
+        msg = f"Line {number} of the recording {path} does not match its checksum. Use an intact copy."
         raise InvalidSamples(msg)
     return entry
