@@ -5,7 +5,7 @@ Two measurements, written to SAMPLING.md beside this script (with ``--quick``: t
     python benchmarks/sampling.py --out sampling-output
     python benchmarks/sampling.py --out sampling-output --quick
 
-Trips to an imagined remote device, with and without the broker; and the errors that each composite removes from a
+Trips to an imagined remote device, with and without the broker; and the errors that each wrapper removes from a
 device with a bias field and a wrong temperature. Harness and device are those of the tests. What the layer takes of a
 training step is in SPEED.md.
 """
@@ -36,7 +36,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 
 from laws import Law  # noqa: E402
-from test_composites import BELIEVED_BETA, TRUE_BETA, Device, answers_by_layer, worst_mean  # noqa: E402
+from test_wrappers import BELIEVED_BETA, TRUE_BETA, Device, answers_by_layer, worst_mean  # noqa: E402
 
 TRIP_SECONDS, SAMPLE_SECONDS = 20e-3, 50e-6
 N_REQUESTS = (1, 2, 4, 8, 16, 32)

@@ -1,4 +1,4 @@
-"""Samplers with one known fault each, and a device with several, shared by the tests of samplers and composites."""
+"""Samplers with one known fault each, and a device with several, shared by the tests of samplers and wrappers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sapi_server import SapiServer, Solver, working_graph
 
 from qbmscvi.enumeration import draw_exact
 from qbmscvi.ising import IsingModel
-from qbmscvi.samplers import Composite, Draw, ExactSampler, Rescaled, Sampler, SamplerTraits
+from qbmscvi.samplers import Draw, ExactSampler, Rescaled, Sampler, SamplerTraits, Wrapper
 
 TRUE_BETA, BELIEVED_BETA, RANGE, N_BITS = 3.7, 5.0, 0.2, 8
 
@@ -71,7 +71,7 @@ def _drop_edge(problem: IsingModel) -> IsingModel:
     return replace(problem, J=J)
 
 
-class Faulty(Composite):
+class Faulty(Wrapper):
     """An error around any sampler: in what it is asked, or in the order of the nodes that it answers."""
 
     FAULTS = ("sign-of-J", "beta-10-percent-high", "shifted-nodes", "dropped-edge")

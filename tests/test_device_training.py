@@ -23,24 +23,24 @@ from qbmscvi import QBMSCVI, SamplingSchedule, graphs
 from qbmscvi.enumeration import exact_moments
 from qbmscvi.samplers import (
     CoherentIsingSampler,
-    Composite,
     DWaveSampler,
     KaiwuSampler,
     Polished,
     Sampler,
+    Wrapper,
     _kaiwu,
     build_coherent_ising_sampler,
     build_dwave_sampler,
     build_kaiwu_sampler,
 )
-from qbmscvi.samplers._composites import pass_on
+from qbmscvi.samplers._wrappers import pass_on
 
 N_SPINS = 16
 
 pytestmark = pytest.mark.slow
 
 
-class OnTheSpot(Composite):
+class OnTheSpot(Wrapper):
     """The moments of the prior are those of the answers: no local chains in between, which would repair them."""
 
     @property

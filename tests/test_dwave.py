@@ -43,20 +43,20 @@ from qbmscvi.ising import IsingModel
 from qbmscvi.samplers import (
     Broker,
     Calibrated,
-    Composite,
     DWaveSampler,
     Polished,
     Recorded,
     Retrying,
     SamplingRequest,
     SpinReversed,
+    Wrapper,
     build_dwave_sampler,
     build_sampler,
 )
 from qbmscvi.samplers._background import call_in_background
-from qbmscvi.samplers._composites import pass_on
 from qbmscvi.samplers._embedding import Embedding, find_embedding
 from qbmscvi.samplers._program import Ranges, fit
+from qbmscvi.samplers._wrappers import pass_on
 
 TRUE_BETA = 5.0
 # Of an Advantage2 system, as its documentation has them: per group of couplers and not per qubit.
@@ -571,7 +571,7 @@ def test_training_outlives_every_fault(service):
     model = QBMSCVI(adata, latent="spins", n_latent=8, prior_graph=graphs.patch(device.working_graph, 8), n_chains=64)
     faults = [(place, fault) for place, fault, *_ in FAULTS]
 
-    class Unlucky(Composite):
+    class Unlucky(Wrapper):
         def _sample_batch(self, requests, seeds):
             service.calm()
             if faults:
@@ -650,7 +650,7 @@ def test_cancel_reaches_the_job(service, problem):
     n_canceled = len(service.canceled)
     deadline = time.monotonic() + 20.0
     job = job_under_way(device)
-    SpinReversed(device).cancel()  # from another thread, through a composite
+    SpinReversed(device).cancel()  # from another thread, through a wrapper
     with pytest.raises(SamplerUnavailable, match="canceled"):
         answer.result(timeout=20.0)
     while len(service.canceled) == n_canceled and time.monotonic() < deadline:

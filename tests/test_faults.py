@@ -223,7 +223,7 @@ def test_answers_to_the_question_before_are_carried_to_the_parameters_of_now(ada
     assert_survived(model, 0, "")
 
 
-# Budgets and tapes -------------------------------------------------------------------------------------------------
+# Budgets and recordings --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("is_remote", [False, True], ids=["local", "remote"])
@@ -235,7 +235,7 @@ def test_training_goes_on_when_the_budget_is_spent(adata, is_remote):
 
 
 def test_a_full_disk_costs_the_recording_and_not_the_run(adata, tmp_path):
-    """The tape's folder disappears after the third call."""
+    """The folder of the recording disappears after the third call."""
     folder = tmp_path / "tapes"
     folder.mkdir()
 
@@ -259,8 +259,8 @@ def test_a_full_disk_costs_the_recording_and_not_the_run(adata, tmp_path):
         pytest.param(lambda lines: [lines[0], *lines[3:]], "belongs to another problem", 12, id="gap"),
     ],
 )
-def test_a_tape_that_does_not_fit_is_replaced(adata, tmp_path, damage, words, n_failures):
-    """A line of the tape that does not match its checksum is refused before training; see ``test_recordings.py``."""
+def test_a_recording_that_does_not_fit_is_replaced(adata, tmp_path, damage, words, n_failures):
+    """A line of the recording that does not match its checksum is refused before training; see ``test_recordings.py``."""
     tape = tmp_path / "tape"
     train(adata, Recorded(ExactSampler(), tape))
     lines = tape.read_text().splitlines()

@@ -1,4 +1,4 @@
-"""One suite of laws over every sampler and composite: ``check_sampler`` on four graphs, two precisions, three betas.
+"""One suite of laws over every sampler and wrapper: ``check_sampler`` on four graphs, two precisions, three betas.
 
 A table says what is demanded of each. Where a law does not hold, the table says so with the reason, and a law that is
 kept all the same fails the suite, so that the table cannot rot.
@@ -27,7 +27,6 @@ from qbmscvi.samplers import (
     Budgeted,
     Calibrated,
     CoherentIsingSampler,
-    Composite,
     DimodSampler,
     Draw,
     DWaveSampler,
@@ -46,6 +45,7 @@ from qbmscvi.samplers import (
     SpinReversed,
     TreeDecompositionSampler,
     Vetted,
+    Wrapper,
     build_coherent_ising_sampler,
     build_dwave_sampler,
 )
@@ -78,7 +78,7 @@ def dimod_sampler(name: str, module=dwave.samplers, **kwargs) -> Callable[[Path]
     return lambda path: DimodSampler(getattr(module, name)(), **kwargs)
 
 
-NOT_BOLTZMANN_BELOW = {"target": "composites inherit the target of their child, and this device is biased"}
+NOT_BOLTZMANN_BELOW = {"target": "wrappers inherit the target of their child, and this device is biased"}
 NO_SEED = {"seeds": "dimod's reference sampler takes no seed"}
 GROUND = {"target": "ground_state"}
 
@@ -136,7 +136,7 @@ def warmed_up(sampler: Sampler) -> Sampler:
 
 LEARNS = {"seeds": "what it asks depends on what it was answered before"}
 
-COMPOSITES = {
+WRAPPERS = {
     "rescaled-up": Case(lambda path: Rescaled(ExactSampler(), h_limit=1, J_limit=0.5)),
     "rescaled-down": Case(lambda path: Rescaled(ExactSampler(), h_limit=0.01, J_limit=2.0)),
     "rescaled-sixteen-bits": Case(lambda path: Rescaled(ExactSampler(), h_limit=1, J_limit=1, n_bits=16)),
@@ -159,7 +159,7 @@ COMPOSITES = {
         exempt=NOT_BOLTZMANN_BELOW,  # of equal seeds the polish makes equal samples: its chains coalesce
     ),
 }
-TABLE = SAMPLERS | COMPOSITES
+TABLE = SAMPLERS | WRAPPERS
 
 
 def examine(sampler: Sampler, case: Case, **kwargs) -> tuple[set[str], Report]:
@@ -183,7 +183,7 @@ def each(cases: dict[str, Case]):
 
 
 def layers(sampler: Sampler) -> list[Sampler]:
-    return [sampler, *layers(sampler.child)] if isinstance(sampler, Composite) else [sampler]
+    return [sampler, *layers(sampler.child)] if isinstance(sampler, Wrapper) else [sampler]
 
 
 # The suite ---------------------------------------------------------------------------------------------------------
@@ -250,7 +250,7 @@ def test_every_sampler_of_the_package_is_in_the_table(tmp_path):
 
     public = {
         kind
-        for kind in descendants(Sampler) - {Sampler, Composite}
+        for kind in descendants(Sampler) - {Sampler, Wrapper}
         if kind.__module__.startswith("qbmscvi.") and not kind.__name__.startswith("_")
     }
     built = [case.build(tmp_path / str(k)) for k, case in enumerate(TABLE.values()) if not (tmp_path / str(k)).mkdir()]
@@ -259,19 +259,19 @@ def test_every_sampler_of_the_package_is_in_the_table(tmp_path):
     assert public - tested == {Replayed, KaiwuSampler}
 
 
-@each(COMPOSITES)
+@each(WRAPPERS)
 def test_traits_and_limits_are_those_of_the_child(case, tmp_path):
-    composite = case.build(tmp_path)
-    child = layers(composite)[-1]
-    assert composite.traits == child.traits
-    assert composite.name.startswith(f"{type(composite).__name__}(")
-    assert child.name in composite.name
-    assert repr(composite) == f"{composite.name}()"
+    wrapper = case.build(tmp_path)
+    child = layers(wrapper)[-1]
+    assert wrapper.traits == child.traits
+    assert wrapper.name.startswith(f"{type(wrapper).__name__}(")
+    assert child.name in wrapper.name
+    assert repr(wrapper) == f"{wrapper.name}()"
     with pytest.raises(GraphMismatchError, match="ExactSampler|OffTemperature|Device"):
-        composite.check(random_problem(graphs.complete(30)))
+        wrapper.check(random_problem(graphs.complete(30)))
 
 
-class Listening(Composite):
+class Listening(Wrapper):
     """Keeps every question and its answer."""
 
     def __init__(self, child):

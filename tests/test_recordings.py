@@ -1,4 +1,4 @@
-"""Tapes: what is recorded is what is replayed, bit for bit; the file can be read by anything; damage is found.
+"""Recordings: what is recorded is what is replayed, bit for bit; the file can be read by anything; damage is found.
 
 Spins are rebuilt from the file here by hand, with ``json`` and ``base64`` alone.
 """
@@ -139,7 +139,7 @@ def test_facts_that_json_can_hold_are_kept(tape):
     assert (info["seed"], info["beta"]) == (0, 0.3)
 
 
-def test_a_batch_is_one_call_of_the_tape(tmp_path):
+def test_a_batch_is_one_call_of_the_recording(tmp_path):
     together = Recorded(ExactSampler(), tmp_path / "tape").sample_batch(requests_of())
     assert [len(call["answers"]) for call in calls(tmp_path / "tape")] == [4]
     again = Replayed(tmp_path / "tape").sample_batch(requests_of())
@@ -181,7 +181,7 @@ def test_failures_are_played_back_where_they_happened(error, tmp_path):
             assert str(error) in str(caught.value)
 
 
-def test_unknown_failures_of_a_tape_call_nothing(tmp_path):
+def test_unknown_failures_of_a_recording_call_nothing(tmp_path):
     """The type of a failure is a word to look up in a short list, not a name to evaluate."""
     recorder = Recorded(Failing(SamplerTimeout("no answer")), tmp_path / "tape")
     recorder.sample(requests_of()[0])
@@ -221,7 +221,7 @@ class RemoteChains(BlockGibbsSampler):
     ("build", "is_remote", "is_persistent"),
     [(ExactSampler, False, False), (BlockGibbsSampler, False, True), (RemoteChains, True, True)],
 )
-def test_a_tape_has_the_traits_that_a_run_depends_on(build, is_remote, is_persistent, tmp_path):
+def test_a_recording_has_the_traits_that_a_run_depends_on(build, is_remote, is_persistent, tmp_path):
     recorder = Recorded(build(), tmp_path / "tape")
     request = SamplingRequest(PROBLEM, 4, seed=1)
     first = recorder.sample(request)
@@ -233,7 +233,7 @@ def test_a_tape_has_the_traits_that_a_run_depends_on(build, is_remote, is_persis
     assert torch.equal(player.sample(replace(request, initial_spins=first.spins)).spins, second.spins)
 
 
-def test_a_tape_inside_other_composites(tmp_path):
+def test_a_recording_inside_other_wrappers(tmp_path):
     """Recorded at the device, replayed at the device: the layers around it do the same again."""
     request = SamplingRequest(PROBLEM, 40, 1.3, seed=5)
     first = Polished(SpinReversed(Recorded(ExactSampler(), tmp_path / "tape"), 3), 2).sample(request)
@@ -273,7 +273,7 @@ def test_spins_and_facts_can_be_rebuilt_by_hand(tape):
         assert (entry["info"]["sampler"], entry["info"]["beta"]) == ("Talkative", request.beta)
 
 
-def test_a_tape_grows_answer_by_answer(tmp_path):
+def test_a_recording_grows_answer_by_answer(tmp_path):
     """What a run that dies leaves behind can be replayed."""
     recorder = Recorded(ExactSampler(), tmp_path / "tape")
     assert Replayed(tmp_path / "tape")._calls == []
@@ -283,7 +283,7 @@ def test_a_tape_grows_answer_by_answer(tmp_path):
 
 
 def test_nothing_is_pickled(tape, monkeypatch):
-    """Neither in the file nor on the way in: a tape from elsewhere can run nothing."""
+    """Neither in the file nor on the way in: a recording from elsewhere can run nothing."""
 
     def refuse(*args, **kwargs):
         msg = "a pickle was read"
@@ -395,7 +395,7 @@ def test_files_of_other_versions_and_formats_are_refused(tape, header):
 
 
 @pytest.mark.parametrize("content", ["", "cell,gene\n1,2\n", "[]\n", "null\n", '"tape"\n'], ids=repr)
-def test_files_that_are_no_tapes_are_refused(tmp_path, content):
+def test_files_that_are_no_recordings_are_refused(tmp_path, content):
     (tmp_path / "tape").write_text(content)
     with pytest.raises(InvalidSamples, match="recording"):
         Replayed(tmp_path / "tape")
@@ -442,7 +442,7 @@ def test_seeds_and_chain_states_are_not_part_of_the_question(tape):
     assert torch.equal(Replayed(tape).sample(other).spins, Replayed(tape).sample(request).spins)
 
 
-def test_a_tape_at_its_end_has_no_more_answers(tape):
+def test_a_recording_at_its_end_has_no_more_answers(tape):
     player = Replayed(tape)
     for request in requests_of():
         player.sample(request)
@@ -450,7 +450,7 @@ def test_a_tape_at_its_end_has_no_more_answers(tape):
         player.sample(requests_of()[0])
 
 
-def test_answers_come_in_the_order_of_the_tape(tape):
+def test_answers_come_in_the_order_of_the_recording(tape):
     with pytest.raises(InvalidSamples, match="Call 1"):
         Replayed(tape).sample(requests_of()[1])
 
@@ -485,7 +485,7 @@ def path_gone(monkeypatch, path):
 @pytest.mark.parametrize(
     ("accident", "match"), [(disk_full, "No space left on device"), (path_gone, "No such file")], ids=lambda v: None
 )
-def test_a_tape_that_cannot_be_written_costs_the_recording_and_not_the_run(tmp_path, monkeypatch, accident, match):
+def test_a_recording_that_cannot_be_written_costs_the_recording_and_not_the_run(tmp_path, monkeypatch, accident, match):
     path = tmp_path / "folder" / "tape"
     path.parent.mkdir()
     recorder = Recorded(ExactSampler(), path)
@@ -508,7 +508,7 @@ def test_what_was_written_before_the_disk_was_full_can_be_replayed(tmp_path, mon
         disk_full(patch, None)
         with pytest.warns(RuntimeWarning, match="stopped"):
             recorder.sample(requests_of()[1])
-    recorder.sample(requests_of()[2])  # space is back, but a tape with a gap would be worthless
+    recorder.sample(requests_of()[2])  # space is back, but a recording with a gap would be worthless
     player = Replayed(tmp_path / "tape")
     assert torch.equal(player.sample(requests_of()[0]).spins, first.spins)
     with pytest.raises(SamplerUnavailable, match="ends after 1 calls"):
@@ -542,7 +542,7 @@ def unequal_weights(first: QBMSCVI, second: QBMSCVI) -> list[str]:
 
 @pytest.mark.parametrize("child", [BlockGibbsSampler, Entropic])
 @pytest.mark.parametrize("latent", ["gaussian-spins", "spins"])
-def test_training_with_a_replayed_tape_gives_bit_equal_weights(latent, child, tmp_path):
+def test_training_with_a_recording_gives_bit_equal_weights(latent, child, tmp_path):
     adata = synthetic_counts(200, 40, seed=1)
     QBMSCVI.setup_anndata(adata, batch_key="batch")
     first = trained(adata, latent, Recorded(child(), tmp_path / "tape"))

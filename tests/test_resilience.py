@@ -1,4 +1,4 @@
-"""Composites around an unreliable or expensive device: attempts, pauses, budgets; and training with them."""
+"""Wrappers around an unreliable or expensive device: attempts, pauses, budgets; and training with them."""
 
 from __future__ import annotations
 

@@ -350,7 +350,7 @@ def check_sampler(
     Parameters
     ----------
     sampler
-        Sampler to check; ``n_sweeps`` of the requests is None, so that it chooses the length of its runs. Composites
+        Sampler to check; ``n_sweeps`` of the requests is None, so that it chooses the length of its runs. Wrappers
         that learn from their answers, such as ``Calibrated``, break ``seeds`` by design.
     betas
         Inverse temperatures.

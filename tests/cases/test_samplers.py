@@ -436,7 +436,7 @@ def test_a_budget_is_not_filled_up_by_a_restart():
         again.sample(request)
 
 
-def test_a_tape_goes_on_where_it_was_and_another_one_starts_at_its_beginning(tmp_path):
+def test_a_recording_goes_on_where_it_was_and_another_one_starts_at_its_beginning(tmp_path):
     recorder = Recorded(ExactSampler(), tmp_path / "tape")
     requests = [SamplingRequest(PROBLEM, 5, seed=seed) for seed in range(3)]
     recorded = [recorder.sample(request).spins for request in requests]

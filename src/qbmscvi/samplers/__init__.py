@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from qbmscvi.samplers._base import Draw, Sampler, SamplerTraits, SamplingRequest
 from qbmscvi.samplers._broker import Broker, Ledger
 from qbmscvi.samplers._cim import CoherentIsingSampler, build_coherent_ising_sampler
-from qbmscvi.samplers._composites import Calibrated, Composite, Polished, Rescaled, SpinReversed
 from qbmscvi.samplers._dimod import (
     DimodSampler,
     PathIntegralAnnealingSampler,
@@ -24,6 +23,7 @@ from qbmscvi.samplers._resilience import Budgeted, Retrying
 from qbmscvi.samplers._temperature import BetaEstimate, effective_beta
 from qbmscvi.samplers._tempering import ParallelTemperingSampler
 from qbmscvi.samplers._vetting import Vetted
+from qbmscvi.samplers._wrappers import Calibrated, Polished, Rescaled, SpinReversed, Wrapper
 
 if TYPE_CHECKING:
     import dimod
@@ -36,7 +36,7 @@ __all__ = [
     "Budgeted",
     "Calibrated",
     "CoherentIsingSampler",
-    "Composite",
+    "Wrapper",
     "DWaveSampler",
     "DimodSampler",
     "Draw",

@@ -27,8 +27,8 @@ import torch
 
 from qbmscvi.exceptions import SamplerUnavailable, require_integer
 from qbmscvi.samplers._base import Draw, Sampler, SamplerTraits, SamplingRequest, derive_seed
-from qbmscvi.samplers._composites import Calibrated, Polished
 from qbmscvi.samplers._ising_matrix import IsingMatrix, fill_up
+from qbmscvi.samplers._wrappers import Calibrated, Polished
 
 _STEP = 0.05  # decay times
 _SLOW = 10.0  # seconds
@@ -166,7 +166,7 @@ class CoherentIsingSampler(Sampler):
 
 
 def build_coherent_ising_sampler(*, n_polish_sweeps: int = 20, **settings: object) -> Sampler:
-    """Put the usual layers around a :class:`CoherentIsingSampler`; ``sampler="coherent_ising"`` with settings.
+    """Put the usual wrappers around a :class:`CoherentIsingSampler`; ``sampler="coherent_ising"`` with settings.
 
     Its temperature is measured and corrected (:class:`Calibrated`), and Gibbs sweeps mend what is left
     (:class:`Polished`).
@@ -174,7 +174,7 @@ def build_coherent_ising_sampler(*, n_polish_sweeps: int = 20, **settings: objec
     Parameters
     ----------
     n_polish_sweeps
-        Of the last layer.
+        Of the last wrapper.
     settings
         Arguments of :class:`CoherentIsingSampler`.
     """

@@ -1,7 +1,7 @@
 """D-Wave quantum annealers.
 
 :class:`DWaveSampler` is the bare device: it embeds, scales, submits, waits and reads the answer. What a device needs
-around it is composites; :func:`build_dwave_sampler` puts the usual ones on. Account and endpoint come from D-Wave's own
+around it is wrappers; :func:`build_dwave_sampler` puts the usual ones on. Account and endpoint come from D-Wave's own
 configuration file or environment, and are kept by D-Wave's client alone: not here, not in names, states or errors.
 """
 
@@ -19,13 +19,13 @@ import torch
 from qbmscvi.exceptions import InvalidSamples, SamplerTimeout, SamplerUnavailable
 from qbmscvi.samplers._background import call_in_background
 from qbmscvi.samplers._base import Draw, Sampler, SamplerTraits, derive_seed
-from qbmscvi.samplers._composites import Calibrated, SpinReversed
 from qbmscvi.samplers._dwave_device import check_parameters, connect, lattice_of, name_of, read_times
 from qbmscvi.samplers._dwave_errors import guarded
 from qbmscvi.samplers._dwave_jobs import Order, Trip, read_answer
 from qbmscvi.samplers._embedding import Embedding, find_embedding
 from qbmscvi.samplers._program import Program, Ranges, fit
 from qbmscvi.samplers._resilience import Retrying
+from qbmscvi.samplers._wrappers import Calibrated, SpinReversed
 
 if TYPE_CHECKING:
     import networkx as nx

@@ -24,10 +24,10 @@ import torch
 
 from qbmscvi.exceptions import InvalidSamples, SamplerTimeout, SamplerUnavailable, require_integer
 from qbmscvi.samplers._base import Draw, Sampler, SamplerTraits, derive_seed
-from qbmscvi.samplers._composites import Calibrated
 from qbmscvi.samplers._ising_matrix import IsingMatrix, fill_up
 from qbmscvi.samplers._kaiwu_link import Link
 from qbmscvi.samplers._resilience import Retrying
+from qbmscvi.samplers._wrappers import Calibrated
 
 if TYPE_CHECKING:
     from qbmscvi.ising import IsingModel

@@ -25,7 +25,7 @@ import torch
 
 from qbmscvi.exceptions import BudgetExceeded, InvalidSamples, SamplerError, SamplerTimeout, SamplerUnavailable
 from qbmscvi.samplers._base import Draw, Sampler, SamplerTraits
-from qbmscvi.samplers._composites import Composite, pass_on
+from qbmscvi.samplers._wrappers import Wrapper, pass_on
 
 if TYPE_CHECKING:
     import os
@@ -55,7 +55,7 @@ def fingerprint(request: SamplingRequest) -> str:
     return f"{problem_fingerprint(request.problem)} {request.beta!r} {request.n_samples}"
 
 
-class Recorded(Composite):
+class Recorded(Wrapper):
     """Write every answer of the child to a file, and every failure.
 
     A recording that cannot be written (disk full, say) costs no run: one warning, and ``info["is_recorded"]`` is False

@@ -1,4 +1,4 @@
-"""Composites that stand between a training run and an unreliable or expensive device."""
+"""Wrappers that stand between a training run and an unreliable or expensive device."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from qbmscvi.exceptions import BudgetExceeded, SamplerError
-from qbmscvi.samplers._composites import Composite, pass_on
+from qbmscvi.samplers._wrappers import Wrapper, pass_on
 
 if TYPE_CHECKING:
     from qbmscvi.samplers._base import Draw, Sampler, SamplingRequest
 
 
-class Retrying(Composite):
+class Retrying(Wrapper):
     """Ask again when the child fails, with growing pauses; not a request that was canceled.
 
     Parameters
@@ -59,7 +59,7 @@ class Retrying(Composite):
         raise AssertionError  # the loop returns or raises
 
 
-class Budgeted(Composite):
+class Budgeted(Wrapper):
     """Refuse requests beyond a budget, before they reach the child.
 
     Parameters

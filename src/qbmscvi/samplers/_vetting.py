@@ -22,9 +22,9 @@ import torch
 
 from qbmscvi.exceptions import InvalidSamples
 from qbmscvi.samplers._base import Draw, Sampler
-from qbmscvi.samplers._composites import Composite, pass_on
 from qbmscvi.samplers._gibbs import gibbs_sweeps
 from qbmscvi.samplers._temperature import effective_beta, pseudo_likelihood_score
+from qbmscvi.samplers._wrappers import Wrapper, pass_on
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +38,7 @@ _N_SWEEPS = 5
 _MAX_LOSS = 0.1
 
 
-class Vetted(Composite):
+class Vetted(Wrapper):
     r"""Refuse answers that are no samples of the problem at the temperature asked for.
 
     - Ground states are too cold, noise is too hot: Gibbs sweeps at the temperature asked for raise, or lower, the

@@ -1,8 +1,8 @@
-"""Composites: each removes from a bad child what it says it removes, and nests.
+"""Wrappers: each removes from a bad child what it says it removes, and nests.
 
 That they keep the law of a good child is tested in ``test_laws.py``. The bad child is a device as annealers are: one
 temperature that is not the one believed, a field that it adds to every spin, limited ranges and eight bits. What it
-does is known exactly, so that what a composite leaves is, too.
+does is known exactly, so that what a wrapper leaves is, too.
 """
 
 from __future__ import annotations
@@ -466,10 +466,10 @@ def test_polished_chains_with_seeds_in_sequence_keep_the_law():
 
 def test_facts_of_the_child_are_passed_on_and_own_ones_replaced():
     problem = PROBLEMS["complete-6"]
-    for composite in (Rescaled(Reporting()), SpinReversed(Reporting()), Calibrated(Reporting()), Polished(Reporting())):
-        info = ask(composite, problem, 200, 0.9, seed=18).info
+    for wrapper in (Rescaled(Reporting()), SpinReversed(Reporting()), Calibrated(Reporting()), Polished(Reporting())):
+        info = ask(wrapper, problem, 200, 0.9, seed=18).info
         assert info["chain_breaks"] == 0.01
-        assert (info["sampler"], info["seed"], info["beta"]) == (composite.name, 18, 0.9)
+        assert (info["sampler"], info["seed"], info["beta"]) == (wrapper.name, 18, 0.9)
 
 
 def test_failures_of_the_child_pass_through():
@@ -477,9 +477,9 @@ def test_failures_of_the_child_pass_through():
         def _sample(self, request, seed):
             raise OSError("port closed")
 
-    for composite in (Rescaled, SpinReversed, Calibrated, Polished):
+    for wrapper in (Rescaled, SpinReversed, Calibrated, Polished):
         with pytest.raises(SamplerError, match="Broken failed: OSError: port closed"):
-            ask(composite(Broken()), PROBLEMS["complete-6"], 4)
+            ask(wrapper(Broken()), PROBLEMS["complete-6"], 4)
 
 
 def test_device_time_of_all_gauges_counts():

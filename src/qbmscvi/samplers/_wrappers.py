@@ -1,4 +1,4 @@
-"""Composites that change what a sampler is asked, or what is made of its answer.
+"""Wrappers that change what a sampler is asked, or what is made of its answer.
 
 Each wraps one sampler and is a sampler itself, so they nest. What they did is in ``info`` of the batch.
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _OWN_FACTS = ("sampler", "seed", "beta", "seconds")
 
 
-class Composite(Sampler):
+class Wrapper(Sampler):
     """Base of samplers that wrap another one.
 
     Parameters
@@ -71,9 +71,9 @@ class Composite(Sampler):
         self.child.check(problem)
 
     def _own_seed(self, seed: int) -> int:
-        """Seed of this layer, unlike that of the child and of other layers of its class."""
+        """Seed of this wrapper, unlike that of the child and of other wrappers of its class."""
         depth, child = 0, self.child
-        while isinstance(child, Composite):
+        while isinstance(child, Wrapper):
             depth += type(child) is type(self)
             child = child.child
         return derive_seed(seed, f"{type(self).__name__} {depth}")
@@ -88,7 +88,7 @@ def pass_on(batch: SampleBatch, **facts: Any) -> Draw:
     return Draw(batch.spins, {**inherited, **facts})
 
 
-class Rescaled(Composite):
+class Rescaled(Wrapper):
     r"""Fit problems into the ranges and the precision of a device, and keep account of the temperature.
 
     The energy is multiplied by a scale :math:`c`; samples of the scaled problem at :math:`\beta / c` are those asked
@@ -163,7 +163,7 @@ class Rescaled(Composite):
         return replace(request, problem=scaled, beta=child_beta, seed=seed), facts
 
 
-class SpinReversed(Composite):
+class SpinReversed(Wrapper):
     """Average over random gauges, so that fields that a device adds to its spins cancel.
 
     Each gauge flips the sign convention of half the spins at random, in the problem and back in the answer; all gauges
@@ -222,7 +222,7 @@ class SpinReversed(Composite):
         return draws
 
 
-class Calibrated(Composite):
+class Calibrated(Wrapper):
     """Measure the temperature of every answer, and correct the next question by it.
 
     The child is taken to answer at ``gain * beta`` when asked for ``beta``. Each answer gives an estimate of the gain;
@@ -280,7 +280,7 @@ class Calibrated(Composite):
         return draws
 
 
-class Polished(Composite):
+class Polished(Wrapper):
     """Run a few Gibbs sweeps at the requested temperature from the states of the answer.
 
     Sweeps leave the Boltzmann distribution alone and pull everything else towards it, fastest where single spins relax;
