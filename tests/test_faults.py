@@ -260,7 +260,7 @@ def test_a_full_disk_costs_the_recording_and_not_the_run(adata, tmp_path):
     ],
 )
 def test_a_recording_that_does_not_fit_is_replaced(adata, tmp_path, damage, words, n_failures):
-    """A line of the recording that does not match its checksum is refused before training; see ``test_recordings.py``."""
+    """A line that does not match its checksum is refused before training; see ``test_recordings.py``."""
     tape = tmp_path / "tape"
     train(adata, Recorded(ExactSampler(), tape))
     lines = tape.read_text().splitlines()

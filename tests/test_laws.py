@@ -315,7 +315,6 @@ def test_planted_errors_fail_on_every_graph_and_in_either_precision(case, fault,
 KINDS = (
     "simulated-annealing",
     "tree-decomposition",
-    "reweighted",
     "stack",
     "device-in-a-stack",
 )
@@ -324,6 +323,6 @@ KINDS = (
 @each_fault
 @each({name: TABLE[name] for name in KINDS})
 def test_planted_errors_around_other_kinds_fail(case, fault, tmp_path):
-    """At one temperature and in one precision; around chains of dimod, resampling and a stack."""
+    """At one temperature and in one precision; around chains of dimod and a stack."""
     broken, _ = examine(Faulty(case.build(tmp_path), fault), case, betas=(1.0,), dtypes=(torch.float32,))
     assert "distribution" in broken

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from qbmscvi.exceptions import BudgetExceeded, SamplerError
@@ -42,20 +43,17 @@ class Retrying(Wrapper):
 
     def _sample_batch(self, requests: list[SamplingRequest], seeds: list[int]) -> list[Draw]:
         asked = [replace(request, seed=seed) for request, seed in zip(requests, seeds, strict=True)]
-        pause, n_canceled = self.pause, self._n_canceled
-        for attempt in range(1, self.n_attempts + 1):
+        n_canceled = self._n_canceled
+        for attempt in count(1):
             try:
                 return [pass_on(batch, n_attempts=attempt) for batch in self.child.sample_batch(asked)]
             except BudgetExceeded:
                 raise
-            except SamplerError as error:
+            except SamplerError:
+                if attempt < self.n_attempts and self._n_canceled == n_canceled:
+                    time.sleep(self.pause * 2.0 ** (attempt - 1))
                 if attempt == self.n_attempts or self._n_canceled > n_canceled:
                     raise
-                failure = error
-            time.sleep(pause)
-            if self._n_canceled > n_canceled:
-                raise failure
-            pause *= 2.0
         raise AssertionError  # the loop returns or raises
 
 
