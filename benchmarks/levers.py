@@ -167,7 +167,6 @@ LEVERS: dict[str, NeuralModel] = {
     "32 spins": with_arguments(n_latent=32),
     "128 spins": with_arguments(n_latent=128),
     "complete graph": with_arguments(prior_graph="complete"),
-    "ReinMax": with_arguments(smoothing="reinmax"),
     "Gumbel": with_arguments(smoothing="gumbel"),
     "spike and exponential": with_arguments(smoothing="spike-exponential"),
     "no dropout": with_arguments(dropout_rate=0.0),

@@ -4,7 +4,7 @@ The objective of the discrete model is ``E_q[-log p(x | v, s)] + w KL(q || p)``.
 spins is a sum over ``2**n_spins`` states, and with ``v`` at a fixed noise draw autograd gives its exact gradient to
 every parameter. The stochastic gradient of the module is averaged over many draws and compared:
 
-- ``straight-through`` and ``reinmax`` (hard spins forward): unbiased for decoder and prior;
+- ``straight-through`` (hard spins forward): unbiased for decoder and prior;
 - ``gumbel`` and ``spike-exponential``: their own objectives; the distance to the discrete one is printed.
 """
 
@@ -133,11 +133,10 @@ def test_prior_gradient_of_the_objective_is_exact(family: dict) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("smoothing", ["straight-through", "reinmax"])
-def test_hard_spins_are_unbiased_for_the_decoder(family: dict, smoothing: str) -> None:
+def test_hard_spins_are_unbiased_for_the_decoder(family: dict) -> None:
     """The z-score stays below :data:`Z_LIMIT`, at a resolution of a third of the gradient's norm or better."""
-    bias, error, z = compare(family, smoothing)["decoder"]
-    print(f"{smoothing}, decoder: distance {bias:.4f} ± {error:.4f} of the gradient's norm, z {z:.2f}")
+    bias, error, z = compare(family, "straight-through")["decoder"]
+    print(f"straight-through, decoder: distance {bias:.4f} ± {error:.4f} of the gradient's norm, z {z:.2f}")
     assert error < 0.3
     assert z < Z_LIMIT
 
@@ -151,12 +150,12 @@ def test_a_biased_estimator_fails_the_same_gate(family: dict) -> None:
 
 
 def test_bias_of_the_relaxed_estimators_is_reported(capsys: pytest.CaptureFixture) -> None:
-    """ReinMax comes closer to the discrete gradient than straight-through; all distances are printed."""
+    """Gumbel comes closer to the discrete gradient than straight-through; all distances are printed."""
     rows = {}
-    for smoothing in ("straight-through", "reinmax", "gumbel", "spike-exponential"):
+    for smoothing in ("straight-through", "gumbel", "spike-exponential"):
         rows[smoothing] = compare({"latent": "spins", "n_latent": 4}, smoothing)["encoder"]
     with capsys.disabled():
         print("\nencoder gradient, distance to the enumerated one as a share of its norm (and standard error):")
         for smoothing, (bias, error, _) in rows.items():
             print(f"  {smoothing:18s} {bias:.3f} ± {error:.3f}")
-    assert rows["reinmax"][0] + 3 * rows["reinmax"][1] < rows["straight-through"][0]
+    assert rows["gumbel"][0] + 3 * rows["gumbel"][1] < rows["straight-through"][0]

@@ -84,8 +84,8 @@ class QBMSCVI(
         as there are spins with ``"bipartite"``, and for none with other graphs or a Gaussian layer. With
         ``"bipartite"`` and zero the layers are two halves of the spins.
     smoothing
-        What the decoder sees of a spin in training: ``"straight-through"``, ``"reinmax"``,
-        ``"gumbel"``, ``"spike-exponential"``, or an instance from :mod:`qbmscvi.distributions`.
+        What the decoder sees of a spin in training: ``"straight-through"``, ``"gumbel"``, ``"spike-exponential"``,
+        or an instance from :mod:`qbmscvi.distributions`.
     n_chains
         Persistent chains of the prior. With 512, of which 448 give the moments, the sampling
         error of a moment is at most 0.05, half of that of the 128 cells of a batch.

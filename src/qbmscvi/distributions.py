@@ -23,7 +23,7 @@ from torch.nn.functional import logsigmoid, softplus
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-SmoothingName = Literal["straight-through", "reinmax", "gumbel", "spike-exponential"]
+SmoothingName = Literal["straight-through", "gumbel", "spike-exponential"]
 
 
 @dataclass(frozen=True)
@@ -55,24 +55,6 @@ class StraightThrough(Smoothing):
         """See :meth:`Smoothing.relax`."""
         mean = torch.tanh(0.5 * logits)
         return _harden(logits, uniform) + (mean - mean.detach())
-
-
-@dataclass(frozen=True)
-class ReinMax(Smoothing):
-    r"""Hard spins forward, a second-order accurate gradient backward :cite:p:`Liu23`.
-
-    With :math:`q = \sigma(l)`, drawn bit :math:`b` and :math:`\bar q = (b + q) / 2`, the gradient of the bit is
-    :math:`2 \bar q (1 - \bar q) - q (1 - q) / 2`: in expectation the trapezoid rule, unbiased where the decoder is
-    quadratic in each spin.
-    """
-
-    def relax(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        """See :meth:`Smoothing.relax`."""
-        q = torch.sigmoid(logits).detach()
-        spins = _harden(logits, uniform)
-        middle = 0.5 * (0.5 * (spins + 1.0) + q)
-        slope = 2.0 * (2.0 * middle * (1.0 - middle) - 0.5 * q * (1.0 - q))  # of a spin, twice that of a bit
-        return spins + slope * (logits - logits.detach())
 
 
 @dataclass(frozen=True)
@@ -136,7 +118,6 @@ class SpikeExponential(Smoothing):
 
 _BY_NAME: dict[str, type[Smoothing]] = {
     "straight-through": StraightThrough,
-    "reinmax": ReinMax,
     "gumbel": Gumbel,
     "spike-exponential": SpikeExponential,
 }

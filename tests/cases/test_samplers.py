@@ -18,7 +18,6 @@ from without_float64 import DEVICE, WithoutFloat64
 from qbmscvi import QBMSCVI, SamplingSchedule, graphs
 from qbmscvi.datasets import synthetic_counts
 from qbmscvi.diagnostics import estimate_log_z
-from qbmscvi.distributions import build_smoothing
 from qbmscvi.enumeration import draw_exact, exact_moments
 from qbmscvi.exceptions import BudgetExceeded, GraphMismatchError, InvalidSamples
 from qbmscvi.ising import IsingModel
@@ -78,9 +77,6 @@ def coupled(adata, **settings) -> QBMSCVI:
     return model
 
 
-def test_an_estimator_that_is_gone_is_an_unknown_name():
-    with pytest.raises(ValueError, match=r"'disarm'.*straight-through.*spike-exponential"):
-        build_smoothing("disarm")
 
 
 # Samplers of dimod -------------------------------------------------------------------------------------------------
