@@ -31,7 +31,7 @@ FILES = [
     "tests/dataloaders/test_datasplitter.py",
 ]
 
-_SCANVI = "needs the weights of a Gaussian latent space: ends in SCANVI.from_scvi_model, which refuses any other"
+_SCANVI = "needs the weights of a Gaussian latent space: ends in SCANVI.from_scvi_model, which fails with any other"
 EXEMPT = {
     "test_scanvi_from_scvi": _SCANVI,
     "test_anncollection": _SCANVI,

@@ -879,12 +879,6 @@ def test_other_inherited_readings_run(model):
     np.testing.assert_allclose(library.ravel(), np.asarray(model.adata.X[:20].sum(1)).ravel(), rtol=1e-5)
 
 
-def test_model_does_not_turn_into_a_gaussian_scanvi(model):
-    # SCANVI would copy what fits of the weights and leave a random encoder
-    with pytest.raises(TypeError, match=r"Gaussian latent space .* Use `qbmscvi.QBMSCANVI.from_qbmscvi_model"):
-        scvi.model.SCANVI.from_scvi_model(model, unlabeled_category="unknown", labels_key="cell_type")
-
-
 def test_latent_of_a_module_that_returns_moments_only(model, monkeypatch):
     expected = {how: model.get_latent_representation(representation=how, layer="both") for how in ("mean", "logits")}
     inference = model.module.inference

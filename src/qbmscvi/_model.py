@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from anndata import AnnData
 from scvi.data._constants import ADATA_MINIFY_TYPE
-from scvi.model import SCANVI, SCVI
+from scvi.model import SCVI
 from scvi.module._constants import MODULE_KEYS
 
 from qbmscvi._arguments import CellLoader, as_python
@@ -29,7 +28,6 @@ from qbmscvi.distributions import FactorialPosterior, Smoothing, SmoothingName
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from types import FrameType
 
     import networkx as nx
     from lightning import LightningDataModule
@@ -332,10 +330,6 @@ class QBMSCVI(
         mean, variance = outputs[MODULE_KEYS.QZM_KEY], outputs[MODULE_KEYS.QZV_KEY]
         return FactorialPosterior.from_moments(mean, variance, self._n_gaussian)
 
-    def _check_if_trained(self, *args: Any, **kwargs: Any) -> None:
-        _refuse_gaussian_annotation(inspect.currentframe().f_back)
-        super()._check_if_trained(*args, **kwargs)
-
     def _resolve_layer(self, layer: Layer | None) -> Layer:
         has_gaussian = self._n_gaussian > 0
         if layer is None:
@@ -470,20 +464,6 @@ def _check_moments(mean: np.ndarray, variance: np.ndarray, n_gaussian: int, n_un
     if not is_consistent:
         msg = f"These are no posterior means of spins m in [-1, 1] with variances 1 - m^2. {_HOW_TO_MINIFY}"
         raise ValueError(msg)
-
-
-def _refuse_gaussian_annotation(caller: FrameType) -> None:
-    """Raise if the caller is :meth:`scvi.model.SCANVI.from_scvi_model`.
-
-    It would only say that 'latent' is an unexpected argument, and this is all that it asks of a model before.
-    """
-    asks = caller.f_code is SCANVI.from_scvi_model.__func__.__code__
-    if asks and not issubclass(caller.f_locals["cls"], QBMSCVI):
-        msg = (
-            "SCANVI has a Gaussian latent space and cannot take over a QBMSCVI, whose prior is a Boltzmann machine. "
-            "Use `qbmscvi.QBMSCANVI.from_qbmscvi_model(model, unlabeled_category, labels_key)`."
-        )
-        raise TypeError(msg)
 
 
 def _represent(qz: FactorialPosterior, representation: Representation, layer: Layer) -> torch.Tensor:
