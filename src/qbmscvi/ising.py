@@ -303,7 +303,7 @@ class SampleBatch:
         Shape ``(n_samples, n_spins)``, int8, values in ``{-1, +1}``.
     energies
         Shape ``(n_samples,)``: energies under the problem asked for, in nats at ``beta = 1``. Given that problem
-        instead, they are computed when they are first looked at; do not change its tensors in place until then.
+        instead, they are computed.
     info
         Provenance: ``sampler``, ``seed``, ``beta``, ``seconds`` and what the sampler adds.
     """
@@ -314,19 +314,12 @@ class SampleBatch:
 
     def __post_init__(self) -> None:
         if isinstance(self.energies, IsingModel):
-            self.__dict__["_problem"] = self.__dict__.pop("energies")
-
-    def __getattr__(self, name: str) -> Tensor:
-        if name != "energies":
-            msg = f"{type(self).__name__} has no attribute {name!r}."
-            raise AttributeError(msg)
-        energies = self.__dict__["energies"] = self._problem.energy(self.spins)
-        return energies
+            object.__setattr__(self, "energies", self.energies.energy(self.spins))
 
     @property
     def dtype(self) -> torch.dtype:
         """Precision of energies and moments."""
-        return self._problem.h.dtype if "_problem" in self.__dict__ else self.energies.dtype
+        return self.energies.dtype
 
     @property
     def n_samples(self) -> int:
@@ -335,8 +328,7 @@ class SampleBatch:
 
     def __getitem__(self, rows: slice | Tensor) -> SampleBatch:
         """Some of the samples."""
-        energies = self.__dict__["energies"][rows] if "energies" in self.__dict__ else self._problem
-        return replace(self, spins=self.spins[rows], energies=energies)
+        return replace(self, spins=self.spins[rows], energies=self.energies[rows])
 
     def moments(self, graph: Graph) -> tuple[Tensor, Tensor]:
         """Return ``<s_i>``, shape ``(n_spins,)``, and ``<s_i s_j>`` on the edges, shape ``(n_edges,)``."""
