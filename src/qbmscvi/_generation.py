@@ -54,7 +54,7 @@ class GenerationMixin:
 
         Returns
         -------
-        Shape ``(n_samples, n_gaussian + n_spins)``: Gaussian units, then spins in ``{-1, +1}``.
+        Shape ``(n_samples, n_latent)``: spins in ``{-1, +1}``.
 
         Raises
         ------
@@ -140,8 +140,8 @@ class GenerationMixin:
         self._require_cells(library_size is None, missing, draws_labels)
 
         seed = split_seed(None, 1)[0] if seed is None else seed
-        row_seed, count_seed = split_seed(seed, 4)[2:]  # the first two are those of the latent variables
-        z = self._draw_latent(n_cells, label if has_label_spins else None, sampler, seed)
+        spin_seed, row_seed, count_seed = split_seed(seed, 3)
+        z = self._draw_latent(n_cells, label if has_label_spins else None, sampler, spin_seed)
         if has_label_spins and label is None:
             label = module.classify(None, z).argmax(-1).cpu().numpy()
         label_codes = np.full(n_cells, _UNKNOWN if label is None else label, dtype=np.int64)
@@ -189,15 +189,13 @@ class GenerationMixin:
     def _draw_latent(self, n_samples: int, label: int | None, sampler: str | Sampler, seed: int | None) -> Tensor:
         """Draws of the prior, or of its conditional distribution given a type; on the CPU."""
         prior = self._require_module().prior
-        spin_seed, gaussian_seed = split_seed(seed, 2)
         problem = prior.to_ising() if label is None else prior.clamped(label)
         if isinstance(sampler, str) and sampler == "gibbs":
             sampler = BlockGibbsSampler(burn_in=_BURN_IN)
-        request = SamplingRequest(problem, n_samples, seed=spin_seed, purpose="generation")
+        request = SamplingRequest(problem, n_samples, seed=split_seed(seed, 1)[0], purpose="generation")
         spins = build_prior_sampler(sampler).sample(request).spins
         spins = spins if label is None else prior.unclamped(spins, label)
-        generator = torch.Generator(device=spins.device).manual_seed(gaussian_seed)
-        return prior.complete(spins, generator).cpu()
+        return spins[:, : prior.n_visible].to(prior.h).cpu()
 
     def _draw_counts(self, z: Tensor, given: dict[str, Tensor | None], seed: int) -> np.ndarray:
         """Counts of cells from their latent variables and all else that the decoder takes; one row per cell."""

@@ -61,9 +61,8 @@ class InterpretationMixin:
 
         .. math:: \frac1N \sum_n \log_2 \frac{\rho_g(z_n, s_i = +1)}{\rho_g(z_n, s_i = -1)} .
 
-        All other units stay as they are: spins that the prior couples to this one are not moved along, nor is a
-        Gaussian layer. Zero inflation is left out, as in :meth:`get_normalized_expression`. The effect of a unit that
-        is not in use (:meth:`get_active_units`) is an extrapolation of the decoder.
+        All other spins stay as they are, also those that the prior couples to this one. Zero inflation is left out, as
+        in :meth:`get_normalized_expression`. The effect of a spin that is not in use (:meth:`get_active_units`) is an extrapolation of the decoder.
 
         Parameters
         ----------
@@ -93,7 +92,7 @@ class InterpretationMixin:
             If a spin does not exist, a number is below one, there is no cell, or ``gene_likelihood="normal"``.
         """
         self._check_if_trained(warn=False)
-        module, n_gaussian = self.module, self.module.prior.n_gaussian
+        module = self.module
         n_spins = module.prior.n_visible
         if module.gene_likelihood == "normal":
             msg = (
@@ -137,8 +136,8 @@ class InterpretationMixin:
                 given = module._get_generative_input(tensors, {**outputs, MODULE_KEYS.Z_KEY: z})
                 n_at_once = max(1, _ENTRIES_PER_PASS // (2 * len(z) * len(genes)))
                 for start in range(0, len(chosen), n_at_once):
-                    units = [n_gaussian + spin for spin in chosen[start : start + n_at_once]]
-                    effect[start : start + len(units)] += self._flip(z, given, units).sum(1).cpu().double()
+                    flipped = chosen[start : start + n_at_once]
+                    effect[start : start + len(flipped)] += self._flip(z, given, flipped).sum(1).cpu().double()
         module.train(was_training)
 
         effect = (effect / len(rows)).numpy()
@@ -152,18 +151,18 @@ class InterpretationMixin:
             }
         )
 
-    def _flip(self, z: Tensor, given: dict[str, Tensor | None], units: list[int]) -> Tensor:
-        """Log fold change, to base 2, of each unit up against down, shape ``(n_units, n_cells, n_genes)``."""
-        both = z.repeat(len(units), 2, 1, 1)  # (n_units, 2, n_cells, width)
-        for i, unit in enumerate(units):
-            both[i, 0, :, unit], both[i, 1, :, unit] = 1.0, -1.0
+    def _flip(self, z: Tensor, given: dict[str, Tensor | None], spins: list[int]) -> Tensor:
+        """Log fold change, to base 2, of each spin up compared with down, shape ``(n_spins, n_cells, n_genes)``."""
+        both = z.repeat(len(spins), 2, 1, 1)  # (n_spins, 2, n_cells, n_latent)
+        for i, spin in enumerate(spins):
+            both[i, 0, :, spin], both[i, 1, :, spin] = 1.0, -1.0
         repeated = {
-            name: value if value is None else value.repeat(2 * len(units), *[1] * (value.dim() - 1))
+            name: value if value is None else value.repeat(2 * len(spins), *[1] * (value.dim() - 1))
             for name, value in given.items()
         }
         repeated[MODULE_KEYS.Z_KEY] = self.module.z_encoder.z_transformation(both.flatten(0, 2))
         scale = self.module.generative(**repeated)[MODULE_KEYS.PX_KEY].scale
-        up, down = scale.clamp(min=torch.finfo(scale.dtype).tiny).log2().view(len(units), 2, len(z), -1).unbind(1)
+        up, down = scale.clamp(min=torch.finfo(scale.dtype).tiny).log2().view(len(spins), 2, len(z), -1).unbind(1)
         return up - down
 
     @torch.inference_mode()
@@ -180,9 +179,8 @@ class InterpretationMixin:
         """Low-energy states of the prior, with their share of the prior and the cells near them.
 
         Samples of the prior (block Gibbs), and the most probable spins of each cell, go downhill in energy, always by
-        the flip that lowers it most, until no single flip lowers it. The states where they end are the modes. A
-        Gaussian layer is integrated out. Hidden spins are among the spins, those of a cell at their most probable state
-        given its own; so are the label spins of :class:`~qbmscvi.QBMSCANVI`, those of a cell at its predicted type.
+        the flip that lowers it most, until no single flip lowers it. The states where they end are the modes.
+        Hidden spins are among the spins, those of a cell at their most probable state given its own; so are the label spins of :class:`~qbmscvi.QBMSCANVI`, those of a cell at its predicted type.
 
         A mode's share is that of its basin, not its probability: many states of middling energy may lie in it.
 

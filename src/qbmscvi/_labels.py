@@ -11,9 +11,7 @@ and Z counts all states of the label spins, also those of no type: training move
 an unlabeled cell is summed out, with its best factorial posterior; since the energy is linear in each unit,
 
 .. math:: \mathbb E_q[-\log p(z, y)] = E(\mathbb E_q[z], t^{(y)}) + \log Z, \qquad
-          \min_{q(y)} \mathbb E_q[\log q(y) - \log p(z, y)] = -\log \sum_y e^{-E(\mathbb E_q[z], t^{(y)})} + \log Z
-
-(in short: the variance of Gaussian units adds its half to the energy, as it does without labels).
+          \min_{q(y)} \mathbb E_q[\log q(y) - \log p(z, y)] = -\log \sum_y e^{-E(\mathbb E_q[z], t^{(y)})} + \log Z .
 """
 
 from __future__ import annotations
@@ -36,9 +34,9 @@ if TYPE_CHECKING:
 
 
 class LabeledPrior(BoltzmannPrior):
-    """Boltzmann distribution over ``z = [v, s]`` and one label spin per cell type.
+    """Boltzmann distribution over visible spins and one label spin per cell type.
 
-    The label spins are the last of the Ising problem. They couple to every visible spin and to the Gaussian layer.
+    The label spins are the last of the Ising problem. They couple to every visible spin.
 
     Parameters
     ----------
@@ -46,32 +44,16 @@ class LabeledPrior(BoltzmannPrior):
         Interaction graph of visible and hidden spins.
     n_labels
         Number of cell types.
-    n_gaussian, n_hidden, n_chains, is_coupled
+    n_hidden, n_chains
         See :class:`BoltzmannPrior`.
     """
 
-    def __init__(
-        self,
-        graph: Graph,
-        n_labels: int,
-        n_gaussian: int = 0,
-        *,
-        n_hidden: int = 0,
-        n_chains: int = 512,
-        is_coupled: bool = True,
-    ) -> None:
-        super().__init__(
-            _add_labels(graph, n_labels, n_hidden),
-            n_gaussian,
-            n_hidden=n_hidden,
-            n_chains=n_chains,
-            is_coupled=is_coupled,
-        )
+    def __init__(self, graph: Graph, n_labels: int, *, n_hidden: int = 0, n_chains: int = 512) -> None:
+        super().__init__(_add_labels(graph, n_labels, n_hidden), n_hidden=n_hidden, n_chains=n_chains)
         self.n_labels = n_labels
         with torch.no_grad():
             # Types start equally likely, and independent of the rest: one of n_labels spins is up in the mean.
             self.h[-n_labels:] = 0.5 * np.log(max(n_labels - 1, 1))
-            self.W[:, -n_labels:] = 0.0
             self.J[torch.from_numpy(self.graph.edges[:, 1] >= graph.n_nodes)] = 0.0
 
     def clamped(self, label: int) -> IsingModel:
@@ -96,15 +78,13 @@ class LabeledPrior(BoltzmannPrior):
             If the sizes differ.
         """
         n = self.n_spins - self.n_labels
-        if (prior.n_gaussian, prior.n_spins, len(prior.chains)) != (self.n_gaussian, n, len(self.chains)):
+        if (prior.n_spins, len(prior.chains)) != (n, len(self.chains)):
             msg = (
-                f"The priors differ: {prior.n_gaussian} Gaussian units, {prior.n_spins} spins and {len(prior.chains)} "
+                f"The priors differ: {prior.n_spins} spins and {len(prior.chains)} chains, against {n} and "
+                f"{len(self.chains)}. Build both with the same arguments."
             )
-            msg += f"chains, against {self.n_gaussian}, {n} and {len(self.chains)}. Build both with the same arguments."
             raise ValueError(msg)
-        self.a.copy_(prior.a)
         self.h[:n] = prior.h
-        self.W[:, :n] = prior.W
         self.J[torch.from_numpy(self.graph.edges[:, 1] < n)] = prior.J
         h = self.h[n:]
         up = torch.rand(len(self.chains), self.n_labels, device=h.device) < torch.sigmoid(-2.0 * h)
@@ -122,51 +102,50 @@ class LabeledPrior(BoltzmannPrior):
         """Number of spins that the decoder sees."""
         return super().n_visible - self.n_labels
 
-    def label_logits(self, v: Tensor, s: Tensor) -> Tensor:
-        r"""Return :math:`\log p(y \mid z)` up to a constant per row, shape ``(..., n_labels)``.
+    def label_logits(self, s: Tensor) -> Tensor:
+        r"""Return :math:`\log p(y \mid s)` up to a constant per row, shape ``(..., n_labels)``.
 
-        Linear in both layers, so that means give means.
+        Linear in the spins, so that means give means.
         """
-        return -2.0 * self._label_fields(v, s)
+        return -2.0 * self._label_fields(s)
 
-    def _label_fields(self, v: Tensor, s: Tensor) -> Tensor:
+    def _label_fields(self, s: Tensor) -> Tensor:
         labels = slice(self.n_spins - self.n_labels, self.n_spins)
         couplings = block_couplings(self.J, self.graph, slice(0, self.n_visible), labels)
-        fields = self.h[labels] + s @ couplings
-        return fields - v @ self.W[:, labels] if self.n_gaussian else fields
+        return self.h[labels] + s @ couplings
 
-    def _fields_given(self, z: Tensor) -> Tensor:
-        return torch.cat([super()._fields_given(z), self._label_fields(*self.split(z))], dim=-1)
+    def _other_fields(self, s: Tensor) -> Tensor:
+        return torch.cat([super()._other_fields(s), self._label_fields(s)], dim=-1)
 
-    def classification_error(self, z: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy of the known types given ``z``, draws or means; mean over the cells that have one."""
+    def classification_error(self, s: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of the known types given spins, draws or means; mean over the cells that have one."""
         is_known = (labels >= 0) & (labels < self.n_labels)
-        logits = self.label_logits(*self.split(z))[is_known]
+        logits = self.label_logits(s)[is_known]
         # The sum over no cells is a zero with a gradient; their mean would not be a number.
         return cross_entropy(logits, labels[is_known], reduction="sum") / max(len(logits), 1)
 
-    def energy(self, z: Tensor) -> Tensor:
-        """Energy of ``z`` with hidden spins and the cell type summed out, shape ``(...)``, in nats."""
-        fields = self._label_fields(*self.split(z))
-        return super().energy(z) - fields.sum(-1) - (-2.0 * fields).logsumexp(-1)
+    def energy(self, s: Tensor) -> Tensor:
+        """Energy of visible spins, hidden ones and the cell type summed out, shape ``(...)``, in nats."""
+        fields = self._label_fields(s)
+        return super().energy(s) - fields.sum(-1) - (-2.0 * fields).logsumexp(-1)
 
     def expected_energy(
         self, posterior: FactorialPosterior, labels: Tensor | None = None, *, n_draws: int = 0
     ) -> Tensor:
-        """Mean energy per unit under a factorial posterior, shape ``(..., n_units)``.
+        """Mean energy per spin under a factorial posterior, shape ``(..., n_visible)``.
 
-        The terms of label spins are shared equally between the units.
+        The terms of label spins are shared equally between the visible ones.
 
         Parameters
         ----------
         posterior
-            Posterior of ``z``.
+            Posterior of the visible spins.
         labels
             Cell types, shape ``(n_cells,)``; values outside ``0 .. n_labels - 1`` are unknown. None: all unknown.
         n_draws
             See :meth:`BoltzmannPrior.expected_energy`.
         """
-        fields = self._label_fields(posterior.gaussian_loc, posterior.spin_mean)
+        fields = self._label_fields(posterior.mean)
         logits = -2.0 * fields
         gain = logits.logsumexp(-1)
         if labels is not None:
@@ -174,10 +153,10 @@ class LabeledPrior(BoltzmannPrior):
             own = logits.gather(-1, torch.where(is_known, labels, 0).unsqueeze(-1)).squeeze(-1)
             gain = torch.where(is_known, own, gain)
         of_labels = -fields.sum(-1) - gain
-        return super().expected_energy(posterior, n_draws=n_draws) + (of_labels / self.n_units).unsqueeze(-1)
+        return super().expected_energy(posterior, n_draws=n_draws) + (of_labels / self.n_visible).unsqueeze(-1)
 
     def distribution(self, labels: Tensor | None = None, *, n_draws: int = 0) -> LabeledDistribution:
-        """Return the prior as a torch distribution over ``z``, given the types of the cells as far as known."""
+        """Return the prior as a torch distribution over visible spins, given the types of the cells as far as known."""
         return LabeledDistribution(self, labels, n_draws)
 
 
@@ -189,7 +168,7 @@ class LabeledDistribution(BoltzmannDistribution):
         self.labels = labels
 
     def expected_energy(self, posterior: FactorialPosterior) -> Tensor:
-        """Mean of the energy per unit, unknown types summed out; shape ``(..., n_units)``."""
+        """Mean of the energy per spin, unknown types summed out; shape ``(..., n_visible)``."""
         return self.prior.expected_energy(posterior, self.labels, n_draws=self.n_draws)
 
 

@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 
     Batches = Iterable[dict[str, Tensor | None]]
 
-Layer = Literal["gaussian", "spins", "both"]
-
 _CODES_PER_PASS = 512
 
 
@@ -48,7 +46,7 @@ class LikelihoodMixin:
     def get_log_z(self) -> LogPartition:
         """Log partition function of the prior, as the ELBO and the marginal likelihood use it.
 
-        Training ends with an estimate. Where there is none of the present parameters (before training, or after
+        Training ends with an estimate. Where there is none of the current parameters (before training, or after
         training that was interrupted), one is made and kept. If you change the prior's parameters by hand, call
         :meth:`update_log_z`.
 
@@ -206,8 +204,8 @@ class LikelihoodMixin:
         n_draws
             Draws of each posterior at which hidden spins are summed out.
         per_unit
-            Whether to split the divergence between the units. They are coupled, so this is bookkeeping: a term that
-            couples two units is halved, log Z is shared equally, and a share can be negative. See
+            Whether to split the divergence between the spins. They are coupled, so this is bookkeeping: a term that
+            couples two spins is halved, log Z is shared equally, and a share can be negative. See
             :meth:`get_active_units` for which units are in use.
         return_error
             Whether to return the Monte Carlo standard error of each value as well; it is zero without hidden spins. The
@@ -215,8 +213,8 @@ class LikelihoodMixin:
 
         Returns
         -------
-        Shape ``(n_cells,)``, or ``(n_cells, n_gaussian + n_spins)``, Gaussian units first, with the former as row sums.
-        That of the library size, if it is a latent variable, is not in it. With ``return_error`` a pair of such arrays.
+        Shape ``(n_cells,)``, or ``(n_cells, n_latent)`` with the former as row sums. That of the library size, if it is
+        a latent variable, is not in it. With ``return_error`` a pair of such arrays.
 
         Raises
         ------
@@ -258,20 +256,13 @@ class LikelihoodMixin:
 
         Returns
         -------
-        One row per unit (``v0``, ..., ``s0``, ...): ``layer``; ``mean_var``, that variance; ``is_active``.
-        ``table["is_active"].sum()`` counts the units in use.
+        One row per spin (``s0``, ...): ``mean_var``, that variance; ``is_active``. ``table["is_active"].sum()`` counts
+        the spins in use.
         """
         means = torch.cat([qz.mean.cpu() for qz in self._get_posteriors(adata, indices, batch_size, dataloader)])
         variance = means.double().var(0, correction=0).numpy()
-        n_gaussian = self.module.prior.n_gaussian
-        n_units = {"gaussian": n_gaussian, "spins": means.shape[1] - n_gaussian}
         return pd.DataFrame(
-            {
-                "layer": np.repeat(list(n_units), list(n_units.values())),
-                "mean_var": variance,
-                "is_active": variance > threshold,
-            },
-            index=[f"{letter}{i}" for letter, n in zip("vs", n_units.values(), strict=True) for i in range(n)],
+            {"mean_var": variance, "is_active": variance > threshold}, index=[f"s{i}" for i in range(len(variance))]
         )
 
     @torch.inference_mode()
@@ -311,7 +302,7 @@ class LikelihoodMixin:
             Not used; scVI rescales it to the library sizes of the anchors, which keeps the batch of the cell that
             ``zs`` was drawn for.
         zs
-            Draws as the decoder sees them, shape ``(..., n_units)``.
+            Draws as the decoder sees them, shape ``(..., n_latent)``.
         max_cells
             Number of anchor cells at most; drawn from torch's global stream.
         truncation
@@ -321,7 +312,7 @@ class LikelihoodMixin:
 
         Returns
         -------
-        Weights that sum to one, in the order of ``zs.reshape(-1, n_units)``.
+        Weights that sum to one, in the order of ``zs.reshape(-1, n_latent)``.
 
         Raises
         ------
@@ -344,14 +335,14 @@ class LikelihoodMixin:
         )
         zs = zs.reshape(-1, zs.shape[-1]).to(device)
         hard = module.z_encoder.recover(zs)
-        parameters = [p[anchors.to(p.device)].to(device) for p in (qz.gaussian_loc, qz.gaussian_scale, qz.logits)]
+        logits = qz.logits[anchors.to(qz.logits.device)].to(device)
         log_target = torch.full((len(zs),), -math.inf, device=device)
         log_proposal = log_target.clone()
         loader = self._get_batches(adata, indices[anchors.numpy()], 1, None, **data_loader_kwargs)
         for k, tensors in enumerate(loader):
             log_px_z = [module.log_likelihood(tensors, part) for part in zs.split(_CODES_PER_PASS)]
             log_target = torch.logaddexp(log_target, torch.cat(log_px_z) - log_px[k])
-            log_qz = FactorialPosterior(*(p[k] for p in parameters)).log_prob(hard).sum(-1)
+            log_qz = FactorialPosterior(logits[k]).log_prob(hard).sum(-1)
             log_proposal = torch.logaddexp(log_proposal, log_qz)
         # log Z cancels: it is in p(z) and in every p(x_n).
         log_weights = (log_target - log_proposal + module.prior.distribution().log_prob(hard)).cpu().double()
@@ -367,10 +358,8 @@ class LikelihoodMixin:
         indices: Sequence[int] | None = None,
         batch_size: int | None = None,
         dof: float | None = 3.0,
-        *,
-        layer: Layer | None = None,
     ) -> MixtureSameFamily:
-        r"""Mixture of the posteriors of some cells, over hard or mean spins and Gaussian units.
+        r"""Mixture of the posteriors of some cells, over hard or mean spins.
 
         At hard spins its ``log_prob`` is that of the mixture. At mean spins :math:`m`, which
         ``get_latent_representation(representation="mean")`` returns, it is :math:`\log E_s[q(s)]`, the mass that the
@@ -381,31 +370,19 @@ class LikelihoodMixin:
         indices
             Cells; None or empty for all.
         dof
-            Degrees of freedom of Student's t-components for the Gaussian layer; None for Gaussian ones, the posteriors
-            as they are. Spins have no tails.
-        layer
-            As in :meth:`get_latent_representation`.
+            Not used: spins have no tails.
 
         Returns
         -------
         A mixture with equal weights.
         """
         self._check_if_trained(warn=False)
-        layer = self._resolve_layer(layer)
         indices = None if indices is None or np.size(indices) == 0 else indices
-        posteriors = list(self._get_posteriors(adata, indices, batch_size, None))
-        loc, scale, logits = (
-            torch.cat([getattr(qz, name) for qz in posteriors]) for name in ("gaussian_loc", "gaussian_scale", "logits")
-        )
-        if layer == "spins":
-            loc, scale = loc[:, :0], scale[:, :0]
-        elif layer == "gaussian":
-            logits = logits[:, :0]
-        component = MixtureComponent(loc, scale, logits, None if dof is None else float(dof))
+        logits = torch.cat([qz.logits for qz in self._get_posteriors(adata, indices, batch_size, None)])
         # Said outright, because torch.compile turns the default of the whole process off.
         return MixtureSameFamily(
-            Categorical(logits=torch.zeros(len(loc), device=loc.device)),
-            Independent(component, 1),
+            Categorical(logits=torch.zeros(len(logits), device=logits.device)),
+            Independent(MixtureComponent(logits), 1),
             validate_args=True,
         )
 
@@ -424,8 +401,7 @@ class LikelihoodMixin:
         """Compare how likely cells are in each sample, by the aggregated posteriors of the samples.
 
         Each cell has in ``obsm["da_log_probs"]`` a column for each sample: the log of the mass that the mixture of the
-        posteriors of its cells gives to spins with the mean spins of the cell, or its density at the mean of the
-        Gaussian layer. scvi-tools 1.5 has ``adata_sub`` in the second place; pass all but ``adata`` by name.
+        posteriors of its cells gives to spins with the mean spins of the cell. scvi-tools 1.5 has ``adata_sub`` in the second place; pass all but ``adata`` by name.
 
         Parameters
         ----------
@@ -438,7 +414,7 @@ class LikelihoodMixin:
         num_cells_posterior
             Number of cells of a sample at most, drawn from torch's global stream.
         dof
-            As in :meth:`get_aggregated_posterior`.
+            Not used: spins have no tails.
         adata_sub
             Cells to compare; None for ``adata``.
         dataloader

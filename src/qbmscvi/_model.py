@@ -20,11 +20,12 @@ from qbmscvi._expression import ExpressionMixin
 from qbmscvi._generation import GenerationMixin, build_prior_sampler
 from qbmscvi._input_checks import require_anndata
 from qbmscvi._interpretation import InterpretationMixin
-from qbmscvi._likelihood import Layer, LikelihoodMixin
-from qbmscvi._module import QBMVAE, LatentName, resolve_latent_sizes, resolve_prior_graph
+from qbmscvi._likelihood import LikelihoodMixin
+from qbmscvi._module import DEFAULT_N_LATENT, QBMVAE, resolve_prior_graph
 from qbmscvi._prior_fit import PriorFitMixin
 from qbmscvi._training_plan import QBMTrainingPlan, QBMTrainRunner
 from qbmscvi.distributions import FactorialPosterior, Smoothing, SmoothingName
+from qbmscvi.exceptions import require_integer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -62,24 +63,17 @@ class QBMSCVI(
     registry
         Registry of a data module.
     n_latent
-        Number of spins (``latent="spins"``, default 64) or width of the Gaussian layer (``latent="gaussian-spins"``,
-        default 10). Spins that are not needed fall out of use: see :meth:`get_active_units`.
+        Number of spins. Spins that are not needed fall out of use: see :meth:`get_active_units`.
     latent_distribution
         Kept for scVI's signature; must be ``"normal"``.
-    latent
-        ``"spins"``: spins alone, the family of the QBM-VAE. ``"gaussian-spins"``: a Gaussian layer coupled to spins, a
-        Gaussian-Bernoulli restricted Boltzmann machine; the prior of the Gaussian layer is a mixture of exponentially
-        many Gaussians. Take it for a latent space as narrow as scVI's.
-    n_spins
-        Number of spins beside the Gaussian layer, default 32.
     prior_graph
         Couplings of the prior. ``"bipartite"``: a restricted Boltzmann machine, whose layers are the spins and the
-        hidden spins, or the Gaussian layer and the spins. ``"complete"``, ``"chimera"``, ``"pegasus"``, ``"zephyr"`` or
+        hidden spins. ``"complete"``, ``"chimera"``, ``"pegasus"``, ``"zephyr"`` or
         any :class:`networkx.Graph`: couplings between the spins, for devices of that graph. ``"independent"``: none,
         the control that shows what the couplings do.
     n_hidden_spins
         Number of spins that only the prior has; each couples to every spin that the decoder sees. None for as many
-        as there are spins with ``"bipartite"``, and for none with other graphs or a Gaussian layer. With
+        as there are spins with ``"bipartite"``, and for none with other graphs. With
         ``"bipartite"`` and zero the layers are two halves of the spins.
     smoothing
         What the decoder sees of a spin in training: ``"straight-through"``, ``"gumbel"``, ``"spike-exponential"``,
@@ -108,7 +102,7 @@ class QBMSCVI(
         adata: AnnData | None = None,
         registry: dict | None = None,
         n_hidden: int = 128,
-        n_latent: int | None = None,
+        n_latent: int = DEFAULT_N_LATENT,
         n_layers: int = 1,
         dropout_rate: float = 0.1,
         dispersion: Literal["gene", "gene-batch", "gene-label", "gene-cell"] = "gene",
@@ -116,8 +110,6 @@ class QBMSCVI(
         use_observed_lib_size: bool = True,
         latent_distribution: Literal["normal"] = "normal",
         *,
-        latent: LatentName = "spins",
-        n_spins: int | None = None,
         prior_graph: GraphName | nx.Graph | Graph = "bipartite",
         n_hidden_spins: int | None = None,
         smoothing: SmoothingName | Smoothing = "straight-through",
@@ -141,23 +133,19 @@ class QBMSCVI(
             gene_likelihood=gene_likelihood,
             use_observed_lib_size=use_observed_lib_size,
             latent_distribution=latent_distribution,
-            latent=latent,
-            n_spins=n_spins,
             prior_graph=prior_graph,
             n_hidden_spins=n_hidden_spins,
             smoothing=smoothing,
             n_chains=n_chains,
             **kwargs,
         )
-        self._n_gaussian, n_resolved = resolve_latent_sizes(latent, n_latent, n_spins)
-        sizes = f"n_latent: {self._n_gaussian or n_resolved}"
-        sizes += f", n_spins: {n_resolved}" if self._n_gaussian else ""
-        n_of_prior = resolve_prior_graph(latent, n_resolved, prior_graph, n_hidden_spins)[1]
-        sizes += f", n_hidden_spins: {n_of_prior}" if n_of_prior else ""
+        require_integer("n_latent", n_latent, 1, "Leave it out for the default.")
+        n_of_prior = resolve_prior_graph(int(n_latent), prior_graph, n_hidden_spins)[1]
+        sizes = f"n_latent: {n_latent}" + (f", n_hidden_spins: {n_of_prior}" if n_of_prior else "")
         graph = prior_graph if isinstance(prior_graph, str) else getattr(prior_graph, "name", "") or "custom"
         self._model_summary_string = (
             f"{type(self).__name__} model with the following parameters: \n"
-            f"latent: {latent}, {sizes}, prior_graph: {graph}, smoothing: {smoothing}, n_hidden: {n_hidden}, "
+            f"{sizes}, prior_graph: {graph}, smoothing: {smoothing}, n_hidden: {n_hidden}, "
             f"n_layers: {n_layers}, dropout_rate: {dropout_rate}, dispersion: {dispersion}, "
             f"gene_likelihood: {gene_likelihood}."
         )
@@ -266,7 +254,6 @@ class QBMSCVI(
         dataloader: Iterator[dict[str, torch.Tensor | None]] | None = None,
         *,
         representation: Representation = "angles",
-        layer: Layer | None = None,
         **data_loader_kwargs: Any,
     ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         r"""Compute the latent representation of the cells.
@@ -280,28 +267,23 @@ class QBMSCVI(
         mc_samples
             Not used; all means are closed form.
         return_dist
-            Return mean and variance of the posterior of both layers, each of shape ``(n_cells, n_gaussian + n_spins)``.
+            Return mean and variance of the spins' posterior, each of shape ``(n_cells, n_latent)``.
         representation
-            For spins: ``"angles"`` :math:`\arcsin(m)` of their mean :math:`m`, whose Euclidean distances are Fisher-Rao
+            ``"angles"`` :math:`\arcsin(m)` of their mean :math:`m`, whose Euclidean distances are Fisher-Rao
             distances between posteriors; the ``"mean"`` :math:`m = \tanh(l / 2)` in ``[-1, 1]`` itself; ``"logits"``
             :math:`l`; or most likely ``"bits"`` in ``{0, 1}``, which make many cells identical and so spoil neighbor
-            graphs. The Gaussian layer is represented by its mean in any case.
-        layer
-            ``"spins"`` (default of ``latent="spins"``), ``"gaussian"`` (default of ``latent="gaussian-spins"``), or
-            ``"both"``, Gaussian units first. The spins of ``latent="gaussian-spins"`` alone do not carry the order of
-            cells in time.
+            graphs.
 
         Returns
         -------
-        Shape ``(n_cells, n_units)``, or two such arrays. Deterministic unless ``give_mean=False``.
+        Shape ``(n_cells, n_latent)``, or two such arrays. Deterministic unless ``give_mean=False``.
 
         Raises
         ------
         ValueError
-            If ``representation`` or ``layer`` is unknown, or the model has no Gaussian layer.
+            If ``representation`` is unknown.
         """
         self._check_if_trained(warn=False)
-        layer = self._resolve_layer(layer)
         if representation not in get_args(Representation):
             msg = f"Unknown representation {representation!r}. Use {', '.join(map(repr, get_args(Representation)))}."
             raise ValueError(msg)
@@ -315,12 +297,8 @@ class QBMSCVI(
         parts = []
         for tensors in dataloader:
             outputs = self.module.inference(**self.module._get_inference_input(tensors))
-            if give_mean:
-                part = _represent(self._posterior(outputs), representation, layer)
-            else:
-                v, s = self.module.prior.split(outputs[MODULE_KEYS.Z_KEY])
-                part = {"gaussian": v, "spins": s, "both": torch.cat([v, s], dim=-1)}[layer]
-            parts.append(part.cpu())
+            z = outputs[MODULE_KEYS.Z_KEY]
+            parts.append((_represent(self._posterior(outputs), representation) if give_mean else z).cpu())
         return torch.cat(parts).numpy()
 
     def _posterior(self, outputs: dict[str, Any]) -> FactorialPosterior:
@@ -328,25 +306,10 @@ class QBMSCVI(
         if MODULE_KEYS.QZ_KEY in outputs:
             return outputs[MODULE_KEYS.QZ_KEY]
         mean, variance = outputs[MODULE_KEYS.QZM_KEY], outputs[MODULE_KEYS.QZV_KEY]
-        return FactorialPosterior.from_moments(mean, variance, self._n_gaussian)
-
-    def _resolve_layer(self, layer: Layer | None) -> Layer:
-        has_gaussian = self._n_gaussian > 0
-        if layer is None:
-            return "gaussian" if has_gaussian else "spins"
-        if layer not in ("gaussian", "spins", "both"):
-            msg = f"Unknown layer {layer!r}. Use 'gaussian', 'spins' or 'both'."
-            raise ValueError(msg)
-        if layer == "gaussian" and not has_gaussian:
-            msg = (
-                "This model has no Gaussian layer (latent='spins'). Use layer='spins', or build the model with "
-                "latent='gaussian-spins'."
-            )
-            raise ValueError(msg)
-        return layer
+        return FactorialPosterior.from_moments(mean, variance)
 
     def get_ising_model(self) -> IsingModel:
-        """Return the prior's spins, hidden ones last, as an Ising problem, the Gaussian layer integrated out.
+        """Return the prior's spins, hidden ones last, as an Ising problem.
 
         ``model.get_ising_model().to_bqm()`` is a :class:`dimod.BinaryQuadraticModel`.
         """
@@ -407,7 +370,7 @@ class QBMSCVI(
             require_anndata(adata)
         model = super().load_query_data(adata, *args, **kwargs)
         if not freeze_prior:
-            model.module.prior.unfreeze()
+            model.module.prior.requires_grad_(True)
         return model
 
     def minify_adata(
@@ -419,8 +382,8 @@ class QBMSCVI(
         """Keep the posterior of each cell in place of its counts.
 
         Arguments are those of :meth:`scvi.model.SCVI.minify_adata`. Both keys of ``adata.obsm`` take what
-        ``get_latent_representation(return_dist=True)`` returns: mean and variance of the Gaussian units and of the
-        spins. They determine the posterior, logits of saturated spins included.
+        ``get_latent_representation(return_dist=True)`` returns: mean and variance of the spins. They determine
+        the posterior, logits of saturated spins included.
 
         Raises
         ------
@@ -433,7 +396,7 @@ class QBMSCVI(
                 msg = f"`adata.obsm` has no {key!r}. {_HOW_TO_MINIFY}"
                 raise ValueError(msg)
             moments.append(np.asarray(self.adata.obsm[key]))
-        _check_moments(*moments, self.module.prior.n_gaussian, self.module.prior.n_units)
+        _check_moments(*moments, self.module.prior.n_visible)
         super().minify_adata(minified_data_type, use_latent_qzm_key, use_latent_qzv_key)
 
 
@@ -448,32 +411,28 @@ def plan_arguments(config: Any | None) -> dict[str, Any]:
 
 
 _HOW_TO_MINIFY = (
-    "Store both arrays of `model.get_latent_representation(return_dist=True)`, mean and variance of all units, in "
+    "Store both arrays of `model.get_latent_representation(return_dist=True)`, mean and variance of all spins, in "
     "`adata.obsm['X_latent_qzm']` and `adata.obsm['X_latent_qzv']`."
 )
 
 
-def _check_moments(mean: np.ndarray, variance: np.ndarray, n_gaussian: int, n_units: int) -> None:
+def _check_moments(mean: np.ndarray, variance: np.ndarray, n_spins: int) -> None:
     for name, values in (("mean", mean), ("variance", variance)):
-        if values.ndim != 2 or values.shape[1] != n_units:
-            msg = f"The {name} of the posterior has shape {values.shape}, not (n_cells, {n_units}). {_HOW_TO_MINIFY}"
+        if values.ndim != 2 or values.shape[1] != n_spins:
+            msg = f"The {name} of the posterior has shape {values.shape}, not (n_cells, {n_spins}). {_HOW_TO_MINIFY}"
             raise ValueError(msg)
-    m, var = mean[:, n_gaussian:], variance[:, n_gaussian:]
     # Rounding of single precision is 1e-7; logits or standard deviations are off by orders of magnitude more.
-    is_consistent = np.isfinite(mean).all() and (variance >= 0).all() and np.allclose(1.0 - m**2, var, atol=1e-5)
+    is_consistent = np.isfinite(mean).all() and (variance >= 0).all() and np.allclose(1.0 - mean**2, variance, atol=1e-5)
     if not is_consistent:
         msg = f"These are no posterior means of spins m in [-1, 1] with variances 1 - m^2. {_HOW_TO_MINIFY}"
         raise ValueError(msg)
 
 
-def _represent(qz: FactorialPosterior, representation: Representation, layer: Layer) -> torch.Tensor:
+def _represent(qz: FactorialPosterior, representation: Representation) -> torch.Tensor:
     read: dict[str, Callable[[], torch.Tensor]] = {
-        "angles": lambda: qz.spin_mean.asin(),
-        "mean": lambda: qz.spin_mean,
+        "angles": lambda: qz.mean.asin(),
+        "mean": lambda: qz.mean,
         "logits": lambda: qz.logits,
         "bits": lambda: (qz.logits > 0).to(qz.logits),
     }
-    if layer == "gaussian":
-        return qz.gaussian_loc
-    spins = read[representation]()
-    return spins if layer == "spins" else torch.cat([qz.gaussian_loc, spins], dim=-1)
+    return read[representation]()

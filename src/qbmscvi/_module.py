@@ -18,7 +18,7 @@ from qbmscvi._prior import BoltzmannDistribution, BoltzmannPrior
 from qbmscvi.diagnostics import log_mean_exp
 from qbmscvi.distributions import FactorialPosterior, Smoothing, SmoothingName, build_smoothing
 from qbmscvi.exceptions import require_integer
-from qbmscvi.graphs import Graph, GraphName, bipartite, build_graph, independent, with_hidden
+from qbmscvi.graphs import Graph, GraphName, bipartite, build_graph, with_hidden
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,129 +27,77 @@ if TYPE_CHECKING:
     from scvi.nn import Encoder
     from torch.distributions import Distribution
 
-LatentName = Literal["spins", "gaussian-spins"]
-
 _LIKELIHOODS = ("zinb", "nb", "poisson", "normal")
-_DEFAULT_N_GAUSSIAN = 10
-_DEFAULT_N_SPINS = 32
-_DEFAULT_N_SPINS_ALONE = 64
+DEFAULT_N_LATENT = 64  # spins
 _N_LIBRARY_NODES = 15
 _N_KL_DRAWS = 20  # per cell, outside training: the error of a mean over cells is far below that of the reconstruction
 
 
-def resolve_latent_sizes(latent: LatentName, n_latent: int | None, n_spins: int | None) -> tuple[int, int]:
-    """Return ``(n_gaussian, n_spins)`` for the constructor's arguments, defaults filled in.
-
-    Raises
-    ------
-    ValueError
-        If ``latent`` is unknown, a size is below one, or ``n_spins`` contradicts ``n_latent`` for ``"spins"``.
-    """
-    for name, value in (("n_latent", n_latent), ("n_spins", n_spins)):
-        if value is not None:
-            require_integer(name, value, 1, "Leave it out for the default.")
-    n_latent, n_spins = (None if value is None else int(value) for value in (n_latent, n_spins))
-    if latent == "spins":
-        if n_latent is not None and n_spins is not None and n_latent != n_spins:
-            msg = (
-                f"With latent='spins' the latent space is the spins, but n_latent={n_latent} and n_spins={n_spins} "
-                "differ. Pass `n_latent` only, or latent='gaussian-spins' for a Gaussian layer beside the spins."
-            )
-            raise ValueError(msg)
-        return 0, n_latent or n_spins or _DEFAULT_N_SPINS_ALONE
-    if latent == "gaussian-spins":
-        return n_latent or _DEFAULT_N_GAUSSIAN, n_spins or _DEFAULT_N_SPINS
-    msg = f"Unknown latent family {latent!r}. Use 'spins' or 'gaussian-spins'."
-    raise ValueError(msg)
-
-
 def resolve_prior_graph(
-    latent: LatentName, n_spins: int, prior_graph: GraphName | nx.Graph | Graph, n_hidden_spins: int | None = None
-) -> tuple[Graph, int, bool]:
-    """Return the graph of all spins, the number of hidden ones, and whether a Gaussian layer couples to spins.
+    n_spins: int, prior_graph: GraphName | nx.Graph | Graph, n_hidden_spins: int | None = None
+) -> tuple[Graph, int]:
+    """Return the graph of all spins and the number of hidden ones, which are its last nodes.
 
-    The last nodes of the graph are the hidden spins, ``n_hidden_spins`` of them. None is as many as visible ones for
-    ``"bipartite"`` without a Gaussian layer, and zero otherwise. Hidden spins couple to every visible one; any other
-    graph than ``"bipartite"`` adds couplings between visible spins. ``"bipartite"`` without hidden spins has couplings
-    between two halves of the spins. With a Gaussian layer it couples Gaussian units to spins. ``"independent"``
-    switches off every coupling: the J = 0 control.
+    ``n_hidden_spins=None`` is as many as visible ones for ``"bipartite"``, and zero otherwise. Hidden spins couple to
+    every visible one; any other graph than ``"bipartite"`` adds couplings between visible spins. ``"bipartite"``
+    without hidden spins has couplings between two halves of the spins. ``"independent"`` has none: the J = 0 control.
 
     Raises
     ------
     ValueError
-        If there are hidden spins beside a Gaussian layer or with ``"independent"``, or their number is negative.
+        If there are hidden spins with ``"independent"``, or their number is negative.
     """
     name = prior_graph if isinstance(prior_graph, str) else None
     if n_hidden_spins is None:
-        n_hidden_spins = n_spins if latent == "spins" and name == "bipartite" else 0
+        n_hidden_spins = n_spins if name == "bipartite" else 0
     require_integer("n_hidden_spins", n_hidden_spins, 0, "Leave it out for the default.")
     n_hidden_spins = int(n_hidden_spins)
-    if n_hidden_spins and (latent != "spins" or name == "independent"):
-        reason = "prior_graph='independent' has no couplings" if latent == "spins" else "a Gaussian layer is their like"
-        msg = f"n_hidden_spins={n_hidden_spins}, but {reason}. Leave `n_hidden_spins` out."
+    if n_hidden_spins and name == "independent":
+        msg = (
+            f"n_hidden_spins={n_hidden_spins}, but prior_graph='independent' has no couplings. Leave `n_hidden_spins` "
+            "out."
+        )
         raise ValueError(msg)
-    if latent == "gaussian-spins" and name == "bipartite":
-        return independent(n_spins), 0, True
     if n_hidden_spins and name == "bipartite":
-        return bipartite(n_spins, n_hidden_spins), n_hidden_spins, True
+        return bipartite(n_spins, n_hidden_spins), n_hidden_spins
     graph = build_graph(prior_graph, n_spins)
-    graph = with_hidden(graph, n_hidden_spins) if n_hidden_spins else graph
-    return graph, n_hidden_spins, name != "independent"
+    return with_hidden(graph, n_hidden_spins) if n_hidden_spins else graph, n_hidden_spins
 
 
 class BoltzmannEncoder(nn.Module):
-    """scVI's encoder network with heads for a Gaussian and a spin layer.
+    """scVI's encoder network with a head for the logits of spins.
 
     Parameters
     ----------
     host
-        The encoder built by scVI, whose hidden layers and variance activation are taken over.
-    n_gaussian, n_spins
-        Sizes of the two layers.
+        The encoder built by scVI, whose hidden layers are taken over.
+    n_spins
+        Number of spins.
     smoothing
         Relaxation of the spins in training.
     """
 
-    def __init__(self, host: Encoder, n_gaussian: int, n_spins: int, smoothing: Smoothing) -> None:
+    def __init__(self, host: Encoder, n_spins: int, smoothing: Smoothing) -> None:
         super().__init__()
-        n_hidden = host.mean_encoder.in_features
-        self.n_gaussian = n_gaussian
         self.smoothing = smoothing
-        self.var_eps = host.var_eps
-        self.var_activation = host.var_activation
         self.encoder = host.encoder
-        self.mean_encoder = nn.Linear(n_hidden, n_gaussian) if n_gaussian else None
-        self.var_encoder = nn.Linear(n_hidden, n_gaussian) if n_gaussian else None
-        self.logit_encoder = nn.Linear(n_hidden, n_spins)
+        self.logit_encoder = nn.Linear(host.mean_encoder.in_features, n_spins)
 
     def forward(self, x: Tensor, *cat_list: Tensor) -> tuple[FactorialPosterior, Tensor]:
         """Return the posterior and what the decoder sees of one draw: relaxed in training, hard otherwise."""
-        hidden = self.encoder(x, *cat_list)
-        logits = self._head(self.logit_encoder, hidden)
-        if self.n_gaussian:
-            loc = self._head(self.mean_encoder, hidden)
-            scale = (self.var_activation(self._head(self.var_encoder, hidden)) + self.var_eps).sqrt()
-        else:
-            loc = scale = logits[..., :0]
-        qz = FactorialPosterior(loc, scale, logits, self.smoothing)
+        logits = self.logit_encoder(self.encoder(x, *cat_list))
+        # In the precision of the network's parameters: mixed precision computes in a lower one.
+        qz = FactorialPosterior(logits.to(self.logit_encoder.weight.dtype), self.smoothing)
         z = qz.rsample() if self.training else self.z_transformation(qz.sample())
         return qz, z
 
-    @staticmethod
-    def _head(head: nn.Linear, hidden: Tensor) -> Tensor:
-        """Parameters of the posterior, in the precision of the network's own: mixed precision computes in a lower."""
-        return head(hidden).to(head.weight.dtype)
+    def z_transformation(self, s: Tensor) -> Tensor:
+        """Turn hard spins into what the decoder sees."""
+        return self.smoothing.emit(s, torch.rand_like(s))
 
-    def z_transformation(self, z: Tensor) -> Tensor:
-        """Turn ``[v, s]`` with hard spins into what the decoder sees."""
-        v, s = z[..., : self.n_gaussian], z[..., self.n_gaussian :]
-        uniform = torch.rand(s.shape, device=s.device, dtype=s.dtype)
-        return torch.cat([v, self.smoothing.emit(s, uniform)], dim=-1)
-
-    def recover(self, z: Tensor) -> Tensor:
-        """Undo :meth:`z_transformation`: ``[v, s]`` with hard spins."""
-        v, zeta = z[..., : self.n_gaussian], z[..., self.n_gaussian :]
-        return torch.cat([v, self.smoothing.recover(zeta)], dim=-1)
+    def recover(self, zeta: Tensor) -> Tensor:
+        """Undo :meth:`z_transformation`: hard spins."""
+        return self.smoothing.recover(zeta)
 
 
 class QBMVAE(VAE):
@@ -160,14 +108,9 @@ class QBMVAE(VAE):
     Parameters
     ----------
     n_latent
-        Number of spins (``latent="spins"``, default 64) or width of the Gaussian layer (``latent="gaussian-spins"``,
-        default 10).
+        Number of spins that the decoder sees.
     latent_distribution
         Kept for scVI's signature; must be ``"normal"``.
-    latent
-        Latent family.
-    n_spins
-        Number of spins beside the Gaussian layer (default 32).
     prior_graph
         Interaction graph of the spins; see :func:`resolve_prior_graph`.
     n_hidden_spins
@@ -184,7 +127,7 @@ class QBMVAE(VAE):
         n_batch: int = 0,
         n_labels: int = 0,
         n_hidden: int = 128,
-        n_latent: int | None = None,
+        n_latent: int = DEFAULT_N_LATENT,
         n_layers: int = 1,
         n_continuous_cov: int = 0,
         n_cats_per_cov: list[int] | None = None,
@@ -208,8 +151,6 @@ class QBMVAE(VAE):
         extra_decoder_kwargs: dict | None = None,
         batch_embedding_kwargs: dict | None = None,
         *,
-        latent: LatentName = "spins",
-        n_spins: int | None = None,
         prior_graph: GraphName | nx.Graph | Graph = "bipartite",
         n_hidden_spins: int | None = None,
         smoothing: SmoothingName | Smoothing = "straight-through",
@@ -218,24 +159,23 @@ class QBMVAE(VAE):
         if latent_distribution != "normal":
             msg = (
                 f"latent_distribution={latent_distribution!r} has no meaning under a Boltzmann prior; only 'normal' is "
-                "accepted, for scVI's signature. Leave it out, and choose the latent family with `latent`."
+                "accepted, for scVI's signature. Leave it out."
             )
             raise ValueError(msg)
         if gene_likelihood not in _LIKELIHOODS:
             msg = f"Unknown gene_likelihood {gene_likelihood!r}. Use one of {', '.join(map(repr, _LIKELIHOODS))}."
             raise ValueError(msg)
-        n_gaussian, n_spins = resolve_latent_sizes(latent, n_latent, n_spins)
+        require_integer("n_latent", n_latent, 1, "Leave it out for the default.")
+        n_latent = int(n_latent)
         require_integer("n_chains", n_chains, 2, "Moments need several chains; 512 is usual.")
-        graph, n_hidden_spins, is_coupled = resolve_prior_graph(latent, n_spins, prior_graph, n_hidden_spins)
-        prior = self._build_prior(
-            graph, n_gaussian, n_labels, n_hidden=n_hidden_spins, n_chains=n_chains, is_coupled=is_coupled
-        )
+        graph, n_hidden_spins = resolve_prior_graph(n_latent, prior_graph, n_hidden_spins)
+        prior = self._build_prior(graph, n_labels, n_hidden=n_hidden_spins, n_chains=n_chains)
         super().__init__(
             n_input=n_input,
             n_batch=n_batch,
             n_labels=n_labels,
             n_hidden=n_hidden,
-            n_latent=prior.n_units,
+            n_latent=n_latent,
             n_layers=n_layers,
             n_continuous_cov=n_continuous_cov,
             n_cats_per_cov=n_cats_per_cov,
@@ -260,19 +200,19 @@ class QBMVAE(VAE):
             batch_embedding_kwargs=batch_embedding_kwargs,
         )
         self.prior = prior
-        self.z_encoder = BoltzmannEncoder(self.z_encoder, n_gaussian, n_spins, build_smoothing(smoothing))
+        self.z_encoder = BoltzmannEncoder(self.z_encoder, n_latent, build_smoothing(smoothing))
 
     @staticmethod
-    def _build_prior(graph: Graph, n_gaussian: int, n_labels: int, **settings: Any) -> BoltzmannPrior:
+    def _build_prior(graph: Graph, n_labels: int, **settings: Any) -> BoltzmannPrior:
         """Build the prior; labels have no part in it here."""
-        return BoltzmannPrior(graph, n_gaussian, **settings)
+        return BoltzmannPrior(graph, **settings)
 
     @auto_move_data
     def _cached_inference(
         self, qzm: Tensor, qzv: Tensor, observed_lib_size: Tensor, n_samples: int = 1
     ) -> dict[str, Tensor | Distribution | None]:
         """Rebuild the posterior of minified data from its stored mean and variance."""
-        qz = FactorialPosterior.from_moments(qzm, qzv, self.prior.n_gaussian, self.z_encoder.smoothing)
+        qz = FactorialPosterior.from_moments(qzm, qzv, self.z_encoder.smoothing)
         z = self.z_encoder.z_transformation(qz.sample())
         library = torch.log(observed_lib_size)
         if n_samples > 1:
@@ -374,7 +314,7 @@ class QBMVAE(VAE):
         tensors
             A batch of one cell, as a data loader gives it.
         z
-            Codes as the decoder sees them, shape ``(n_codes, n_units)``.
+            Codes as the decoder sees them, shape ``(n_codes, n_latent)``.
 
         Returns
         -------

@@ -1,23 +1,18 @@
-r"""The Boltzmann prior over a Gaussian layer, spins and hidden spins.
+r"""The Boltzmann prior over visible and hidden spins.
 
 .. math::
 
-    E(v, s, u) = \tfrac12 \lVert v \rVert^2 - a \cdot v - v^\top W s + \sum_i h_i s_i + \sum_j c_j u_j
-                 + \sum_{(i,j)} J_{ij} s_i s_j + \sum_{i,j} J_{ij} s_i u_j,
-    \qquad p(v, s, u) = e^{-E(v, s, u)} / Z .
+    E(s, u) = \sum_i h_i s_i + \sum_j c_j u_j + \sum_{(i,j)} J_{ij} s_i s_j + \sum_{i,j} J_{ij} s_i u_j,
+    \qquad p(s, u) = e^{-E(s, u)} / Z .
 
-The decoder sees ``z = [v, s]``. Hidden spins ``u`` belong to the prior alone and couple to visible spins only. Without
-Gaussian units and couplings among visible spins this is a restricted Boltzmann machine. Without hidden spins the graph
-of two halves of the spins makes one whose layers are both visible, and Gaussian units without edges a
-Gaussian-Bernoulli one. In each case
+The decoder sees the visible spins ``s``. Hidden spins ``u`` belong to the prior alone and couple to visible spins only.
+Without couplings among visible spins this is a restricted Boltzmann machine. In each case
 
-- hidden spins are summed out exactly: :math:`E(z) = E(v, s, \cdot) - \sum_j \log 2 \cosh(c_j + \sum_i J_{ij} s_i)`;
-- the rest of the energy is multilinear in spins and quadratic in ``v``, so its mean under a factorial posterior is
-  closed form. The sum over hidden spins is concave in ``s``. At the mean spins it gives an upper bound of
-  ``KL(q || p) = <E>_q - H(q) + log Z`` without variance: the objective of training. Reported numbers use draws of
-  ``s`` for that sum, and are of the model;
-- integrating ``v`` out leaves an Ising problem over visible and hidden spins (:meth:`BoltzmannPrior.to_ising`), the
-  only thing a sampler ever sees;
+- hidden spins are summed out exactly: :math:`E(s) = E(s, \cdot) - \sum_j \log 2 \cosh(c_j + \sum_i J_{ij} s_i)`;
+- the rest of the energy is multilinear in the spins, so its mean under a factorial posterior is closed form. The sum
+  over hidden spins is concave in ``s``. At the mean spins it gives an upper bound of ``KL = <E>_q - H(q) + log Z``
+  without variance: the objective of training. Reported numbers use draws of ``s`` for that sum, and are of the model;
+- a sampler sees the Ising problem over visible and hidden spins (:meth:`BoltzmannPrior.to_ising`) and nothing else;
 - the prior's own gradient, ``d log Z / d theta = -<dE/d theta>_p``, needs moments of the spins only. They arrive
   from outside (:meth:`BoltzmannPrior.set_moments`) and sit in buffers of fixed shape.
 
@@ -46,7 +41,6 @@ if TYPE_CHECKING:
 # Small enough that the spins start independent (paramagnetic: |J| * sqrt(degree) << 1), large enough to break
 # the symmetry between them.
 _INITIAL_J_SCALE = 0.01
-_INITIAL_W_SCALE = 0.05
 
 # One chain in so many tracks log Z and takes no part in the moments: an optimizer step raises the energy of just
 # those states whose moments made it, so log Z tracked on them drifts down (0.1 nats per epoch on 2,500 cells).
@@ -54,58 +48,38 @@ _TRACKING_SHARE = 8
 
 
 class BoltzmannPrior(nn.Module):
-    """Learnable Boltzmann distribution over ``z = [v, s]``.
+    """Learnable Boltzmann distribution over visible spins.
 
     Parameters
     ----------
     graph
         Interaction graph of visible and hidden spins, in this order.
-    n_gaussian
-        Number of Gaussian units; zero for a prior over spins alone.
     n_hidden
         Number of hidden spins, the last nodes of the graph. They interact with visible spins only.
     n_chains
         Number of persistent chain states kept for the sampler.
-    is_coupled
-        If False, the Gaussian layer does not couple to the spins (``W = 0``, fixed). Together with a graph without
-        edges this is the J = 0 control.
     """
 
-    def __init__(
-        self,
-        graph: Graph,
-        n_gaussian: int = 0,
-        *,
-        n_hidden: int = 0,
-        n_chains: int = 512,
-        is_coupled: bool = True,
-    ) -> None:
+    def __init__(self, graph: Graph, *, n_hidden: int = 0, n_chains: int = 512) -> None:
         super().__init__()
-        if n_hidden and (n_gaussian or (graph.edges[:, 0] >= graph.n_nodes - n_hidden).any()):
-            msg = f"{n_hidden} hidden spins couple to visible spins only, but {graph} has couplings between them, or "
-            msg += f"there are n_gaussian={n_gaussian} Gaussian units. Use `qbmscvi.graphs.with_hidden`, n_gaussian=0."
+        if n_hidden and (graph.edges[:, 0] >= graph.n_nodes - n_hidden).any():
+            msg = f"{n_hidden} hidden spins couple to visible spins only, but {graph} has couplings between them. "
+            msg += "Use `qbmscvi.graphs.with_hidden`."
             raise ValueError(msg)
         self.graph = graph
-        self.n_gaussian = n_gaussian
         self.n_hidden = n_hidden
-        self.is_coupled = is_coupled
         n_spins, n_edges = graph.n_nodes, graph.n_edges
         self.h = nn.Parameter(torch.zeros(n_spins))
         self.J = nn.Parameter(_INITIAL_J_SCALE * torch.randn(n_edges))
-        # What is empty has no gradient: processes that train together would wait for it.
-        self.a = nn.Parameter(torch.zeros(n_gaussian), requires_grad=n_gaussian > 0)
-        W = _INITIAL_W_SCALE * torch.randn(n_gaussian, n_spins)
-        self.W = nn.Parameter(W if is_coupled else torch.zeros_like(W), requires_grad=is_coupled and n_gaussian > 0)
 
         # Moments of the prior, as last delivered by a sampler. At the start the spins are independent and unbiased.
         self.register_buffer("spin_mean", torch.zeros(n_spins))
         self.register_buffer("edge_mean", torch.zeros(n_edges))
-        self.register_buffer("spin_second", torch.eye(n_spins) if n_gaussian else torch.zeros(0, 0))
         self.register_buffer("chains", _random_chains(n_chains, n_spins))
         self.register_buffer("tracking_log_weights", torch.zeros(max(1, n_chains // _TRACKING_SHARE)))
         self.register_buffer("n_updates", torch.zeros((), dtype=torch.long))
-        self.register_buffer("log_z", torch.tensor(self._independent_log_z()))
-        # Error and bounds are those of the last full estimate; the flag says whether it is of the present parameters.
+        self.register_buffer("log_z", torch.tensor(n_spins * math.log(2.0)))
+        # Error and bounds are those of the last full estimate; the flag says whether it is of the current parameters.
         self.register_buffer("log_z_scale", torch.zeros(()))
         self.register_buffer("log_z_bounds", torch.zeros(2))
         self.register_buffer("is_log_z_estimated", torch.tensor(False))
@@ -120,54 +94,33 @@ class BoltzmannPrior(nn.Module):
         """Number of spins that the decoder sees."""
         return self.n_spins - self.n_hidden
 
-    @property
-    def n_units(self) -> int:
-        """Width of ``z``: Gaussian units and visible spins."""
-        return self.n_gaussian + self.n_visible
-
-    def unfreeze(self) -> None:
-        """Let all parameters be learned again, but not couplings that the prior does not have."""
-        self.requires_grad_(True)
-        self.a.requires_grad_(self.n_gaussian > 0)
-        self.W.requires_grad_(self.is_coupled and self.n_gaussian > 0)
-
-    def _independent_log_z(self) -> float:
-        return self.n_spins * math.log(2.0) + 0.5 * self.n_gaussian * math.log(2.0 * math.pi)
-
-    def split(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Split ``z``, shape ``(..., n_units)``, into the Gaussian and the spin layer."""
-        return z.split([self.n_gaussian, self.n_visible], dim=-1)
-
-    def energy(self, z: Tensor) -> Tensor:
-        """Energy of ``z = [v, s]``, shape ``(..., n_units)``, hidden spins summed out; per configuration, in nats."""
-        v, s = self.split(z)
-        return self._energy_per_unit(v, v.square(), s).sum(-1) - self._log_sum_over_hidden(s)
+    def energy(self, s: Tensor) -> Tensor:
+        """Energy of visible spins, shape ``(..., n_visible)``, hidden spins summed out; per configuration, in nats."""
+        return self._energy_per_spin(s).sum(-1) - self._log_sum_over_hidden(s)
 
     def expected_energy(self, posterior: FactorialPosterior, *, n_draws: int = 0) -> Tensor:
-        """Mean energy per unit under a factorial posterior, shape ``(..., n_units)``, hidden spins summed out.
+        """Mean energy per spin under a factorial posterior, shape ``(..., n_visible)``, hidden spins summed out.
 
-        A term that couples two units is shared equally between them, the sum over hidden spins between all.
+        A term that couples two spins is shared equally between them, the sum over hidden spins between all.
 
         Parameters
         ----------
         posterior
-            Posterior of ``z``.
+            Posterior of the visible spins.
         n_draws
             Draws of the spins at which the sum over hidden spins is taken; it is unbiased. Zero takes it at the mean
             spins, an upper bound of the mean energy. Without hidden spins the mean is exact, and nothing is drawn.
         """
-        v, v_var = posterior.gaussian_loc, posterior.gaussian_scale.square()
-        energy = self._energy_per_unit(v, v.square() + v_var, posterior.spin_mean)
-        return energy - (self._mean_over_draws(self._log_sum_over_hidden, posterior, n_draws) / self.n_units)[..., None]
+        of_hidden = self._mean_over_draws(self._log_sum_over_hidden, posterior, n_draws)
+        return self._energy_per_spin(posterior.mean) - (of_hidden / self.n_visible)[..., None]
 
     def _mean_over_draws(
         self, function: Callable[[Tensor], Tensor], posterior: FactorialPosterior, n_draws: int
     ) -> Tensor:
         """Mean of a function of the visible spins over draws of the posterior, or its value at the mean spins."""
         if not n_draws or not self.n_hidden:
-            return function(posterior.spin_mean)
-        _, s = self.split(posterior.sample((n_draws,)))
-        return function(s).mean(0)
+            return function(posterior.mean)
+        return function(posterior.sample((n_draws,))).mean(0)
 
     def _log_sum_over_hidden(self, s: Tensor) -> Tensor:
         """Log of the sum over hidden spins of the Boltzmann factors that they are in, shape ``(...)``."""
@@ -191,40 +144,16 @@ class BoltzmannPrior(nn.Module):
     def _has_visible_edges(self) -> bool:
         return bool((self.graph.edges[:, 1] < self.n_visible).any())
 
-    def _energy_per_unit(self, v: Tensor, v_square: Tensor, s: Tensor) -> Tensor:
+    def _energy_per_spin(self, s: Tensor) -> Tensor:
         """Energy without hidden spins."""
         field = self.h[: self.n_visible]
-        if self.n_gaussian:
-            field = field - 0.5 * (v @ self.W[:, : self.n_visible])
         if self._has_visible_edges:
             field = field + 0.5 * self._visible_fields(s)
-        if not self.n_gaussian:
-            return s * field
-        drive = s @ self.W[:, : self.n_visible].T  # (..., n_gaussian)
-        gaussian = 0.5 * v_square - self.a * v - 0.5 * v * drive
-        return torch.cat([gaussian, s * field], dim=-1)
+        return s * field
 
     def to_ising(self) -> IsingModel:
-        r"""Return the Ising problem that is left when the Gaussian layer is integrated out; a copy.
-
-        Its spins are the visible ones, then the hidden ones.
-
-        .. math:: E(s) = -\tfrac12 \lVert a + W s \rVert^2 - \tfrac{d}{2} \log 2\pi + h \cdot s + \sum J_{ij} s_i s_j
-
-        Its log Z is that of the prior, and its spins have the marginal law of the prior's.
-        """
-        h, J, W, a = (p.detach().clone() for p in (self.h, self.J, self.W, self.a))
-        if not self.n_gaussian:
-            return IsingModel(h, J, self.graph)
-        offset = -0.5 * a.square().sum() - 0.5 * self.n_gaussian * math.log(2.0 * math.pi)
-        return IsingModel(h - a @ W, J, self.graph, offset, factor=W)
-
-    @torch.no_grad()
-    def complete(self, spins: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Return ``z = [v, s]``, shape ``(n, n_units)``, for spins of :meth:`to_ising`; the Gaussian layer is drawn."""
-        spins = spins.to(self.h)
-        noise = torch.randn(len(spins), self.n_gaussian, generator=generator, device=self.h.device, dtype=self.h.dtype)
-        return torch.cat([self.a + spins @ self.W.T + noise, spins[:, : self.n_visible]], dim=-1)
+        """Return the Ising problem over the visible spins, then the hidden ones; a copy."""
+        return IsingModel(self.h.detach().clone(), self.J.detach().clone(), self.graph)
 
     @torch.no_grad()
     def set_moments(self, batch: SampleBatch) -> None:
@@ -241,26 +170,23 @@ class BoltzmannPrior(nn.Module):
             mean, edge_mean = batch.moments(self.graph)
         self.spin_mean.copy_(mean)
         self.edge_mean.copy_(edge_mean)
-        if self.n_gaussian:
-            self.spin_second.copy_(batch.second_moments())
         self.n_updates.add_(1)
 
     @torch.no_grad()
-    def start_chains(self, z: Tensor) -> None:
-        """Let the chains go on from draws ``z = [v, s]``, one row each; hidden spins are drawn given ``s``."""
-        _, s = self.split(z)
-        up = torch.sigmoid(-2.0 * self._fields_given(z))
+    def start_chains(self, s: Tensor) -> None:
+        """Let the chains go on from draws of the visible spins, one row each; all others are drawn given these."""
+        up = torch.sigmoid(-2.0 * self._other_fields(s))
         others = torch.where(torch.rand_like(up) < up, 1.0, -1.0)
         self.chains.copy_(torch.cat([s, others], dim=-1))
         self.set_moments(SampleBatch(self.chains, self.to_ising()))
 
-    def _fields_given(self, z: Tensor) -> Tensor:
-        """Fields on the spins that are no part of ``z``, shape ``(n, n_spins - n_visible)``."""
-        return self.hidden_fields(self.split(z)[1])
+    def _other_fields(self, s: Tensor) -> Tensor:
+        """Fields on the spins that are not visible, shape ``(n, n_spins - n_visible)``."""
+        return self.hidden_fields(s)
 
     @torch.no_grad()
     def set_log_z(self, value: float, lower: float, upper: float, scale: float) -> None:
-        """Take over an estimate of log Z at the present parameters, its bounds and its standard error, in nats."""
+        """Take over an estimate of log Z at the current parameters, its bounds and its standard error, in nats."""
         self.log_z.fill_(value)
         self.log_z_bounds[0], self.log_z_bounds[1] = lower, upper
         self.log_z_scale.fill_(scale)
@@ -269,17 +195,13 @@ class BoltzmannPrior(nn.Module):
     def log_partition(self) -> Tensor:
         r"""Scalar with the value of the buffer ``log_z`` and the gradient of log Z at the current moments.
 
-        That is :math:`-\langle \partial E / \partial \theta \rangle_p`, with the Gaussian layer integrated out.
+        That is :math:`-\langle \partial E / \partial \theta \rangle_p`.
         """
         mean_energy = self.h @ self.spin_mean + self.J @ self.edge_mean
-        if self.n_gaussian:
-            squared_drive = self.a @ self.a + 2.0 * self.a @ (self.W @ self.spin_mean)
-            squared_drive = squared_drive + ((self.W @ self.spin_second) * self.W).sum()
-            mean_energy = mean_energy - 0.5 * squared_drive
         return self.log_z + (mean_energy.detach() - mean_energy)
 
     def distribution(self, *, n_draws: int = 0) -> BoltzmannDistribution:
-        """Return the prior as a torch distribution over ``z``; ``n_draws`` as in :meth:`expected_energy`."""
+        """Return the prior as a torch distribution over visible spins; ``n_draws`` as in :meth:`expected_energy`."""
         return BoltzmannDistribution(self, n_draws)
 
 
@@ -302,23 +224,23 @@ class BoltzmannDistribution(Distribution):
     def __init__(self, prior: BoltzmannPrior, n_draws: int = 0) -> None:
         self.prior = prior
         self.n_draws = n_draws
-        super().__init__(torch.Size(()), torch.Size((prior.n_units,)), validate_args=False)
+        super().__init__(torch.Size(()), torch.Size((prior.n_visible,)), validate_args=False)
 
     def expected_energy(self, posterior: FactorialPosterior) -> Tensor:
-        """Mean energy per unit under a factorial posterior, shape ``(..., n_units)``."""
+        """Mean energy per spin under a factorial posterior, shape ``(..., n_visible)``."""
         return self.prior.expected_energy(posterior, n_draws=self.n_draws)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log density of ``z = [v, s]``, shape ``(..., n_units)``, in nats; as good as the prior's ``log_z``."""
+        """Log probability of visible spins, shape ``(..., n_visible)``, in nats; as good as the prior's ``log_z``."""
         return -self.prior.energy(value) - self.prior.log_partition()
 
 
 @register_kl(FactorialPosterior, BoltzmannDistribution)
 def _kl_factorial_boltzmann(q: FactorialPosterior, p: BoltzmannDistribution) -> Tensor:
-    """KL per unit, shape ``(..., n_units)``, as good as log Z, which is shared equally between the units."""
+    """KL per spin, shape ``(..., n_visible)``, as good as log Z, which is shared equally between the spins."""
     # Mixed precision rounds every product to bfloat16 or float16, too coarse for energies of hundreds of nats.
     with torch.autocast(q.logits.device.type, enabled=False):
-        return p.expected_energy(q) - q.entropy() + p.prior.log_partition() / p.prior.n_units
+        return p.expected_energy(q) - q.entropy() + p.prior.log_partition() / p.prior.n_visible
 
 
 def _random_chains(n_chains: int, n_spins: int) -> Tensor:

@@ -85,9 +85,7 @@ class Codes:
         return len(self.posterior.logits)
 
     def __getitem__(self, rows: Tensor) -> Codes:
-        q = self.posterior
-        part = FactorialPosterior(q.gaussian_loc[rows], q.gaussian_scale[rows], q.logits[rows])
-        return Codes(part, None if self.labels is None else self.labels[rows])
+        return Codes(FactorialPosterior(self.posterior.logits[rows]), None if self.labels is None else self.labels[rows])
 
     @property
     def known(self) -> dict[str, Tensor]:
@@ -294,15 +292,15 @@ class PriorFitMixin:
         return codes[order[n_held_out:]], codes[order[:n_held_out]]
 
     def _get_codes(self, *data: Any) -> Codes:
-        parts, labels = [], []
+        logits, labels = [], []
         adata, rows, batch_size, dataloader = data
         for tensors in self._get_batches(adata, rows, batch_size, dataloader):
-            parts.append(self.module.inference(**self.module._get_inference_input(tensors))[MODULE_KEYS.QZ_KEY])
+            qz = self.module.inference(**self.module._get_inference_input(tensors))[MODULE_KEYS.QZ_KEY]
+            logits.append(qz.logits)
             labels.append(tensors[REGISTRY_KEYS.LABELS_KEY].squeeze(-1).long())
             if sum(map(len, labels)) >= _MAX_CODES:
                 break
-        names = ("gaussian_loc", "gaussian_scale", "logits")
-        posterior = FactorialPosterior(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+        posterior = FactorialPosterior(torch.cat(logits))
         has_labels = isinstance(self.module.prior, LabeledPrior)
         return Codes(posterior, torch.cat(labels).to(self.device) if has_labels else None)
 
@@ -351,7 +349,7 @@ def fit_to_codes(
         torch.manual_seed(seed)
         looks, best = [_look(prior, held_out, 0, seed)], _copy(prior)
         best_look = looks[0]
-        prior.unfreeze()
+        prior.requires_grad_(True)
         prior.start_chains(codes[_choose(len(codes), len(prior.chains), device)].posterior.sample())
         sampling = SamplingCallback(prior, sampler, schedule)
         sampling.start(seed)

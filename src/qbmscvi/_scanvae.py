@@ -41,8 +41,8 @@ class QBMSCANVAE(QBMVAE):
         super().__init__(n_input, n_batch, n_labels, **kwargs)
 
     @staticmethod
-    def _build_prior(graph: Graph, n_gaussian: int, n_labels: int, **settings: Any) -> LabeledPrior:
-        return LabeledPrior(graph, n_labels - 1, n_gaussian, **settings)
+    def _build_prior(graph: Graph, n_labels: int, **settings: Any) -> LabeledPrior:
+        return LabeledPrior(graph, n_labels - 1, **settings)
 
     def _prior_given(self, y: Tensor | None) -> LabeledDistribution:
         """Return the prior of cells with labels ``y``, shape ``(n_cells, 1)``."""
@@ -57,7 +57,7 @@ class QBMSCANVAE(QBMVAE):
     @auto_move_data
     def classify(self, qz: Distribution, z: Tensor | None = None) -> Tensor:
         """Log odds of the types up to a constant per cell, shape ``(..., n_types)``; at the mean, or at ``z``."""
-        return self.prior.label_logits(*self.prior.split(qz.mean if z is None else z))
+        return self.prior.label_logits(qz.mean if z is None else z)
 
     def loss(
         self,
@@ -80,6 +80,6 @@ class QBMSCANVAE(QBMVAE):
         losses.extra_metrics["classification_loss"] = error.detach()
         is_known = labels < self.prior.n_labels
         if is_known.any():
-            predicted = self.prior.label_logits(*self.prior.split(z))[is_known].argmax(-1)
+            predicted = self.prior.label_logits(z)[is_known].argmax(-1)
             losses.extra_metrics["accuracy"] = (predicted == labels[is_known]).to(torch.float32).mean()
         return losses

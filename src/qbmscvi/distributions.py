@@ -1,7 +1,7 @@
-r"""The factorial posterior over a Gaussian and a spin layer, and the relaxations of its spins.
+r"""The factorial posterior over spins, and their relaxations.
 
-:math:`q(v, s \mid x) = \prod_a N(v_a; \mu_a, \sigma_a^2) \prod_i \sigma(l_i)^{[s_i = +1]} \sigma(-l_i)^{[s_i = -1]}`;
-either layer may be empty. The mean spin is :math:`m_i = \tanh(l_i / 2)`.
+:math:`q(s \mid x) = \prod_i \sigma(l_i)^{[s_i = +1]} \sigma(-l_i)^{[s_i = -1]}` with the mean spins
+:math:`m_i = \tanh(l_i / 2)`.
 
 A :class:`Smoothing` says what the decoder sees during training in place of a discrete spin, so that a gradient
 reaches the logits. None of them changes the KL divergence, which needs the mean spins only. Not implemented:
@@ -148,91 +148,61 @@ def build_smoothing(spec: SmoothingName | Smoothing) -> Smoothing:
 
 
 class FactorialPosterior(Distribution):
-    r"""Independent Gaussian and spin units, as a torch distribution over ``z = [v, s]``.
+    r"""Independent spins, as a torch distribution.
 
-    Values have shape ``(..., n_gaussian + n_spins)``, Gaussian units first, hard spins in ``{-1, +1}`` after them.
-    ``log_prob`` and ``entropy`` are per unit, so that sums over the last axis are those of the vector, as
-    scvi-tools expects of :class:`torch.distributions.Normal`.
+    Values have shape ``(..., n_spins)`` and are hard spins in ``{-1, +1}``. ``log_prob`` and ``entropy`` are per spin,
+    so that sums over the last axis are those of the vector, as scvi-tools expects of
+    :class:`torch.distributions.Normal`.
 
     Parameters
     ----------
-    gaussian_loc, gaussian_scale
-        Mean and standard deviation, shape ``(..., n_gaussian)``.
     logits
         Log odds of spin +1, shape ``(..., n_spins)``.
     smoothing
         Relaxation used by :meth:`rsample`.
     """
 
-    arg_constraints: ClassVar = {
-        "gaussian_loc": constraints.real,
-        "gaussian_scale": constraints.positive,
-        "logits": constraints.real,
-    }
+    arg_constraints: ClassVar = {"logits": constraints.real}
     has_rsample = True
 
     def __init__(
-        self,
-        gaussian_loc: Tensor,
-        gaussian_scale: Tensor,
-        logits: Tensor,
-        smoothing: Smoothing | None = None,
-        validate_args: bool | None = False,
+        self, logits: Tensor, smoothing: Smoothing | None = None, validate_args: bool | None = False
     ) -> None:
-        self.gaussian_loc = gaussian_loc
-        self.gaussian_scale = gaussian_scale
         self.logits = logits
         self.smoothing = StraightThrough() if smoothing is None else smoothing
-        self.given_spin_mean: Tensor | None = None
-        width = gaussian_loc.shape[-1] + logits.shape[-1]
-        super().__init__(torch.Size((*logits.shape[:-1], width)), validate_args=validate_args)
+        self.given_mean: Tensor | None = None
+        super().__init__(logits.shape, validate_args=validate_args)
 
     @classmethod
-    def from_moments(
-        cls, mean: Tensor, variance: Tensor, n_gaussian: int, smoothing: Smoothing | None = None
-    ) -> FactorialPosterior:
+    def from_moments(cls, mean: Tensor, variance: Tensor, smoothing: Smoothing | None = None) -> FactorialPosterior:
         """Rebuild a posterior from its :attr:`mean` and :attr:`variance`, which come back unchanged.
 
         Parameters
         ----------
         mean, variance
-            Shape ``(..., n_gaussian + n_spins)``; of a spin, ``m`` and ``1 - m^2``.
-        n_gaussian
-            Number of Gaussian units.
+            ``m`` and ``1 - m^2`` of each spin, shape ``(..., n_spins)``.
         smoothing
             Relaxation used by :meth:`rsample`.
         """
-        m, var = mean[..., n_gaussian:], variance[..., n_gaussian:]
         # l = log (1 + m) / (1 - m), and 1 - |m| = var / (1 + |m|): the variance still resolves a saturated spin whose
         # mean is rounded to one. Below the smallest normal number, at |l| = 88 in single precision, it ends too.
-        magnitude = 2.0 * torch.log1p(m.abs()) - var.clamp(min=torch.finfo(var.dtype).tiny).log()
-        is_saturated = m.abs() > 0.5
-        logits = torch.where(is_saturated, m.sign() * magnitude, 2.0 * torch.atanh(m.clamp(-0.5, 0.5)))
-        posterior = cls(mean[..., :n_gaussian], variance[..., :n_gaussian].sqrt(), logits, smoothing)
-        posterior.given_spin_mean = m
+        magnitude = 2.0 * torch.log1p(mean.abs()) - variance.clamp(min=torch.finfo(variance.dtype).tiny).log()
+        is_saturated = mean.abs() > 0.5
+        logits = torch.where(is_saturated, mean.sign() * magnitude, 2.0 * torch.atanh(mean.clamp(-0.5, 0.5)))
+        posterior = cls(logits, smoothing)
+        posterior.given_mean = mean
         return posterior
 
     @property
-    def n_gaussian(self) -> int:
-        """Number of Gaussian units."""
-        return self.gaussian_loc.shape[-1]
-
-    @property
-    def spin_mean(self) -> Tensor:
-        """Mean spins ``tanh(logits / 2)``, shape ``(..., n_spins)``."""
-        return torch.tanh(0.5 * self.logits) if self.given_spin_mean is None else self.given_spin_mean
-
-    @property
     def mean(self) -> Tensor:
-        """Mean of ``[v, s]``."""
-        return torch.cat([self.gaussian_loc, self.spin_mean], dim=-1)
+        """Mean spins ``tanh(logits / 2)``."""
+        return torch.tanh(0.5 * self.logits) if self.given_mean is None else self.given_mean
 
     @property
     def variance(self) -> Tensor:
-        """Variance of ``[v, s]``; ``1 - m^2`` for a spin."""
+        """Variance ``1 - m^2`` of the spins."""
         # sigma(l) sigma(-l) does not cancel for saturated logits, 1 - m^2 does.
-        spin_var = 4.0 * torch.sigmoid(self.logits) * torch.sigmoid(-self.logits)
-        return torch.cat([self.gaussian_scale.square(), spin_var], dim=-1)
+        return 4.0 * torch.sigmoid(self.logits) * torch.sigmoid(-self.logits)
 
     @property
     def loc(self) -> Tensor:
@@ -244,93 +214,51 @@ class FactorialPosterior(Distribution):
         """The standard deviation, under the name of :class:`torch.distributions.Normal`."""
         return self.variance.sqrt()
 
-    def _noise(self, sample_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-        shape = torch.Size(sample_shape)
-        normal = torch.randn(
-            shape + self.gaussian_loc.shape, dtype=self.gaussian_loc.dtype, device=self.gaussian_loc.device
-        )
-        uniform = torch.rand(shape + self.logits.shape, dtype=self.logits.dtype, device=self.logits.device)
-        return normal, uniform.clamp(min=torch.finfo(uniform.dtype).tiny)
+    def _noise(self, sample_shape: Sequence[int]) -> Tensor:
+        shape = torch.Size(sample_shape) + self.logits.shape
+        uniform = torch.rand(shape, dtype=self.logits.dtype, device=self.logits.device)
+        return uniform.clamp(min=torch.finfo(uniform.dtype).tiny)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draw ``[v, zeta]`` with a gradient to all parameters."""
-        normal, uniform = self._noise(sample_shape)
-        v = self.gaussian_loc + self.gaussian_scale * normal
-        zeta = self.smoothing.relax(self.logits.expand_as(uniform), uniform)
-        return torch.cat([v, zeta], dim=-1)
+        """Draw relaxed spins, with a gradient to the logits."""
+        uniform = self._noise(sample_shape)
+        return self.smoothing.relax(self.logits.expand_as(uniform), uniform)
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draw ``[v, s]`` with hard spins, without a gradient."""
-        normal, uniform = self._noise(sample_shape)
-        v = self.gaussian_loc + self.gaussian_scale * normal
-        return torch.cat([v, _harden(self.logits, uniform)], dim=-1)
+        """Draw hard spins, without a gradient."""
+        return _harden(self.logits, self._noise(sample_shape))
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log density of ``v`` and log probability of hard spins, per unit, in nats."""
-        v, s = value.split([self.n_gaussian, self.logits.shape[-1]], dim=-1)
-        deviation = (v - self.gaussian_loc) / self.gaussian_scale
-        gaussian = -0.5 * (deviation.square() + math.log(2.0 * math.pi)) - self.gaussian_scale.log()
-        return torch.cat([gaussian, logsigmoid(s * self.logits)], dim=-1)
+        """Log probability of hard spins, per spin, in nats."""
+        return logsigmoid(value * self.logits)
 
     def entropy(self) -> Tensor:
-        """Entropy per unit, in nats (differential for the Gaussian units)."""
+        """Entropy per spin, in nats."""
         # H = softplus(l) - l sigma(l), written without cancellation for large |l|.
         magnitude = self.logits.abs()
-        spin = softplus(-magnitude) + magnitude * torch.sigmoid(-magnitude)
-        if not self.n_gaussian:
-            return spin
-        gaussian = 0.5 * (1.0 + math.log(2.0 * math.pi)) + self.gaussian_scale.log()
-        return torch.cat([gaussian, spin], dim=-1)
+        return softplus(-magnitude) + magnitude * torch.sigmoid(-magnitude)
 
 
 class MixtureComponent(FactorialPosterior):
-    r"""Component of an aggregated posterior: continued from hard to mean spins, with heavy tails if wanted.
+    r"""Component of an aggregated posterior, continued from hard to mean spins.
 
     A product of spin masses is linear in each spin: :math:`q(s) = \prod_i (1 + s_i m_i) / 2`. Put at mean spins, this
     is the mass expected for independent spins of these means.
 
     Parameters
     ----------
-    gaussian_loc, gaussian_scale, logits
+    logits
         As in :class:`FactorialPosterior`.
-    dof
-        Degrees of freedom of Student's t-distribution in place of the Gaussian; None for the Gaussian.
     """
 
-    def __init__(self, gaussian_loc: Tensor, gaussian_scale: Tensor, logits: Tensor, dof: float | None = None) -> None:
-        super().__init__(gaussian_loc, gaussian_scale, logits)
-        normal = torch.distributions.Normal(gaussian_loc, gaussian_scale)
-        self.layer = normal if dof is None else torch.distributions.StudentT(dof, gaussian_loc, gaussian_scale)
-
-    @property
-    def support(self) -> constraints.Constraint:
-        """Real Gaussian units, spins or mean spins in ``[-1, 1]``."""
-        lengths = [self.n_gaussian, self.logits.shape[-1]]
-        return constraints.cat([constraints.real, constraints.interval(-1.0, 1.0)], -1, lengths)
-
-    @property
-    def mean(self) -> Tensor:
-        """Mean of ``[v, s]``."""
-        return torch.cat([self.layer.mean, self.spin_mean], dim=-1)
-
-    @property
-    def variance(self) -> Tensor:
-        """Variance of ``[v, s]``."""
-        return torch.cat([self.layer.variance, super().variance[..., self.n_gaussian :]], dim=-1)
-
-    @torch.no_grad()
-    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draw ``[v, s]`` with hard spins."""
-        v, s = super().sample(sample_shape).split([self.n_gaussian, self.logits.shape[-1]], dim=-1)
-        return torch.cat([self.layer.sample(torch.Size(sample_shape)).to(v), s], dim=-1)
+    support = constraints.interval(-1.0, 1.0)  # hard or mean spins
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log density of ``v`` and log mass of hard or mean spins, per unit, in nats."""
-        v, s = value.split([self.n_gaussian, self.logits.shape[-1]], dim=-1)
+        """Log mass of hard or mean spins, per spin, in nats."""
         # As a sum over the two states of each spin: 1 + s m would vanish for saturated logits.
-        up, down = torch.log1p(s) + logsigmoid(self.logits), torch.log1p(-s) + logsigmoid(-self.logits)
-        return torch.cat([self.layer.log_prob(v), torch.logaddexp(up, down) - math.log(2.0)], dim=-1)
+        up, down = torch.log1p(value) + logsigmoid(self.logits), torch.log1p(-value) + logsigmoid(-self.logits)
+        return torch.logaddexp(up, down) - math.log(2.0)
 
 
 def _harden(logits: Tensor, uniform: Tensor) -> Tensor:

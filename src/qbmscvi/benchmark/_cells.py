@@ -23,6 +23,7 @@ from anndata import AnnData
 from scvi import REGISTRY_KEYS
 from scvi.module._constants import MODULE_KEYS
 from threadpoolctl import threadpool_limits
+from torch.distributions import Normal
 
 from qbmscvi._model import QBMSCVI
 from qbmscvi.benchmark._densities import (
@@ -82,7 +83,7 @@ class StandardNormal(Density):
 
     def log_prob(self, z: Tensor) -> Tensor:
         """See :meth:`Density.log_prob`."""
-        return torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(1)
+        return Normal(0.0, 1.0).log_prob(z).sum(1)
 
     def sample(self, n_samples: int, generator: torch.Generator) -> Tensor:
         """See :meth:`Density.sample`."""
@@ -114,9 +115,7 @@ class BoltzmannDensity(Density):
         """The same couplings in random order, log Z to match."""
         prior, generator = copy.deepcopy(self.prior), torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            for couplings in (prior.J, prior.W):
-                order = torch.randperm(couplings.numel(), generator=generator)
-                couplings.copy_(couplings.flatten()[order].view_as(couplings))
+            prior.J.copy_(prior.J[torch.randperm(len(prior.J), generator=generator)])
         # The persistent chains are samples of the prior as it was trained, so the reverse runs need others.
         problem = prior.to_ising()
         spins = BlockGibbsSampler().sample(SamplingRequest(problem, _N_SHUFFLED_CHAINS, seed=seed)).spins
@@ -133,7 +132,7 @@ class BoltzmannDensity(Density):
         """Ends of chains of their own, as :meth:`qbmscvi.QBMSCVI.generate` draws by default."""
         seed = int(torch.randint(2**31 - 1, (), generator=generator))
         request = SamplingRequest(self.prior.to_ising(), n_samples, seed=seed, purpose="generation")
-        return self.prior.complete(BlockGibbsSampler().sample(request).spins, generator)
+        return BlockGibbsSampler().sample(request).spins[:, : self.prior.n_visible].float()
 
     def bounds(self, elbo: float) -> dict[str, float]:
         """An ELBO that holds log Z, at both ends of its interval."""
@@ -152,17 +151,15 @@ def draw_rows(batches: np.ndarray, wanted: np.ndarray, known: np.ndarray, rng: n
 
 
 @torch.inference_mode()
-def posteriors(model: SCVI, rows: np.ndarray) -> FactorialPosterior:
-    """Codes of cells, on the CPU; the posteriors of SCVI have no spins."""
+def posteriors(model: SCVI, rows: np.ndarray) -> FactorialPosterior | Normal:
+    """Codes of cells, on the CPU."""
     model.module.eval()
     parts = []
     for tensors in model._make_data_loader(adata=model.adata, indices=rows):
-        qz = model.module.inference(**model.module._get_inference_input(tensors))[MODULE_KEYS.QZ_KEY]
-        is_factorial = isinstance(qz, FactorialPosterior)
-        parts.append(
-            (qz.gaussian_loc, qz.gaussian_scale, qz.logits) if is_factorial else (qz.loc, qz.scale, qz.loc[:, :0])
-        )
-    return FactorialPosterior(*(torch.cat(values).cpu() for values in zip(*parts, strict=True)))
+        parts.append(model.module.inference(**model.module._get_inference_input(tensors))[MODULE_KEYS.QZ_KEY])
+    if isinstance(model, QBMSCVI):
+        return FactorialPosterior(torch.cat([qz.logits for qz in parts]).cpu())
+    return Normal(*(torch.cat([getattr(qz, name) for qz in parts]).cpu() for name in ("loc", "scale")))
 
 
 @torch.inference_mode()
@@ -258,7 +255,7 @@ class Bench:
         scores = score_real(self.real, self.reference, label_key=self.label_key, seed=self.seed)
         return {PREFIX + name: value for name, value in scores.items()}
 
-    def training_codes(self) -> FactorialPosterior:
+    def training_codes(self) -> FactorialPosterior | Normal:
         """Codes that densities are fitted to."""
         rows = np.random.default_rng(self.seed).permutation(np.sort(self.model.train_indices))[:_MAX_CODES]
         return posteriors(self.model, np.sort(rows))

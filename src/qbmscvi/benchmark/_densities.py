@@ -1,7 +1,7 @@
 r"""Rival priors: densities fitted to the codes of a trained model, networks frozen.
 
-The codes of cells are their posteriors :math:`q(z \mid x)`, a :class:`~qbmscvi.distributions.FactorialPosterior` with
-one row per cell: spins of QBMSCVI, or Gaussian units of scVI. A density :math:`p(z)` is fitted to the aggregated
+The codes of cells are their posteriors :math:`q(z \mid x)`, with one row per cell: a
+:class:`~qbmscvi.distributions.FactorialPosterior` over the spins of QBMSCVI, or scVI's normal distributions. A density :math:`p(z)` is fitted to the aggregated
 posterior, so to draws of the codes and not to their means, and is judged by :math:`KL(q \| p)` of cells that it has
 not seen. The rivals say how many nats any prior could still gain, and whether any fitted prior makes cells as good.
 
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from sklearn import mixture
 from torch import Tensor, nn
+from torch.distributions import Normal
 from torch.nn.functional import linear, logsigmoid
 
 from qbmscvi.distributions import FactorialPosterior
@@ -27,6 +28,8 @@ from qbmscvi.distributions import FactorialPosterior
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Self
+
+    from torch.distributions import Distribution
 
 _HELD_OUT = 0.1  # share of the cells that chooses a number of components or stops the training
 _MIN_CELLS = 20
@@ -62,23 +65,11 @@ class FittedDensity(Density):
 
     @classmethod
     @abstractmethod
-    def fit(cls, codes: FactorialPosterior, seed: int = 0) -> Self:
+    def fit(cls, codes: Distribution, seed: int = 0) -> Self:
         """Fit to the codes of training cells; global random numbers are not touched."""
 
 
-def spin_codes(logits: Tensor | np.ndarray) -> FactorialPosterior:
-    """Codes of cells from the log odds of their spins, shape ``(n_cells, n_spins)``."""
-    logits = torch.as_tensor(logits, dtype=torch.float32)
-    return FactorialPosterior(logits[:, :0], logits[:, :0], logits)
-
-
-def gaussian_codes(mean: Tensor | np.ndarray, variance: Tensor | np.ndarray) -> FactorialPosterior:
-    """Codes of cells from the means and variances of Gaussian units, shape ``(n_cells, n_units)`` each."""
-    mean, variance = (torch.as_tensor(values, dtype=torch.float32) for values in (mean, variance))
-    return FactorialPosterior(mean, variance.sqrt(), mean[:, :0])
-
-
-def divergence(codes: FactorialPosterior, density: Density, *, n_draws: int = 10, seed: int = 0) -> Divergence:
+def divergence(codes: Distribution, density: Density, *, n_draws: int = 10, seed: int = 0) -> Divergence:
     r"""Estimate the KL divergence from codes to a density.
 
     :math:`E_q[-\log p(z)]` is a mean over draws, the entropy of the codes is exact.
@@ -408,31 +399,19 @@ class GaussianMixture(FittedDensity):
 
     @classmethod
     def fit(
-        cls, codes: FactorialPosterior, seed: int = 0, *, n_components: Sequence[int] = (1, 5, 10, 20, 30, 50)
+        cls, codes: Normal, seed: int = 0, *, n_components: Sequence[int] = (1, 5, 10, 20, 30, 50)
     ) -> Self:
         """Fit as many components as describe held-out codes best.
 
         Parameters
         ----------
         codes
-            Codes of training cells, without spins.
+            Codes of training cells.
         seed
             Decides the held-out cells, a tenth, the draws and the starts.
         n_components
             Numbers to try.
-
-        Raises
-        ------
-        ValueError
-            If the codes have spins.
         """
-        n_spins = codes.logits.shape[1]
-        if n_spins:
-            msg = (
-                f"The codes have {n_spins} spins, but a mixture of Gaussians describes Gaussian units only. Use "
-                "`BernoulliMixture` for spins."
-            )
-            raise ValueError(msg)
         generator = torch.Generator().manual_seed(seed)
         draws = torch.stack([draw(codes, generator) for _ in range(5)], 1)  # (n_cells, 5, n_units)
         train, held_out = (part.flatten(0, 1).double().numpy() for part in _split(draws, generator))
@@ -459,12 +438,6 @@ class GaussianMixture(FittedDensity):
 
 
 def _spin_logits(codes: FactorialPosterior) -> Tensor:
-    if codes.n_gaussian:
-        msg = (
-            f"The codes have {codes.n_gaussian} Gaussian units, but this density describes spins only. Use "
-            "`GaussianMixture` for the codes of scVI, or codes of `latent='spins'`."
-        )
-        raise ValueError(msg)
     return codes.logits.detach().cpu().float()
 
 
@@ -481,10 +454,11 @@ def _draw_spins(logits: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(torch.rand(logits.shape, generator=generator) < torch.sigmoid(logits), 1.0, -1.0)
 
 
-def draw(codes: FactorialPosterior, generator: torch.Generator) -> Tensor:
+def draw(codes: FactorialPosterior | Normal, generator: torch.Generator) -> Tensor:
     """One draw of each cell, from the random numbers of ``generator``, which torch's distributions cannot use."""
-    noise = torch.randn(codes.gaussian_loc.shape, generator=generator)
-    return torch.cat([codes.gaussian_loc + codes.gaussian_scale * noise, _draw_spins(codes.logits, generator)], 1)
+    if isinstance(codes, Normal):
+        return codes.loc + codes.scale * torch.randn(codes.loc.shape, generator=generator)
+    return _draw_spins(codes.logits, generator)
 
 
 def _split(cells: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from scvi.external import SysVI
 from scvi.model import SCVI
 
 from qbmscvi._model import QBMSCVI
+from qbmscvi._module import DEFAULT_N_LATENT
 from qbmscvi._training_plan import QBMTrainingPlan, auto_kl_warmup, auto_weight_decay
 from qbmscvi.benchmark._cells import (
     GAUSSIAN_RIVALS,
@@ -255,10 +256,7 @@ def _held_out_fit(model: SCVI, seed: int) -> dict[str, float]:
 
 def _same_width(task: Task) -> dict[str, int]:
     """Width of what QBMSCVI's ``get_latent_representation()`` returns, as ``n_latent``."""
-    model = MODELS["QBMSCVI"].build(task, {})
-    prior = model.module.prior
-    widths = {"gaussian": prior.n_gaussian, "spins": prior.n_visible, "both": prior.n_units}
-    return {"n_latent": widths[model._resolve_layer(None)]}
+    return {"n_latent": DEFAULT_N_LATENT}
 
 
 def same_schedule(task: Task) -> dict[str, Any]:
@@ -306,7 +304,6 @@ MODELS: dict[str, Callable[[Task], Fit]] = {
     "PCA": _fit_pca,
     "QBMSCVI": NeuralModel(QBMSCVI),
     "QBMSCVI, J = 0": NeuralModel(QBMSCVI, lambda task: {"prior_graph": "independent"}),
-    "QBMSCVI, gaussian-spins": NeuralModel(QBMSCVI, lambda task: {"latent": "gaussian-spins"}),
     "SysVI, VampPrior": NeuralModel(SysVI, is_normalized=True, takes_schedule=False),
 }
 """Built-in models that are trained."""
