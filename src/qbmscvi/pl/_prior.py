@@ -110,7 +110,7 @@ def spin_activity(
     ----------
     spins
         Spins or mean spins of the cells, shape ``(n_cells, n_spins)``, values in ``[-1, 1]``: for instance
-        ``model.get_latent_representation(layer="spins", representation="mean")``.
+        ``model.get_latent_representation(representation="mean")``.
     labels
         Group of each cell, shape ``(n_cells,)``. A pandas categorical keeps the order of its categories; cells without
         a group are left out.
