@@ -422,7 +422,9 @@ def _check_moments(mean: np.ndarray, variance: np.ndarray, n_spins: int) -> None
             msg = f"The {name} of the posterior has shape {values.shape}, not (n_cells, {n_spins}). {_HOW_TO_MINIFY}"
             raise ValueError(msg)
     # Rounding of single precision is 1e-7; logits or standard deviations are off by orders of magnitude more.
-    is_consistent = np.isfinite(mean).all() and (variance >= 0).all() and np.allclose(1.0 - mean**2, variance, atol=1e-5)
+    is_consistent = (
+        np.isfinite(mean).all() and (variance >= 0).all() and np.allclose(1.0 - mean**2, variance, atol=1e-5)
+    )
     if not is_consistent:
         msg = f"These are no posterior means of spins m in [-1, 1] with variances 1 - m^2. {_HOW_TO_MINIFY}"
         raise ValueError(msg)

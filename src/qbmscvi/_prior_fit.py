@@ -85,7 +85,9 @@ class Codes:
         return len(self.posterior.logits)
 
     def __getitem__(self, rows: Tensor) -> Codes:
-        return Codes(FactorialPosterior(self.posterior.logits[rows]), None if self.labels is None else self.labels[rows])
+        return Codes(
+            FactorialPosterior(self.posterior.logits[rows]), None if self.labels is None else self.labels[rows]
+        )
 
     @property
     def known(self) -> dict[str, Tensor]:

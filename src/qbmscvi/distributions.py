@@ -165,9 +165,7 @@ class FactorialPosterior(Distribution):
     arg_constraints: ClassVar = {"logits": constraints.real}
     has_rsample = True
 
-    def __init__(
-        self, logits: Tensor, smoothing: Smoothing | None = None, validate_args: bool | None = False
-    ) -> None:
+    def __init__(self, logits: Tensor, smoothing: Smoothing | None = None, validate_args: bool | None = False) -> None:
         self.logits = logits
         self.smoothing = StraightThrough() if smoothing is None else smoothing
         self.given_mean: Tensor | None = None

@@ -2,8 +2,7 @@ r"""Exact sums over all states of small Ising problems: log Z, moments, draws. T
 
 Only the spins outside the largest color class are enumerated; given those, the spins of that class are
 independent and are summed out in closed form. So a bipartite problem costs ``2^min(n_left, n_right)``, a
-complete one ``2^(n - 1)``. Problems with a factor are written out densely first. Everything is computed in
-float64.
+complete one ``2^(n - 1)``. Everything is computed in float64.
 """
 
 from __future__ import annotations
@@ -73,8 +72,6 @@ class Enumeration:
 
 def n_enumerated(problem: IsingModel) -> int:
     """Number of spins that would have to be enumerated."""
-    if problem.factor is not None:
-        return problem.n_spins - 1
     return problem.n_spins - max(len(c) for c in problem.graph.color_classes)
 
 
@@ -90,18 +87,18 @@ def enumerate_ising(problem: IsingModel, beta: float = 1.0) -> Enumeration:
     if n_rest > MAX_ENUMERATED_SPINS:
         msg = (
             f"Exact enumeration needs the states of {n_rest} spins ({problem!r}), but at most "
-            f"{MAX_ENUMERATED_SPINS} are feasible. Lower `n_latent` or `n_spins`, or use sampler='gibbs'."
+            f"{MAX_ENUMERATED_SPINS} are feasible. Lower `n_latent`, or use sampler='gibbs'."
         )
         raise GraphMismatchError(msg)
-    dense = problem.to("cpu", torch.float64).to_dense()
-    summed = torch.from_numpy(max(dense.graph.color_classes, key=len))
-    rest = torch.tensor(sorted(set(range(dense.n_spins)) - set(summed.tolist())), dtype=torch.long)
-    matrix = dense.couplings()
+    problem = problem.to("cpu", torch.float64)
+    summed = torch.from_numpy(max(problem.graph.color_classes, key=len))
+    rest = torch.tensor(sorted(set(range(problem.n_spins)) - set(summed.tolist())), dtype=torch.long)
+    matrix = problem.couplings()
     states = all_states(len(rest))
     fields, log_weights = [], []
     for chunk in states.split(_CHUNK):
-        field = dense.h[summed] + chunk @ matrix[rest][:, summed]  # (n_states, n_summed)
-        within = 0.5 * (chunk @ matrix[rest][:, rest] * chunk).sum(-1) + chunk @ dense.h[rest] + float(dense.offset)
+        field = problem.h[summed] + chunk @ matrix[rest][:, summed]  # (n_states, n_summed)
+        within = 0.5 * (chunk @ matrix[rest][:, rest] * chunk).sum(-1) + chunk @ problem.h[rest] + float(problem.offset)
         fields.append(field)
         log_weights.append(log_2cosh(beta * field).sum(-1) - beta * within)
     return Enumeration(rest, summed, states, torch.cat(fields), torch.cat(log_weights), beta)

@@ -4,15 +4,10 @@ Energy, in nats at unit inverse temperature:
 
 .. math::
 
-    E(s) = c + \sum_i h_i s_i + \sum_{(i,j)} J_{ij} s_i s_j - \tfrac12 \lVert F s \rVert^2,
-    \qquad s_i \in \{-1, +1\},
+    E(s) = c + \sum_i h_i s_i + \sum_{(i,j)} J_{ij} s_i s_j, \qquad s_i \in \{-1, +1\},
 
-each edge once, no self-loops; :math:`c` is ``offset`` and :math:`F` the optional ``factor``. Samplers target
-:math:`p(s) \propto \exp(-\beta E(s))`. Up to the factor this is dimod's convention.
-
-The factor carries dense couplings of low rank, as they arise when a Gaussian layer is integrated out
-(Hubbard-Stratonovich): :math:`J_{ij} = -(F^\top F)_{ij}` and the constant :math:`-\tfrac12 \operatorname{tr} F^\top F`.
-Local samplers exploit it; everything else gets :meth:`IsingModel.to_dense`, which has the same energies.
+each edge once, no self-loops; :math:`c` is ``offset``. Samplers target :math:`p(s) \propto \exp(-\beta E(s))`. This is
+dimod's convention.
 
 Other forms (bits, QUBO, dimod) are converted here and nowhere else, and constants are carried so that energies
 and log Z agree in every form. Higher-order terms are not supported.
@@ -52,8 +47,6 @@ class IsingModel:
         Which spins interact, and its color classes.
     offset
         Constant of the energy.
-    factor
-        ``(rank, n_spins)`` or None.
 
     Raises
     ------
@@ -65,7 +58,6 @@ class IsingModel:
     J: Tensor
     graph: Graph
     offset: float | Tensor = 0.0
-    factor: Tensor | None = None
 
     def __post_init__(self) -> None:
         n, m = self.graph.n_nodes, self.graph.n_edges
@@ -75,9 +67,6 @@ class IsingModel:
                 f"nodes and {m} edges. Pass h of shape ({n},) and J of shape ({m},) in the order of `graph.edges`."
             )
             raise ValueError(msg)
-        if self.factor is not None and (self.factor.ndim != 2 or self.factor.shape[1] != n):
-            msg = f"`factor` has shape {tuple(self.factor.shape)}; it must be (rank, {n})."
-            raise ValueError(msg)
 
     @property
     def n_spins(self) -> int:
@@ -86,11 +75,8 @@ class IsingModel:
 
     @property
     def is_finite(self) -> bool:
-        """Whether every field, coupling and factor entry is finite."""
-        total = self.h.sum() + self.J.sum() + self.offset
-        if self.factor is not None:
-            total = total + self.factor.sum()
-        return math.isfinite(total)
+        """Whether every field and coupling is finite."""
+        return math.isfinite(self.h.sum() + self.J.sum() + self.offset)
 
     @property
     def edge_couplings(self) -> Tensor | None:
@@ -133,32 +119,15 @@ class IsingModel:
             elif self.graph.n_edges:
                 field = field + 0.5 * edge_fields(spins, self.J, self.graph)
             energy = (spins * field).sum(-1)
-        energy = energy + self.offset
-        if self.factor is not None:
-            energy = energy - 0.5 * (spins @ self.factor.T).square().sum(-1)
-        return energy
+        return energy + self.offset
 
     def couplings(self) -> Tensor:
-        """Symmetric coupling matrix with zero diagonal, shape ``(n_spins, n_spins)``; edges and factor together."""
-        matrix = coupling_matrix(self.J, self.graph)
-        if self.factor is not None:
-            matrix = matrix - self.factor.T @ self.factor
-            matrix.fill_diagonal_(0.0)
-        return matrix
-
-    def to_dense(self) -> IsingModel:
-        """Return the same problem, with the factor written out as couplings of the complete graph."""
-        if self.factor is None:
-            return self
-        graph = graphs.complete(self.n_spins)
-        i, j = graph.edge_index(self.h.device)
-        offset = self.offset - 0.5 * self.factor.square().sum()
-        return IsingModel(self.h, self.couplings()[i, j], graph, offset)
+        """Symmetric coupling matrix with zero diagonal, shape ``(n_spins, n_spins)``; a copy, differentiable."""
+        return coupling_matrix(self.J, self.graph)
 
     def scaled(self, scale: float) -> IsingModel:
         """Multiply the energy by a positive number; the result at ``beta`` is this problem at ``beta * scale``."""
-        factor = None if self.factor is None else self.factor * scale**0.5
-        return replace(self, h=self.h * scale, J=self.J * scale, offset=self.offset * scale, factor=factor)
+        return replace(self, h=self.h * scale, J=self.J * scale, offset=self.offset * scale)
 
     def gauged(self, gauge: Tensor) -> IsingModel:
         """Flip the sign convention of some spins: the energy of ``gauge * s`` here is that of ``s`` before.
@@ -170,13 +139,12 @@ class IsingModel:
         """
         i, j = self.graph.edge_index(self.h.device)
         gauge = gauge.to(self.h)
-        factor = None if self.factor is None else self.factor * gauge
-        return replace(self, h=self.h * gauge, J=self.J * gauge[i] * gauge[j], factor=factor)
+        return replace(self, h=self.h * gauge, J=self.J * gauge[i] * gauge[j])
 
     def conditioned(self, nodes: Sequence[int], values: Sequence[int] | Tensor) -> IsingModel:
         r"""Hold some spins fixed: the problem that the others are left with, of the same energies.
 
-        With fixed spins :math:`t` the fields become :math:`h + J t - F^\top F t`, and what depends on :math:`t` alone
+        With fixed spins :math:`t` the fields become :math:`h + J t`, and what depends on :math:`t` alone
         goes to the offset. So ``exp(-energy)`` is the conditional distribution up to a constant, and its sum over the
         other spins is that of the states that agree with ``values``.
 
@@ -212,8 +180,6 @@ class IsingModel:
         fixed = torch.zeros_like(self.h)  # zero where a spin is free: its terms vanish from the energy
         fixed[torch.from_numpy(nodes).to(self.h.device)] = values.to(self.h)
         field = self.h + edge_fields(fixed, self.J, self.graph)
-        if self.factor is not None:
-            field = field - (self.factor @ fixed) @ self.factor
         number = np.cumsum(is_free) - 1  # keeps the order of nodes, and so of edges
         is_kept = is_free[self.graph.edges].all(axis=1)
         name = f"{self.graph.name}, {len(nodes)} spins fixed"
@@ -222,7 +188,6 @@ class IsingModel:
             self.J[torch.from_numpy(is_kept).to(self.J.device)],
             graphs.Graph(len(free), number[self.graph.edges[is_kept]], name),
             self.energy(fixed),
-            None if self.factor is None else self.factor[:, free],
         )
 
     def to(self, *targets: torch.device | str | torch.dtype) -> IsingModel:
@@ -235,20 +200,17 @@ class IsingModel:
                 values = values.to(target)
             return values
 
-        factor = None if self.factor is None else convert(self.factor)
         offset = convert(self.offset) if isinstance(self.offset, Tensor) else self.offset
-        return replace(self, h=convert(self.h), J=convert(self.J), offset=offset, factor=factor)
+        return replace(self, h=convert(self.h), J=convert(self.J), offset=offset)
 
     def __repr__(self) -> str:
-        rank = "" if self.factor is None else f", factor of rank {len(self.factor)}"
-        return f"IsingModel({self.n_spins} spins, {self.graph.n_edges} couplings, {self.graph.name}{rank})"
+        return f"IsingModel({self.n_spins} spins, {self.graph.n_edges} couplings, {self.graph.name})"
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers from which the problem can be built again."""
         return {
             "h": self.h,
             "J": self.J,
-            "factor": self.factor,
             "offset": float(self.offset),
             "edges": torch.tensor(self.graph.edges),
             "graph_name": self.graph.name,
@@ -258,16 +220,16 @@ class IsingModel:
     def from_state_dict(cls, state: dict[str, Any]) -> IsingModel:
         """Build a problem from :meth:`state_dict`."""
         graph = graphs.Graph(len(state["h"]), state["edges"].numpy(), state["graph_name"])
-        return cls(state["h"], state["J"], graph, state["offset"], state["factor"])
+        return cls(state["h"], state["J"], graph, state["offset"])
 
     def to_bqm(self) -> dimod.BinaryQuadraticModel:
         """Return a SPIN :class:`dimod.BinaryQuadraticModel` whose variables are the numbers of the spins."""
         import dimod
 
-        dense = self.to("cpu", torch.float64).to_dense()
-        i, j = dense.graph.edges.T
+        problem = self.to("cpu", torch.float64)
+        i, j = problem.graph.edges.T
         return dimod.BinaryQuadraticModel.from_numpy_vectors(
-            dense.h.numpy(), (i, j, dense.J.numpy()), float(dense.offset), "SPIN"
+            problem.h.numpy(), (i, j, problem.J.numpy()), float(problem.offset), "SPIN"
         )
 
     @classmethod
@@ -289,7 +251,7 @@ class IsingModel:
         matrix = self.couplings()
         linear = 2.0 * self.h - 2.0 * matrix.sum(0)
         quadratic = torch.triu(4.0 * matrix, diagonal=1)
-        offset = float(self.to_dense().offset) - float(self.h.sum()) + 0.5 * float(matrix.sum())
+        offset = float(self.offset) - float(self.h.sum()) + 0.5 * float(matrix.sum())
         return quadratic + torch.diag(linear), offset
 
 
@@ -335,11 +297,6 @@ class SampleBatch:
         spins = self.spins.to(self.dtype)
         return spins.sum(0) / self.n_samples, edge_products(spins, spins, graph) / self.n_samples
 
-    def second_moments(self) -> Tensor:
-        """All ``<s_i s_j>``, shape ``(n_spins, n_spins)``."""
-        spins = self.spins.to(self.dtype)
-        return spins.T @ spins / self.n_samples
-
 
 def disjoint_union(problems: Sequence[IsingModel]) -> IsingModel:
     """Put problems side by side, without couplings between them; spins in the order of the problems.
@@ -348,17 +305,11 @@ def disjoint_union(problems: Sequence[IsingModel]) -> IsingModel:
     """
     starts = np.cumsum([0, *(problem.n_spins for problem in problems)])
     edges = np.concatenate([problem.graph.edges + start for problem, start in zip(problems, starts, strict=False)])
-    factors = [problem.factor for problem in problems]
-    factor = None
-    if any(part is not None for part in factors):
-        empty = [problem.h.new_zeros(0, problem.n_spins) for problem in problems]
-        factor = torch.block_diag(*(e if f is None else f for f, e in zip(factors, empty, strict=True)))
     return IsingModel(
         torch.cat([problem.h for problem in problems]),
         torch.cat([problem.J for problem in problems]),
         graphs.Graph(int(starts[-1]), edges, "union"),
         sum(problem.offset for problem in problems),
-        factor,
     )
 
 

@@ -398,9 +398,7 @@ class GaussianMixture(FittedDensity):
     fitted: mixture.GaussianMixture
 
     @classmethod
-    def fit(
-        cls, codes: Normal, seed: int = 0, *, n_components: Sequence[int] = (1, 5, 10, 20, 30, 50)
-    ) -> Self:
+    def fit(cls, codes: Normal, seed: int = 0, *, n_components: Sequence[int] = (1, 5, 10, 20, 30, 50)) -> Self:
         """Fit as many components as describe held-out codes best.
 
         Parameters

@@ -121,7 +121,7 @@ def device_fidelity(
     if method not in ("auto", "exact", "estimate") or (n_bits is not None and n_bits < 2):
         msg = f"method={method!r} must be 'auto', 'exact' or 'estimate', and n_bits={n_bits} None or at least 2."
         raise ValueError(msg)
-    problem = problem.to_dense().to("cpu", torch.float64)
+    problem = problem.to("cpu", torch.float64)
     program = sampler.program(problem, beta)
     h, J = program.h, program.J
     if n_bits is not None:

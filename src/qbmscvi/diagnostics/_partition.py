@@ -6,8 +6,7 @@ Exact values come from enumeration of the spins outside the largest color class,
 Annealed importance sampling :cite:p:`Neal01` runs from the problem without couplings (``t = 0``, log Z known) to the
 problem itself (``t = 1``), couplings scaled by ``t``. Spins of the largest color class are summed out of the
 weights. Forward runs give a lower bound of log Z in expectation; reverse runs, started from samples of the
-problem, an upper bound :cite:p:`Burda15`, as far as those samples are samples. A factor of the problem enters
-through its Gaussian variable ``v``, coupled as ``t v.F s``.
+problem, an upper bound :cite:p:`Burda15`, as far as those samples are samples.
 """
 
 from __future__ import annotations
@@ -110,7 +109,7 @@ def estimate_log_z(
     if samples is not None:
         generator = torch.Generator().manual_seed(int(seed))
         chosen = torch.randint(len(samples), (n_chains,), generator=generator).to(samples.device)
-        state = path.complete(samples[chosen].to(path.h.device).to(path.h), 1.0)
+        state = samples[chosen].to(path.h.device).to(path.h)
     backward, _ = path.run(state, torch.linspace(1.0, 0.0, n_steps + 1))
     (lower, lower_scale), (negative_upper, upper_scale) = (
         (float(value), float(error)) for value, error in map(log_mean_exp, (forward, backward))
@@ -124,8 +123,8 @@ def _exact_where_feasible(problem: IsingModel) -> float | None:
     n_rest = n_enumerated(problem)
     if n_rest <= _MAX_ENUMERATED:
         return exact_log_z(problem)
-    # The number of enumerated spins bounds the treewidth; with a factor, which makes the graph complete, it equals it.
-    if n_rest > _MAX_TREEWIDTH and (problem.factor is not None or problem.graph.treewidth > _MAX_TREEWIDTH):
+    # The number of enumerated spins bounds the treewidth.
+    if n_rest > _MAX_TREEWIDTH and problem.graph.treewidth > _MAX_TREEWIDTH:
         return None
     return TreeDecompositionSampler().sample(SamplingRequest(problem.to("cpu", torch.float64), 1, seed=0)).info["log_z"]
 
@@ -139,7 +138,7 @@ def log_mean_exp(log_weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _AnnealingPath:
-    """Problems with couplings scaled by ``t``, over spins ``s`` and, with a factor, its Gaussian variable ``v``."""
+    """Problems with couplings scaled by ``t``, from 0 to 1."""
 
     def __init__(self, problem: IsingModel, seed: int) -> None:
         device = problem.h.device
@@ -148,8 +147,6 @@ class _AnnealingPath:
         problem = problem.to(device, torch.float64)
         self.h, self.offset = problem.h, float(problem.offset)
         self.generator = torch.Generator(device=device).manual_seed(seed)
-        empty = self.h.new_zeros(0, problem.n_spins)
-        self.factor = empty if problem.factor is None else problem.factor
         coupling = coupling_matrix(problem.J, problem.graph)
         classes = [torch.from_numpy(nodes).to(device) for nodes in problem.graph.color_classes]
         self.summed = classes.pop(max(range(len(classes)), key=lambda k: len(classes[k])))
@@ -160,61 +157,46 @@ class _AnnealingPath:
         self.within_rest = within if within.any() else None
         self.log_z0 = float(log_2cosh(self.h).sum()) - self.offset
 
-    def independent(self, n_chains: int) -> tuple[Tensor, Tensor]:
-        """Exact samples of the problem at ``t = 0``."""
-        uniform = torch.rand(n_chains, len(self.h), generator=self.generator, device=self.h.device, dtype=self.h.dtype)
-        spins = torch.where(uniform < torch.sigmoid(-2.0 * self.h), 1.0, -1.0).to(self.h)
-        return self.complete(spins, 0.0)
+    def independent(self, n_chains: int) -> Tensor:
+        """Exact samples of the problem at ``t = 0``, shape ``(n_chains, n_spins)``."""
+        return self._draw(self.h.expand(n_chains, -1))
 
-    def complete(self, spins: Tensor, t: float) -> tuple[Tensor, Tensor]:
-        """Draw ``v`` given the spins at ``t``."""
-        shape = (len(spins), len(self.factor))
-        noise = torch.randn(shape, generator=self.generator, device=self.h.device, dtype=self.h.dtype)
-        return spins, t * spins @ self.factor.T + noise
+    def _drive(self, spins: Tensor) -> Tensor:
+        """Fields on the summed spins that their neighbors give at ``t = 1``."""
+        return spins[:, self.rest] @ self.to_summed
 
-    def _drive(self, state: tuple[Tensor, Tensor]) -> Tensor:
-        """Fields on the summed spins that their neighbors and ``v`` give at ``t = 1``."""
-        spins, v = state
-        drive = spins[:, self.rest] @ self.to_summed
-        return drive - v @ self.factor[:, self.summed] if len(self.factor) else drive
+    def _pairs(self, spins: Tensor) -> Tensor | float:
+        """Energy of the couplings among the other spins at ``t = 1``."""
+        if self.within_rest is None:
+            return 0.0
+        rest = spins[:, self.rest]
+        return 0.5 * (rest @ self.within_rest * rest).sum(-1)
 
-    def _pairs(self, state: tuple[Tensor, Tensor]) -> Tensor | float:
-        """Energy of the couplings among the other spins and to ``v`` at ``t = 1``."""
-        spins, v = state[0][:, self.rest], state[1]
-        pairs = 0.0 if self.within_rest is None else 0.5 * (spins @ self.within_rest * spins).sum(-1)
-        return pairs - ((v @ self.factor[:, self.rest]) * spins).sum(-1) if len(self.factor) else pairs
-
-    def _gain(self, state: tuple[Tensor, Tensor], drive: Tensor, now: float, following: float) -> Tensor:
+    def _gain(self, spins: Tensor, drive: Tensor, now: float, following: float) -> Tensor:
         """Log density at ``following`` minus that at ``now``, summed spins summed out."""
         h = self.h[self.summed]
         after, before = (log_2cosh(h + t * drive).sum(-1) for t in (following, now))
-        return after - before - (following - now) * self._pairs(state)
+        return after - before - (following - now) * self._pairs(spins)
 
-    def _sweep(self, state: tuple[Tensor, Tensor], drive: Tensor, t: float) -> tuple[Tensor, Tensor]:
-        """One block Gibbs sweep at ``t``: summed class, Gaussian variable, other classes."""
-        spins, v = state
+    def _sweep(self, spins: Tensor, drive: Tensor, t: float) -> Tensor:
+        """One block Gibbs sweep at ``t``: the summed class, then the others."""
         spins = spins.clone()
         spins[:, self.summed] = self._draw(self.h[self.summed] + t * drive)
-        if len(self.factor):
-            spins, v = self.complete(spins, t)
         for nodes, coupling in self.others:
-            field = spins @ coupling
-            if len(self.factor):
-                field = field - v @ self.factor[:, nodes]
-            spins[:, nodes] = self._draw(self.h[nodes] + t * field)
-        return spins, v
+            spins[:, nodes] = self._draw(self.h[nodes] + t * (spins @ coupling))
+        return spins
 
     def _draw(self, field: Tensor) -> Tensor:
         uniform = torch.rand(field.shape, generator=self.generator, device=field.device, dtype=field.dtype)
         return torch.where(uniform < torch.sigmoid(-2.0 * field), 1.0, -1.0).to(field)
 
     @torch.no_grad()
-    def run(self, state: tuple[Tensor, Tensor], schedule: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Anneal along ``schedule``; return the log weights, shape ``(n_chains,)``, and the last state."""
-        total = torch.zeros(len(state[0]), device=self.h.device, dtype=self.h.dtype)
+    def run(self, spins: Tensor, schedule: Tensor) -> tuple[Tensor, Tensor]:
+        """Anneal along ``schedule``; return the log weights, shape ``(n_chains,)``, and the last spins."""
+        total = torch.zeros(len(spins), device=self.h.device, dtype=self.h.dtype)
         steps = schedule.tolist()
         for now, following in zip(steps[:-1], steps[1:], strict=True):
-            drive = self._drive(state)
-            total += self._gain(state, drive, now, following)
-            state = self._sweep(state, drive, following)
-        return total, state
+            drive = self._drive(spins)
+            total += self._gain(spins, drive, now, following)
+            spins = self._sweep(spins, drive, following)
+        return total, spins

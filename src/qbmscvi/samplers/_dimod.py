@@ -162,7 +162,7 @@ class DimodSampler(_DimodAdapter):
             return numbers
         nodes = list(self._structure.nodelist)
         couplers = {frozenset(pair) for pair in self._structure.edgelist}
-        edges = problem.to_dense().graph.edges.tolist()
+        edges = problem.graph.edges.tolist()
         for labels in (numbers, nodes[: problem.n_spins]):
             if set(labels) <= set(nodes) and len(labels) == problem.n_spins:
                 if all(frozenset((labels[i], labels[j])) in couplers for i, j in edges):
@@ -292,7 +292,7 @@ class TreeDecompositionSampler(_DimodAdapter):
     def check(self, problem: IsingModel) -> None:
         """Raise :class:`~qbmscvi.exceptions.GraphMismatchError` if the treewidth is too large."""
         limit = self.sampler.properties["max_treewidth"]
-        treewidth = problem.to_dense().graph.treewidth
+        treewidth = problem.graph.treewidth
         if treewidth > limit:
             msg = (
                 f"The problem's treewidth is about {treewidth}, but tree decomposition takes at most {limit}. Use a "

@@ -202,7 +202,7 @@ class DWaveSampler(Sampler):
 
     def embedding(self, problem: IsingModel) -> Embedding:
         """Where the problem goes on the chip; found once for a graph and kept."""
-        graph = problem.to_dense().graph
+        graph = problem.graph
         with self._lock:
             lattice = self.working_graph
             key = f"{self._lattice_key} {hashlib.sha256(graph.edges.tobytes()).hexdigest()} {graph.n_nodes}"

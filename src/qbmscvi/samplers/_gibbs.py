@@ -1,10 +1,8 @@
 r"""Block Gibbs sampling on the device of the problem.
 
 The color classes of the graph are updated in turn, all spins of a class at once:
-:math:`p(s_i = +1 \mid s_{\setminus i}) = \sigma(-2 \beta f_i)` with :math:`f_i = h_i + \sum_j J_{ij} s_j`. A factor
-``F`` of the problem adds one block, the Gaussian variable :math:`v \mid s \sim N(F s, 1/\beta)` of its
-Hubbard-Stratonovich form, and :math:`-F^\top v` to the fields; spins that interact only through the factor
-are then updated together. Sweeps leave the Boltzmann distribution invariant; the only error is that of finite chains.
+:math:`p(s_i = +1 \mid s_{\setminus i}) = \sigma(-2 \beta f_i)` with :math:`f_i = h_i + \sum_j J_{ij} s_j`.
+Sweeps leave the Boltzmann distribution invariant; the only error is that of finite chains.
 """
 
 from __future__ import annotations
@@ -84,14 +82,12 @@ def gibbs_sweeps(
     # Nodes are permuted so that each color class is one slice and its neighbors are at most two.
     permutation = problem.graph.color_permutation(device)
     bounds = problem.graph.color_bounds
-    field, factor = problem.h, problem.factor
+    field = problem.h
     if permutation:
         order, inverse = permutation
-        state = spins.index_select(1, order)  # a copy; six times as fast as indexing
-        field, factor = field[order], None if factor is None else factor.index_select(1, order)
+        state, field = spins.index_select(1, order), field[order]  # a copy; six times as fast as indexing
     else:
         state = spins.clone()
-    n_chains = len(state)
     scale = -2.0 * beta  # of a field that makes it the logit of s_i = +1
     field = scale * field
     couplings, one = _couplings_of_classes(problem), state.new_ones(())
@@ -99,13 +95,8 @@ def gibbs_sweeps(
     if is_reversible:
         order_of_classes += order_of_classes[-2::-1]
     for _ in range(n_sweeps):
-        base = field
-        if factor is not None:
-            noise = torch.randn(n_chains, len(factor), generator=generator, device=device, dtype=dtype)
-            gaussian = torch.addmm(noise, state, factor.T, beta=beta**-0.5)  # v given s, (n_chains, rank)
-            base = torch.addmm(field, gaussian, factor, alpha=-scale)  # (n_chains, n_spins)
         for k in order_of_classes:
-            part, logits = state[:, bounds[k] : bounds[k + 1]], base[..., bounds[k] : bounds[k + 1]]
+            part, logits = state[:, bounds[k] : bounds[k + 1]], field[bounds[k] : bounds[k + 1]]
             for columns, coupling in couplings[k]:
                 logits = torch.addmm(logits, state[:, columns], coupling, alpha=scale)
             uniform = torch.rand(part.shape, generator=generator, device=device, dtype=dtype)

@@ -60,7 +60,7 @@ class IsingMatrix:
         Parameters
         ----------
         problem
-            The problem; a factor is written out as couplings.
+            The problem.
         beta
             Inverse temperature asked for.
         device_beta
@@ -68,11 +68,11 @@ class IsingMatrix:
         n_bits
             Signed precision.
         """
-        dense = problem.to("cpu", torch.float64).to_dense()
-        n = dense.n_spins
+        problem = problem.to("cpu", torch.float64)
+        n = problem.n_spins
         energy = np.zeros((n + 1, n + 1))  # each coupling in both halves
-        energy[:n, :n] = dense.couplings().numpy()
-        energy[:n, n] = energy[n, :n] = dense.h.numpy()
+        energy[:n, :n] = problem.couplings().numpy()
+        energy[:n, n] = energy[n, :n] = problem.h.numpy()
         largest = np.abs(energy).max()
         wanted = beta / device_beta
         scale = min(wanted, _MARGIN / largest) if largest > 0 else wanted

@@ -117,9 +117,9 @@ def fit(
     Parameters
     ----------
     problem
-        The problem; a factor is written out as couplings.
+        The problem.
     embedding
-        For the graph of the dense problem.
+        For its graph.
     ranges
         Limits of the device.
     beta
@@ -135,13 +135,13 @@ def fit(
     GraphMismatchError
         If chains of that strength leave no room for the problem.
     """
-    dense = problem.to_dense().to("cpu", torch.float64)
-    h, J = embedding.spread(dense.h.numpy(), dense.J.numpy())
+    problem = problem.to("cpu", torch.float64)
+    h, J = embedding.spread(problem.h.numpy(), problem.J.numpy())
     is_chain = embedding.is_chain
     compensation, least = 0.0, 0.0
     if is_chain.any():
         if chain_strength is None:
-            compensation, least = _torque_compensation(dense), min(_LEAST_CHAIN / device_beta, ranges.chain)
+            compensation, least = _torque_compensation(problem), min(_LEAST_CHAIN / device_beta, ranges.chain)
         else:
             least = chain_strength
     # Pairs (amount at unit scale, room for it); all of them are linear in the scale.

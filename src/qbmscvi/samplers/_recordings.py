@@ -43,8 +43,7 @@ def problem_fingerprint(problem: IsingModel) -> str:
     """Hash of a problem's graph and numbers."""
     digest = hashlib.sha256()
     problem = problem.to("cpu", torch.float64)
-    tensors = [problem.h, problem.J] + ([] if problem.factor is None else [problem.factor])
-    for values in (problem.graph.edges, *(tensor.numpy() for tensor in tensors)):
+    for values in (problem.graph.edges, problem.h.numpy(), problem.J.numpy()):
         digest.update(str(values.shape).encode() + np.ascontiguousarray(values).tobytes())
     digest.update(repr(float(problem.offset)).encode())
     return digest.hexdigest()

@@ -94,9 +94,9 @@ def fits_beta(problem: IsingModel, batch: SampleBatch, beta: float) -> bool:
 
 def _alignment(problem: IsingModel, batch: SampleBatch) -> Tensor:
     """Energy of each spin in its field, :math:`s_i f_i`."""
-    dense = problem.to("cpu", torch.float64).to_dense()
+    problem = problem.to("cpu", torch.float64)
     spins = batch.spins.cpu().double()
-    return spins * (dense.h + spins @ dense.couplings())
+    return spins * (problem.h + spins @ problem.couplings())
 
 
 def _score(alignment: Tensor, beta: float) -> Tensor:

@@ -94,8 +94,7 @@ class Rescaled(Wrapper):
     The energy is multiplied by a scale :math:`c`; samples of the scaled problem at :math:`\beta / c` are those asked
     for. Nothing is clipped: a problem that does not fit is scaled down. On a device of fixed temperature
     (``device_beta``) the scale sets the temperature, :math:`c = \beta / \beta_\text{dev}`; where the ranges do not
-    allow it the samples are hotter than asked for, and ``info["effective_beta"]`` says so. Problems with a factor are
-    written out densely.
+    allow it the samples are hotter than asked for, and ``info["effective_beta"]`` says so.
 
     Parameters
     ----------
@@ -128,17 +127,13 @@ class Rescaled(Wrapper):
             raise ValueError(msg)
         self.h_limit, self.J_limit, self.n_bits, self.device_beta = h_limit, J_limit, n_bits, device_beta
 
-    def check(self, problem: IsingModel) -> None:
-        """Raise if the child cannot take the problem as it will see it."""
-        self.child.check(problem.to_dense())
-
     def _sample_batch(self, requests: list[SamplingRequest], seeds: list[int]) -> list[Draw]:
         fitted = [self._fit(request, seed) for request, seed in zip(requests, seeds, strict=True)]
         batches = self.child.sample_batch([request for request, _ in fitted])
         return [pass_on(batch, **facts) for batch, (_, facts) in zip(batches, fitted, strict=True)]
 
     def _fit(self, request: SamplingRequest, seed: int) -> tuple[SamplingRequest, dict[str, Any]]:
-        problem = request.problem.to_dense()
+        problem = request.problem
         largest = [(problem.h, self.h_limit), (problem.J, self.J_limit)]
         room = [limit / float(values.abs().max()) for values, limit in largest if limit and values.any()]
         # Half a unit in the last place below, or the product may round to just above the limit.
