@@ -62,7 +62,8 @@ class InterpretationMixin:
         .. math:: \frac1N \sum_n \log_2 \frac{\rho_g(z_n, s_i = +1)}{\rho_g(z_n, s_i = -1)} .
 
         All other spins stay as they are, also those that the prior couples to this one. Zero inflation is left out, as
-        in :meth:`get_normalized_expression`. The effect of a spin that is not in use (:meth:`get_active_units`) is an extrapolation of the decoder.
+        in :meth:`get_normalized_expression`. The effect of a spin that is not in use (:meth:`get_active_units`) is an
+        extrapolation of the decoder.
 
         Parameters
         ----------
@@ -179,8 +180,9 @@ class InterpretationMixin:
         """Low-energy states of the prior, with their share of the prior and the cells near them.
 
         Samples of the prior (block Gibbs), and the most probable spins of each cell, go downhill in energy, always by
-        the flip that lowers it most, until no single flip lowers it. The states where they end are the modes.
-        Hidden spins are among the spins, those of a cell at their most probable state given its own; so are the label spins of :class:`~qbmscvi.QBMSCANVI`, those of a cell at its predicted type.
+        the flip that lowers it most, until no single flip lowers it. The states where they end are the modes. Hidden
+        spins are among the spins, those of a cell at their most probable state given its own; so are the label spins of
+        :class:`~qbmscvi.QBMSCANVI`, those of a cell at its predicted type.
 
         A mode's share is that of its basin, not its probability: many states of middling energy may lie in it.
 

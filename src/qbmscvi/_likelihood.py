@@ -401,7 +401,8 @@ class LikelihoodMixin:
         """Compare how likely cells are in each sample, by the aggregated posteriors of the samples.
 
         Each cell has in ``obsm["da_log_probs"]`` a column for each sample: the log of the mass that the mixture of the
-        posteriors of its cells gives to spins with the mean spins of the cell. scvi-tools 1.5 has ``adata_sub`` in the second place; pass all but ``adata`` by name.
+        posteriors of its cells gives to spins with the mean spins of the cell. scvi-tools 1.5 has ``adata_sub`` in the
+        second place; pass all but ``adata`` by name.
 
         Parameters
         ----------

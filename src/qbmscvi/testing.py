@@ -67,9 +67,9 @@ def tiny_problems(dtype: torch.dtype = torch.float64) -> dict[str, IsingModel]:
     """Three small problems, by name, whose law can be enumerated.
 
     A complete bipartite one with sides of 3 and 5, a complete one of 6 spins, and a sparse one (12 qubits of the
-    Chimera graph, or a ring of 9 with chords where ``dwave-networkx`` is not installed). Every field and coupling is between 0.15 and 0.45 in size, with random signs: large enough
-    that none can be lost unnoticed, small enough that single-spin chains forget a uniform start within 30 sweeps at
-    ``beta = 2`` (total variation below 1e-3).
+    Chimera graph, or a ring of 9 with chords where ``dwave-networkx`` is not installed). Every field and coupling is
+    between 0.15 and 0.45 in size, with random signs: large enough that none can be lost unnoticed, small enough that
+    single-spin chains forget a uniform start within 30 sweeps at ``beta = 2`` (total variation below 1e-3).
     """
     chords = [(i, (i + 1) % 9) for i in range(9)] + [(0, 2), (3, 7), (4, 8), (1, 5)]
     has_chimera = find_spec("dwave_networkx") is not None

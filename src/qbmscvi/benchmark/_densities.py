@@ -1,9 +1,10 @@
 r"""Rival priors: densities fitted to the codes of a trained model, networks frozen.
 
 The codes of cells are their posteriors :math:`q(z \mid x)`, with one row per cell: a
-:class:`~qbmscvi.distributions.FactorialPosterior` over the spins of QBMSCVI, or scVI's normal distributions. A density :math:`p(z)` is fitted to the aggregated
-posterior, so to draws of the codes and not to their means, and is judged by :math:`KL(q \| p)` of cells that it has
-not seen. The rivals say how many nats any prior could still gain, and whether any fitted prior makes cells as good.
+:class:`~qbmscvi.distributions.FactorialPosterior` over the spins of QBMSCVI, or scVI's normal distributions. A density
+:math:`p(z)` is fitted to the aggregated posterior, so to draws of the codes and not to their means, and is judged by
+:math:`KL(q \| p)` of cells that it has not seen. The rivals say how many nats any prior could still gain, and whether
+any fitted prior makes cells as good.
 
 All of them are normalized exactly. Boltzmann machines are elsewhere: their log Z has to be estimated.
 """
