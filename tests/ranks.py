@@ -80,7 +80,7 @@ def run(
     scvi.settings.seed = 0
     adata = synthetic_counts(240, 40, seed=1)
     QBMSCVI.setup_anndata(adata, batch_key="batch")
-    model = QBMSCVI(adata, latent="gaussian-spins", n_latent=3, n_spins=8, n_chains=64, gene_likelihood=likelihood)
+    model = QBMSCVI(adata, n_latent=8, n_chains=64, gene_likelihood=likelihood)
     sampler, error = PerProcess(is_remote=is_remote, fails=fails), None
     watch = Watch(sampler, spoil, out / f"{name}.ckpt")
     schedule = SamplingSchedule(every_n_steps=1, latency=0, n_sweeps=5)

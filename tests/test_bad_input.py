@@ -40,7 +40,7 @@ def train(model: QBMSCVI, **kwargs) -> QBMSCVI:
 
 
 def small(adata, **kwargs) -> QBMSCVI:
-    return QBMSCVI(adata, **{"latent": "gaussian-spins", "n_latent": 3, "n_spins": 6, "n_chains": 16, **kwargs})
+    return QBMSCVI(adata, **{"n_latent": 6, "n_chains": 16, **kwargs})
 
 
 def assert_untrained(model: QBMSCVI) -> None:
@@ -217,7 +217,7 @@ def _with_self_loop():
 
 CONSTRUCTOR = [
     pytest.param(
-        {"latent": "spins", "n_latent": 1, "n_hidden_spins": 0, "n_spins": None},
+        {"n_latent": 1, "n_hidden_spins": 0},
         ValueError,
         "two layers, but there are 1",
         "at least 2.*independent",
@@ -225,14 +225,6 @@ CONSTRUCTOR = [
     ),
     pytest.param({"n_latent": 0}, ValueError, "n_latent=0 is too small", "Leave it out", id="n_latent-0"),
     pytest.param({"n_latent": -3}, ValueError, "n_latent=-3 is too small", "Leave it out", id="n_latent-negative"),
-    pytest.param({"n_spins": 0}, ValueError, "n_spins=0 is too small", "Leave it out", id="n_spins-0"),
-    pytest.param(
-        {"latent": "spins", "n_latent": 8, "n_spins": 6},
-        ValueError,
-        "n_latent=8 and n_spins=6 differ",
-        "Pass `n_latent` only",
-        id="sizes-contradict",
-    ),
     pytest.param(
         {"prior_graph": _with_self_loop()},
         ValueError,
@@ -279,10 +271,6 @@ CONSTRUCTOR = [
         id="graph-type",
     ),
     pytest.param(
-        {"latent": "bits"}, ValueError, "Unknown latent family 'bits'", "Use 'spins' or 'gaussian-spins'", id="latent"
-    ),
-    pytest.param({"latent": 3}, ValueError, "Unknown latent family 3", "Use 'spins'", id="latent-type"),
-    pytest.param(
         {"smoothing": "sharp"},
         ValueError,
         "Unknown smoothing 'sharp'",
@@ -306,7 +294,7 @@ CONSTRUCTOR = [
         {"latent_distribution": "ln"},
         ValueError,
         "latent_distribution='ln' has no meaning under a Boltzmann prior",
-        "Leave it out, and choose the latent family with `latent`",
+        "Leave it out",
         id="logistic-normal",
     ),
     pytest.param(
@@ -323,7 +311,6 @@ CONSTRUCTOR = [
     pytest.param({"n_latent": "4"}, TypeError, "n_latent", "integer", id="n_latent-text"),
     pytest.param({"n_latent": 4.5}, TypeError, "n_latent", "integer", id="n_latent-float"),
     pytest.param({"n_latent": True}, TypeError, "n_latent=True is a bool", "integer", id="n_latent-bool"),
-    pytest.param({"n_spins": 4.0}, TypeError, "n_spins", "integer", id="n_spins-float"),
     pytest.param({"n_chains": "64"}, TypeError, "n_chains", "integer", id="n_chains-text"),
     pytest.param({"n_chains": 64.0}, TypeError, "n_chains", "integer", id="n_chains-float"),
     pytest.param(
@@ -400,25 +387,17 @@ TRAIN = [
         {},
         {"sampler": DimodSampler(dimod.RandomSampler(), max_spins=4)},
         GraphMismatchError,
-        r"problem has 6 spins, but DimodSampler\[RandomSampler\] accepts at most 4",
-        "Lower `n_latent` or `n_spins`, or .*sampler='gibbs'",
+        r"problem has 12 spins, but DimodSampler\[RandomSampler\] accepts at most 4",
+        "Lower `n_latent`, or .*sampler='gibbs'",
         id="max_spins",
     ),
     pytest.param(
-        {"latent": "spins", "n_latent": 64, "n_spins": None},
+        {"n_latent": 64},
         {"sampler": "exact"},
         GraphMismatchError,
         "enumerate 64 of the 128 spins, but at most 20",
-        "Lower `n_latent` or `n_spins`, or use sampler='gibbs'",
+        "Lower `n_latent`, or use sampler='gibbs'",
         id="exact-64-spins",
-    ),
-    pytest.param(
-        {"n_spins": 64},
-        {"sampler": ExactSampler()},
-        GraphMismatchError,
-        "enumerate 63 of the 64 spins",
-        "use sampler='gibbs'",
-        id="exact-64-spins-gaussian",
     ),
     pytest.param(
         {},

@@ -305,7 +305,7 @@ def adata():
 
 def train(adata, sampler, schedule=SamplingSchedule(every_n_steps=1, latency=3), callbacks=()):
     scvi.settings.seed = 0
-    model = QBMSCVI(adata, n_spins=8, n_chains=64, gene_likelihood="nb")
+    model = QBMSCVI(adata, n_latent=8, n_chains=64, gene_likelihood="nb")
     quiet = {"enable_progress_bar": False, "callbacks": list(callbacks), "fit_prior": False}
     model.train(max_epochs=4, batch_size=64, sampler=sampler, schedule=schedule, **quiet)
     return model

@@ -51,7 +51,7 @@ def moment_error(spins: torch.Tensor, law: Law) -> float:
 @pytest.mark.parametrize("beta", [0.5, 3.0, 100.0])
 @each_problem
 def test_the_matrix_has_the_energies_of_the_problem(name, beta, ancilla):
-    """All states, against sums written out over edges and factor; up to the rounding that is reported."""
+    """All states, against sums written out over edges; up to the rounding that is reported."""
     problem = PROBLEMS[name]()
     program = IsingMatrix.from_problem(problem, beta, device_beta=2.0, n_bits=24)
     M = program.values
@@ -62,7 +62,7 @@ def test_the_matrix_has_the_energies_of_the_problem(name, beta, ancilla):
     assert np.array_equal(program.energy(states), H)
     energies = H / (2 * (2**23 - 1) * program.scale)
     difference = energies - energy_table(problem)
-    assert np.ptp(difference) < 1e-4  # a constant remains: offset and factor
+    assert np.ptp(difference) < 1e-4  # the offset remains
     assert program.scale <= beta / 2.0
     assert program.is_range_limited == (program.scale < beta / 2.0)
 
@@ -148,8 +148,8 @@ def test_ground_states_are_found_where_it_is_asked_for_cold_ones(name):
     lowest = energy_table(problem).min()
     share = float((batch.energies < lowest + 1e-6).double().mean())
     assert share > 10 * 2.0**-problem.n_spins
-    dense = problem.to_dense()
-    spins = machine.sample(SamplingRequest(IsingModel(-dense.h, -dense.J, dense.graph), 200, 1e3, seed=1)).spins
+    negative = IsingModel(-problem.h, -problem.J, problem.graph)
+    spins = machine.sample(SamplingRequest(negative, 200, 1e3, seed=1)).spins
     assert float((problem.energy(spins) < lowest + 1e-6).double().mean()) < 0.2 * share
 
 

@@ -109,7 +109,7 @@ def services(tmp_path, monkeypatch):
 def trained(adata, graph, sampler, max_epochs, schedule=None) -> QBMSCVI:
     scvi.settings.seed = 0
     torch.set_num_threads(1)
-    model = QBMSCVI(adata, latent="spins", n_latent=N_SPINS, prior_graph=graph, n_chains=256, n_hidden=32)
+    model = QBMSCVI(adata, n_latent=N_SPINS, prior_graph=graph, n_chains=256, n_hidden=32)
     model.train(
         max_epochs=max_epochs,
         batch_size=128,

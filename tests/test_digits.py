@@ -42,8 +42,7 @@ def negative_log_likelihood(prior: BoltzmannPrior, bits: torch.Tensor) -> torch.
     v = 2.0 * bits - 1.0
     J = prior.J.view(N_VISIBLE, N_HIDDEN)  # edges of a complete bipartite graph come row by row
     logits = torch.cat([KNOWN * v, -2.0 * (prior.h[N_VISIBLE:] + v @ J).detach()], dim=1)
-    nothing = logits[:, :0]
-    return kl_divergence(FactorialPosterior(nothing, nothing, logits), prior.distribution()).sum(-1)
+    return kl_divergence(FactorialPosterior(logits), prior.distribution()).sum(-1)
 
 
 def train(bits: np.ndarray, is_exact: bool, is_coupled: bool = True) -> BoltzmannPrior:

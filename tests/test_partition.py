@@ -24,8 +24,7 @@ FAMILIES = {
     "bipartite-5x7": lambda seed: random_problem(scrambled_bipartite(5, 7), seed=seed),
     "complete-8": lambda seed: random_problem(graphs.complete(8), seed=seed),
     "chimera-12": lambda seed: random_problem(graphs.hardware("chimera", 12), seed=seed),
-    "ring-9-factor-2": lambda seed: random_problem(ring(9), rank=2, seed=seed),
-    "factor-2-alone-9": lambda seed: random_problem(graphs.independent(9), rank=2, seed=seed),
+    "ring-9": lambda seed: random_problem(ring(9), seed=seed),
 }
 
 
@@ -51,16 +50,16 @@ def estimates():
 
 
 def test_exact_log_z_lies_inside_the_interval_as_often_as_it_says(estimates):
-    """100 random problems of five families at h, J and F near 0.5.
+    """80 random problems of four families at h and J near 0.5.
 
-    If the interval covers with 95 %, fewer than 87 of 100 fall inside in 3 of 10,000 suites, and fewer than 15 of the
-    20 of a family likewise. The counts themselves carry a binomial error of 2.2 and 1.0; they are printed with -s.
+    If the interval covers with 95 %, fewer than 69 of 80 fall inside in 6 of 10,000 suites, and fewer than 15 of the
+    20 of a family in 3. The counts themselves carry a binomial error of 1.9 and 1.0; they are printed with -s.
     """
     inside = {name: n_inside(rows) for name, rows in estimates.items()}
     print(inside)
-    assert stats.binom.cdf(86, 100, 0.95) < 1e-3
+    assert stats.binom.cdf(68, 80, 0.95) < 1e-3
     assert stats.binom.cdf(14, 20, 0.95) < 1e-3
-    assert sum(inside.values()) >= 87
+    assert sum(inside.values()) >= 69
     assert min(inside.values()) >= 15
 
 
@@ -92,7 +91,6 @@ def _lost_offset(path):
 
 def _wrong_couplings(path):
     path.to_summed = -path.to_summed
-    path.factor = path.factor.flip(1)  # its sign would not matter
 
 
 @pytest.mark.parametrize(
@@ -100,11 +98,11 @@ def _wrong_couplings(path):
     [
         pytest.param(_wrong_base_field, id="base-field-10-percent-off"),
         pytest.param(_lost_offset, id="offset-lost"),
-        pytest.param(_wrong_couplings, id="couplings-flipped-factor-reversed"),
+        pytest.param(_wrong_couplings, id="couplings-flipped"),
     ],
 )
 def test_a_faulty_path_misses_the_exact_value(monkeypatch, fault):
-    """Each planted fault leaves fewer than half of the problems inside; the gate asks for 87 %."""
+    """Each planted fault leaves fewer than half of the problems inside; the gate asks for 86 %."""
     build = _partition._AnnealingPath.__init__
 
     def faulty(path, problem, seed):
@@ -140,21 +138,19 @@ def test_annealing_meets_enumeration_on_a_problem_beyond_the_automatic_limit():
 
 
 @pytest.mark.parametrize(
-    ("graph", "rank", "method"),
+    ("graph", "method"),
     [
-        pytest.param(graphs.bipartite(16, 18), 0, "exact", id="16-of-34"),
-        pytest.param(graphs.bipartite(17, 18), 0, "exact", id="17-of-35"),
-        pytest.param(graphs.bipartite(21, 22), 0, "ais", id="21-of-43"),
-        pytest.param(graphs.hardware("chimera", 16), 0, "exact", id="chimera-16"),
-        pytest.param(graphs.complete(10), 0, "exact", id="complete-10"),
-        pytest.param(graphs.independent(17), 2, "exact", id="factor-16-of-17"),
-        pytest.param(graphs.independent(18), 2, "exact", id="factor-17-of-18"),
-        pytest.param(graphs.independent(22), 2, "ais", id="factor-21-of-22"),
-        pytest.param(graphs.independent(40), 0, "exact", id="independent-40"),
+        pytest.param(graphs.bipartite(16, 18), "exact", id="16-of-34"),
+        pytest.param(graphs.bipartite(17, 18), "exact", id="17-of-35"),
+        pytest.param(graphs.bipartite(21, 22), "ais", id="21-of-43"),
+        pytest.param(graphs.hardware("chimera", 16), "exact", id="chimera-16"),
+        pytest.param(graphs.complete(10), "exact", id="complete-10"),
+        pytest.param(graphs.complete(22), "ais", id="21-of-22"),
+        pytest.param(graphs.independent(40), "exact", id="independent-40"),
     ],
 )
-def test_small_problems_are_exact(graph, rank, method):
-    problem = random_problem(graph, rank=rank, seed=4, scale=0.1)
+def test_small_problems_are_exact(graph, method):
+    problem = random_problem(graph, seed=4, scale=0.1)
     estimate = estimate_log_z(problem, n_chains=4, n_steps=2)
     assert estimate.method == method
     if method == "exact":
@@ -182,13 +178,15 @@ def test_large_problems_of_low_treewidth_are_exact():
 
 @pytest.mark.slow
 def test_interval_contains_log_z_in_glassy_machines():
-    """100 Sherrington-Kirkpatrick, bipartite and Gaussian-layer machines of 16 spins, up to three times the critical
-    coupling. A run of 300 had 296 inside; below 95 % coverage 87 of 100 fail in 3 of 10,000 suites."""
+    """100 Sherrington-Kirkpatrick and bipartite machines of 16 spins, up to three times the critical coupling.
+
+    Below 95 % coverage fewer than 87 of 100 are inside in 5 of 10,000 suites.
+    """
     rows = []
     for seed in range(100):
         g = [0.5, 1.0, 2.0, 3.0][seed % 4]
-        graph, rank = [(graphs.complete(16), 0), (graphs.bipartite(8, 8), 0), (graphs.independent(16), 5)][seed % 3]
-        problem = random_problem(graph, rank=rank, seed=seed, scale=g / 4 if rank == 0 else 0.5 * g)
+        graph = graphs.complete(16) if seed < 50 else graphs.bipartite(8, 8)
+        problem = random_problem(graph, seed=seed, scale=g / 4)
         estimate = estimate_log_z(problem, n_chains=128, n_steps=300, seed=seed, method="ais")
         rows.append((estimate, exact_log_z(problem)))
     print(n_inside(rows), "of 100; mean scale", np.mean([estimate.scale for estimate, _ in rows]))
@@ -216,7 +214,7 @@ def test_estimate_refuses(arguments, match):
 
 
 def test_equal_seeds_give_equal_estimates_and_leave_the_global_stream_alone():
-    problem = PROBLEMS["ring-7-factor-2"]()
+    problem = PROBLEMS["complete-6"]()
     before = torch.get_rng_state()
     first, second, other = (
         estimate_log_z(problem, n_chains=8, n_steps=10, seed=seed, method="ais") for seed in (1, 1, 2)
@@ -229,19 +227,19 @@ def test_equal_seeds_give_equal_estimates_and_leave_the_global_stream_alone():
 # The estimate carried along in training ----------------------------------------------------------------------------
 
 
-def make_callback(seed, n_chains, graph=None, sampler=None, n_gaussian=0):
+def make_callback(seed, n_chains, graph=None, sampler=None):
     torch.manual_seed(seed)
-    prior = BoltzmannPrior(graph or graphs.bipartite(8, 8), n_gaussian, n_chains=n_chains)
+    prior = BoltzmannPrior(graph or graphs.bipartite(8, 8), n_chains=n_chains)
     callback = SamplingCallback(prior, sampler or BlockGibbsSampler(), SamplingSchedule())
     callback._seeds.manual_seed(seed)
     return prior, callback
 
 
-def drive(seed, n_chains=512, n_steps=200, sampler=None, graph=None, n_gaussian=0):
+def drive(seed, n_chains=512, n_steps=200, sampler=None):
     """Move all parameters on a straight line to a random machine; return the errors of log Z and its exact course."""
-    prior, callback = make_callback(seed, n_chains, graph, sampler, n_gaussian)
+    prior, callback = make_callback(seed, n_chains, sampler=sampler)
     generator = torch.Generator().manual_seed(seed)
-    parameters = [parameter for parameter in prior.parameters() if parameter.numel()]
+    parameters = list(prior.parameters())
     start = [parameter.detach().clone() for parameter in parameters]
     end = [0.3 * torch.randn(parameter.shape, generator=generator) for parameter in parameters]
     errors, course = [], []
@@ -256,17 +254,16 @@ def drive(seed, n_chains=512, n_steps=200, sampler=None, graph=None, n_gaussian=
 
 
 @pytest.mark.parametrize(
-    ("seed", "options"),
+    ("seed", "sampler"),
     [
-        pytest.param(0, {}, id="persistent-chains-0"),
-        pytest.param(1, {}, id="persistent-chains-1"),
-        pytest.param(2, {"sampler": ExactSampler()}, id="fresh-samples"),
-        pytest.param(3, {"graph": graphs.independent(9), "n_gaussian": 2}, id="gaussian-layer"),
+        pytest.param(0, None, id="persistent-chains-0"),
+        pytest.param(1, None, id="persistent-chains-1"),
+        pytest.param(2, ExactSampler(), id="fresh-samples"),
     ],
 )
-def test_running_log_z_stays_within_a_tenth_of_a_nat_of_exact(seed, options):
+def test_running_log_z_stays_within_a_tenth_of_a_nat_of_exact(seed, sampler):
     """512 chains, 64 of them tracking, 200 updates; the error over ten seeds is 0.01 to 0.06 at worst."""
-    errors, course = drive(seed, **options)
+    errors, course = drive(seed, sampler=sampler)
     print(f"largest error {np.abs(errors).max():.3f} on a course of {np.ptp(course):.2f} nats")
     assert np.ptp(course) > 1.0
     assert np.abs(errors).max() < 0.1

@@ -292,9 +292,7 @@ def test_facts_of_the_run_are_carried_over(problem):
 def test_a_batch_answers_every_request_in_order(sampler):
     requests = [
         SamplingRequest(make(), n, beta, seed=seed, n_sweeps=5)
-        for make, n, beta, seed in zip(
-            PROBLEMS.values(), (3, 1, 4, 2, 5), (0.3, 0.7, 1.5, 2.0, 0.9), range(5), strict=True
-        )
+        for make, n, beta, seed in zip(PROBLEMS.values(), (3, 1, 4), (0.3, 0.7, 1.5), range(3), strict=True)
     ]
     together = sampler.sample_batch(requests)
     for request, batch in zip(requests, together, strict=True):
@@ -361,16 +359,9 @@ def test_max_spins_is_checked_before_the_device_is_asked(problem):
     assert Scripted(Draw(torch.ones(4, 8)), SamplerTraits(max_spins=8)).sample(SamplingRequest(problem, 4))
 
 
-@pytest.mark.parametrize(
-    ("problem", "n_rest"),
-    [
-        pytest.param(random_problem(graphs.bipartite(21, 25)), 21, id="bipartite"),
-        pytest.param(random_problem(graphs.independent(22), rank=2), 21, id="factor"),
-    ],
-)
-def test_exact_sampler_refuses_what_it_cannot_enumerate(problem, n_rest):
-    with pytest.raises(GraphMismatchError, match=f"enumerate {n_rest} of the {problem.n_spins} spins, but at most 20"):
-        ExactSampler().sample(SamplingRequest(problem, 4))
+def test_exact_sampler_refuses_what_it_cannot_enumerate():
+    with pytest.raises(GraphMismatchError, match="enumerate 21 of the 46 spins, but at most 20"):
+        ExactSampler().sample(SamplingRequest(random_problem(graphs.bipartite(21, 25)), 4))
 
 
 def test_exact_sampler_takes_a_wide_bipartite_problem():

@@ -76,7 +76,7 @@ def run(device, n_steps: int, schedule=SamplingSchedule(every_n_steps=1, n_sweep
     adata = synthetic_counts(900, 30, seed=1)
     QBMSCVI.setup_anndata(adata, batch_key="batch")
     scvi.settings.seed = 0
-    model = QBMSCVI(adata, latent="spins", n_latent=8, n_hidden=8, n_chains=N_CHAINS, gene_likelihood="poisson")
+    model = QBMSCVI(adata, n_latent=8, n_hidden=8, n_chains=N_CHAINS, gene_likelihood="poisson")
     watch, honesty = Watch(), Honesty(every_n_steps)
     clock = [] if device is None else [SteppedClock(device)]
     with warnings.catch_warnings(record=True) as caught:

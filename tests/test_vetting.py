@@ -115,7 +115,7 @@ def test_temperatures_within_the_ratio_pass_and_others_do_not(name, beta):
         pytest.param(PROBLEMS["bipartite-3x5"].scaled(0.01), id="nearly-flat"),
         pytest.param(PROBLEMS["bipartite-3x5"], id="moderate"),
         pytest.param(strongly_coupled().scaled(0.5), id="strongly-coupled"),
-        pytest.param(PROBLEMS["ring-7-factor-2"], id="factor"),
+        pytest.param(PROBLEMS["complete-6"], id="complete"),
     ],
 )
 def test_ground_states_are_refused(problem, n_samples):

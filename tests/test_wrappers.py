@@ -15,7 +15,7 @@ import pytest
 import torch
 from devices import BELIEVED_BETA, TRUE_BETA, Device, Faulty, OffTemperature, rescaled
 from dwave.samplers import RandomSampler, SteepestDescentSampler
-from laws import Law, assert_follows, block_gibbs_law, random_problem, state_table
+from laws import Law, assert_follows, block_gibbs_law, random_problem
 
 from qbmscvi import graphs
 from qbmscvi.exceptions import GraphMismatchError, InvalidSamples, SamplerError
@@ -204,7 +204,7 @@ def test_where_the_range_ends_samples_are_as_hot_as_reported(name):
     problem = PROBLEMS[name]
     sampler = Rescaled(ExactSampler(), h_limit=0.1, J_limit=0.1, device_beta=5.0)
     batch = ask(sampler, problem, 5000, beta=2.0, seed=5)
-    info, largest = batch.info, max(float(problem.h.abs().max()), float(problem.to_dense().J.abs().max()))
+    info, largest = batch.info, max(float(problem.h.abs().max()), float(problem.J.abs().max()))
     assert info["is_range_limited"] is True
     assert info["scale"] == pytest.approx(0.1 / largest)
     assert info["effective_beta"] == pytest.approx(5.0 * 0.1 / largest)
@@ -218,28 +218,18 @@ def test_where_the_range_ends_samples_are_as_hot_as_reported(name):
 def test_rounding_is_to_the_grid_and_its_error_is_recorded(name, n_bits):
     problem, spy = PROBLEMS[name], Spy()
     batch = ask(Rescaled(spy, h_limit=2.0, J_limit=1.0, n_bits=n_bits), problem, 5)
-    dense, seen, scale = problem.to_dense(), spy.requests[0].problem, batch.info["scale"]
+    seen, scale = spy.requests[0].problem, batch.info["scale"]
     levels = 2 ** (n_bits - 1) - 1
     for values, limit in ((seen.h, 2.0), (seen.J, 1.0)):
         level = values / limit * levels
         assert torch.allclose(level, level.round(), rtol=0, atol=1e-9)
         assert level.abs().max() <= levels + 1e-9
-    error = torch.cat([seen.h / scale - dense.h, seen.J / scale - dense.J])
+    error = torch.cat([seen.h / scale - problem.h, seen.J / scale - problem.J])
     assert batch.info["rounding_error"] == pytest.approx(float(error.square().mean().sqrt()), rel=1e-9)
     steps = torch.cat([torch.full_like(seen.h, 2.0), torch.full_like(seen.J, 1.0)]) / levels / scale
     assert (error.abs() <= 0.5 * steps * (1 + 1e-9)).all()
     if n_bits == 16:
         assert batch.info["rounding_error"] < 1e-4
-
-
-def test_a_problem_with_a_factor_is_written_out_densely():
-    problem, spy = PROBLEMS["ring-7-factor-2"], Spy()
-    scale = ask(Rescaled(spy, h_limit=1, J_limit=1), problem, 5).info["scale"]
-    seen = spy.requests[0].problem
-    assert seen.factor is None
-    assert seen.graph.n_edges == 21
-    states = torch.from_numpy(state_table(7))
-    assert torch.allclose(seen.energy(states), scale * problem.energy(states))
 
 
 @pytest.mark.parametrize("device_beta", [None, 5.0])
@@ -268,7 +258,7 @@ def test_each_request_of_a_batch_has_its_own_scale():
         assert batch.spins.shape == (request.n_samples, request.problem.n_spins)
         assert torch.allclose(seen.problem.h, request.problem.h * batch.info["scale"])
         assert seen.seed == request.seed
-    assert len({batch.info["scale"] for batch in batches}) == 4
+    assert len({batch.info["scale"] for batch in batches}) == 3
 
 
 # SpinReversed ------------------------------------------------------------------------------------------------------
@@ -276,7 +266,7 @@ def test_each_request_of_a_batch_has_its_own_scale():
 
 @pytest.mark.parametrize(("n_samples", "n_gauges"), [(10, 3), (7, 7), (2, 5), (1, 4), (12, 1)])
 def test_samples_are_shared_out_among_gauges_in_one_trip(n_samples, n_gauges):
-    problem, spy = PROBLEMS["ring-7-factor-2"], Spy()
+    problem, spy = PROBLEMS["complete-6"], Spy()
     batch = ask(SpinReversed(spy, n_gauges), problem, n_samples)
     sizes = [request.n_samples for request in spy.requests]
     assert spy.n_trips == 1
@@ -491,12 +481,12 @@ def test_device_time_of_all_gauges_counts():
 def test_rescaled_checks_the_problem_that_the_child_will_see():
     class Ring(ExactSampler):
         def check(self, problem):
-            if problem.factor is None and problem.graph.n_edges > problem.n_spins:
+            if problem.graph.n_edges > problem.n_spins:
                 msg = "A ring, no more."
                 raise GraphMismatchError(msg)
 
     with pytest.raises(GraphMismatchError, match="A ring"):
-        Rescaled(Ring()).check(PROBLEMS["ring-7-factor-2"])
+        Rescaled(Ring()).check(PROBLEMS["complete-6"])
 
 
 @pytest.mark.parametrize(
