@@ -185,7 +185,7 @@ class Sampler:
         if limit is not None and problem.n_spins > limit:
             msg = (
                 f"The problem has {problem.n_spins} spins, but {self.name} accepts at most {limit}. "
-                "Lower `n_latent` or `n_spins`, or choose a sampler without a size limit, e.g. sampler='gibbs'."
+                "Lower `n_latent`, or choose a sampler without a size limit, e.g. sampler='gibbs'."
             )
             raise GraphMismatchError(msg)
 

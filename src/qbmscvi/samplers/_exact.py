@@ -28,7 +28,7 @@ class ExactSampler(Sampler):
         if n_enumerated(problem) > MAX_ENUMERATED_SPINS:
             msg = (
                 f"ExactSampler would have to enumerate {n_enumerated(problem)} of the {problem.n_spins} spins, but at "
-                f"most {MAX_ENUMERATED_SPINS} are feasible. Lower `n_latent` or `n_spins`, or use sampler='gibbs'."
+                f"most {MAX_ENUMERATED_SPINS} are feasible. Lower `n_latent`, or use sampler='gibbs'."
             )
             raise GraphMismatchError(msg)
 
