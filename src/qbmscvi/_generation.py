@@ -140,8 +140,8 @@ class GenerationMixin:
         self._require_cells(library_size is None, missing, draws_labels)
 
         seed = split_seed(None, 1)[0] if seed is None else seed
-        spin_seed, row_seed, count_seed = split_seed(seed, 3)
-        z = self._draw_latent(n_cells, label if has_label_spins else None, sampler, spin_seed)
+        row_seed, count_seed = split_seed(seed, 3)[1:]  # the first is that of the latent variables
+        z = self._draw_latent(n_cells, label if has_label_spins else None, sampler, seed)
         if has_label_spins and label is None:
             label = module.classify(None, z).argmax(-1).cpu().numpy()
         label_codes = np.full(n_cells, _UNKNOWN if label is None else label, dtype=np.int64)
