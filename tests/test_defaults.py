@@ -14,7 +14,6 @@ from test_signatures import CALLABLES, PAGES, ROOT
 
 import qbmscvi
 from qbmscvi._callbacks import _MAX_STALENESS
-from qbmscvi._module import resolve_latent_sizes
 from qbmscvi._prior import _TRACKING_SHARE
 from qbmscvi._scanvae import QBMSCANVAE
 from qbmscvi._training_plan import _PRIOR_LR_SHARE, QBMTrainingPlan, auto_kl_warmup
@@ -30,13 +29,8 @@ def default(function: object, parameter: str) -> object:
     return inspect.signature(function).parameters[parameter].default
 
 
-SPINS, GAUSSIAN = resolve_latent_sizes("spins", None, None), resolve_latent_sizes("gaussian-spins", None, None)
 # What None in the signature stands for, in the order of the text.
-RESOLVED = {
-    "n_latent": [SPINS[1], GAUSSIAN[0]],
-    "n_spins": [GAUSSIAN[1]],
-    "plan_kwargs": [default(QBMSCANVAE.loss, "classification_ratio")],
-}
+RESOLVED = {"plan_kwargs": [default(QBMSCANVAE.loss, "classification_ratio")]}
 
 
 def wrong_in_docstring(function: object, docstring: str) -> list[str]:
@@ -98,8 +92,6 @@ schedule = qbmscvi.SamplingSchedule()
 # What pages say of the code's numbers, with these filled in.
 CLAIMS = [
     ("README.md", f"at most {MAX_ENUMERATED_SPINS} spins in the smaller layer"),
-    ("docs/model.md", f'(`latent="{default(qbmscvi.QBMSCVI, "latent")}"`, the default)'),
-    ("docs/model.md", f'`"{default(qbmscvi.QBMSCVI, "latent")}"`, the default, is the family'),
     ("docs/model.md", f'| `"{default(qbmscvi.QBMSCVI, "smoothing")}"` (default) |'),
     ("docs/model.md", f"at most {_MAX_ENUMERATED} spins have to be enumerated"),
     ("docs/model.md", f"treewidth of the graph is at most {_MAX_TREEWIDTH}."),
@@ -131,7 +123,7 @@ CLAIMS = [
 ]
 SAID_OF_DEFAULTS = re.compile(rf"`[^`\n]+`[^.|`]{{0,14}}\bdefaults?\b|\bdefaults?\b[^.|`]{{0,20}}(?:`[^`]+`|{LITERAL})")
 # Sentences that `SAID_OF_DEFAULTS` takes for a claim, and that are none.
-NO_CLAIMS = ('default of `QBMSCVI(latent="gaussian-spins")`', "own KL warm-up; `default`")
+NO_CLAIMS = ("own KL warm-up; `default`",)
 
 
 def prose(text: str) -> str:
@@ -183,12 +175,13 @@ UNNAMED_TRAITS: set[str] = set()
 
 
 def test_planted_mistakes_are_found() -> None:
-    def own(n_latent: int | None = None, scale: float = 1e-3) -> None: ...
+    def own(plan_kwargs: dict | None = None, scale: float = 1e-3) -> None: ...
 
-    entries = "n_latent\n    Default 64 or\n    default 10.\nscale\n    Width (default 0.001).\n"
+    (ratio,) = RESOLVED["plan_kwargs"]
+    entries = f"plan_kwargs\n    Ratio, by\n    default {ratio}.\nscale\n    Width (default 0.001).\n"
     right = f"A.\n\nParameters\n----------\n{entries}"
     assert wrong_in_docstring(own, right) == []
-    assert wrong_in_docstring(own, right.replace("64", "32")) == ["n_latent: [32, 10] for [64, 10]"]
+    assert wrong_in_docstring(own, right.replace(f"{ratio}.", "7.")) == [f"plan_kwargs: [7] for [{ratio}]"]
     assert wrong_in_docstring(own, right.replace("0.001", "0.01")) == ["scale: [0.01] for [0.001]"]
 
     command = "parser.add_argument('--seeds', type=int, default=5, help='number (default 5)')"
@@ -202,5 +195,5 @@ def test_planted_mistakes_are_found() -> None:
     page = prose((ROOT / "docs" / "model.md").read_text())
     listed = [claim for name, claim in CLAIMS if name == "docs/model.md"]
     assert len(listed) > 5
-    assert unlisted_claims(page.replace('`latent="spins"`, the', '`latent="other"`, the'), listed) != []
+    assert unlisted_claims(page.replace('`"straight-through"` (default)', '`"other"` (default)'), listed) != []
     assert unlisted_claims(f"{page} By default 512 chains.", listed) == ["default 512"]

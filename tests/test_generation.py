@@ -42,17 +42,14 @@ def counts():
     return adata
 
 
-def build(counts, setup=None, model_class=QBMSCVI, latent="spins", **arguments):
+def build(counts, setup=None, model_class=QBMSCVI, **arguments):
     """Model with every parameter of prior and decoder away from its start."""
     adata = counts.copy()
     labels = {"labels_key": "known", "unlabeled_category": "Unknown"} if model_class is QBMSCANVI else {}
     model_class.setup_anndata(adata, **{"batch_key": "run", **labels, **(setup or {})})
-    sizes = {"n_latent": N_SPINS} if latent == "spins" else {"n_latent": 2, "n_spins": N_SPINS}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(1)
-        model = model_class(
-            adata, latent=latent, n_hidden=16, n_chains=16, gene_likelihood="poisson", **sizes, **arguments
-        )
+        model = model_class(adata, n_latent=N_SPINS, n_hidden=16, n_chains=16, gene_likelihood="poisson", **arguments)
         for parameter in model.module.prior.parameters():
             parameter.copy_(0.6 * torch.randn_like(parameter))
         for parameter in model.module.decoder.px_decoder.parameters():
@@ -71,9 +68,9 @@ def covered(counts):
     return build(counts, COVARIATES)
 
 
-@pytest.fixture(scope="module", params=["spins", "gaussian-spins"])
-def annotated(request, counts):
-    return build(counts, model_class=QBMSCANVI, latent=request.param)
+@pytest.fixture(scope="module")
+def annotated(counts):
+    return build(counts, model_class=QBMSCANVI)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,22 +83,21 @@ def labels_up(label: int) -> np.ndarray:
 
 
 def law_of_latent_spins(prior, label: int | None) -> Law:
-    """Law of the latent spins given a type, or of all states: all else is summed out, the Gaussian layer by hand."""
-    a, W, h, J = (p.detach().double().numpy() for p in (prior.a, prior.W, prior.h, prior.J))
+    """Law of the latent spins given a type, or of all states: all else is summed out."""
+    h, J = (p.detach().double().numpy() for p in (prior.h, prior.J))
     states = state_table(prior.n_spins)
     pairs = states[:, prior.graph.edges[:, 0]] * states[:, prior.graph.edges[:, 1]] @ J
-    weights = np.exp(0.5 * ((a + states @ W.T) ** 2).sum(1) - states @ h - pairs)
+    weights = np.exp(-states @ h - pairs)
     if label is not None:
         weights = weights * (states[:, -len(TYPES) :] == labels_up(label)).all(1)
     weights = weights.reshape(2**N_SPINS, -1).sum(1)  # the latent spins change slowest
     return Law(state_table(N_SPINS), -np.log(weights), weights / weights.sum())
 
 
-@pytest.mark.parametrize("n_gaussian", [0, 2])
-def test_clamped_prior_has_the_energies_of_the_joint_problem(n_gaussian):
+def test_clamped_prior_has_the_energies_of_the_joint_problem():
     """Exact, the constant included, for the labels alone and for what `unclamped` makes of the states."""
     torch.manual_seed(2)
-    prior = LabeledPrior(graphs.bipartite(2, 3), len(TYPES), n_gaussian, n_chains=16).double()
+    prior = LabeledPrior(graphs.bipartite(2, 3), len(TYPES), n_chains=16).double()
     with torch.no_grad():
         for parameter in prior.parameters():
             parameter.copy_(0.6 * torch.randn_like(parameter))
@@ -120,25 +116,10 @@ def test_cells_of_a_type_follow_the_conditional_law(annotated, sampler):
     prior = annotated.module.prior
     for label, cell_type in enumerate(TYPES):
         z = annotated.generate(8_000, cell_type=cell_type, library_size=10, sampler=sampler, seed=label).obsm["z"]
-        spins = torch.from_numpy(z[:, prior.n_gaussian :])
+        spins = torch.from_numpy(z)
         assert_follows(spins, law_of_latent_spins(prior, label))
         for other in {0, 1, 2, None} - {label}:
             assert judge(spins, law_of_latent_spins(prior, other)).p_value < ALPHA
-
-
-def test_gaussian_layer_of_a_type_knows_the_type(counts):
-    """Mean of v given latent and label spins, in standard errors; the gate sees another type."""
-    model = build(counts, model_class=QBMSCANVI, latent="gaussian-spins")
-    prior = model.module.prior
-    a, W = prior.a.detach().numpy(), prior.W.detach().numpy()
-    z = model.generate(4_000, cell_type="NK", library_size=10, seed=0).obsm["z"]
-    v, s = z[:, :2], z[:, 2:]
-
-    def largest_z(label):
-        spins = np.hstack([s, np.tile(labels_up(label), (len(s), 1))])
-        return np.abs((v - a - spins @ W.T).mean(0)).max() * np.sqrt(len(v))
-
-    assert largest_z(1) < MAX_Z < min(largest_z(0), largest_z(2))
 
 
 def test_type_of_a_cell_that_was_not_asked_for_is_the_most_probable_one(annotated):
@@ -147,14 +128,13 @@ def test_type_of_a_cell_that_was_not_asked_for_is_the_most_probable_one(annotate
     prior = annotated.module.prior
     z = generated.obsm["z"]
     np.testing.assert_array_equal(z, annotated.sample_prior(200, seed=4))
-    v, s = z[:, : prior.n_gaussian], z[:, prior.n_gaussian :]
-    h, J, W = (p.detach().numpy() for p in (prior.h, prior.J, prior.W))
-    others = np.zeros((len(s), prior.n_spins - N_SPINS - len(TYPES)))  # none, or hidden ones, which labels do not see
+    h, J = (p.detach().numpy() for p in (prior.h, prior.J))
+    others = np.zeros((len(z), prior.n_spins - N_SPINS - len(TYPES)))  # hidden ones, which labels do not see
     energies = []
     for label in range(len(TYPES)):
-        spins = np.hstack([s, others, np.tile(labels_up(label), (len(s), 1))])
+        spins = np.hstack([z, others, np.tile(labels_up(label), (len(z), 1))])
         pairs = spins[:, prior.graph.edges[:, 0]] * spins[:, prior.graph.edges[:, 1]] @ J
-        energies.append(spins @ h + pairs - (v @ W * spins).sum(1))
+        energies.append(spins @ h + pairs)
     expected = np.array(TYPES)[np.argmin(energies, axis=0)]
     assert len(set(expected)) > 1
     np.testing.assert_array_equal(generated.obs["known"].astype(str), expected)

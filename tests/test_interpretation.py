@@ -39,9 +39,7 @@ def model(adata: AnnData) -> QBMSCVI:
     "arguments",
     [
         pytest.param({}, id="spins"),
-        pytest.param(
-            {"latent": "gaussian-spins", "n_latent": 3, "n_spins": 5, "gene_likelihood": "zinb"}, id="gaussian-spins"
-        ),
+        pytest.param({"gene_likelihood": "zinb"}, id="zinb"),
         pytest.param({"gene_likelihood": "poisson"}, id="poisson"),
     ],
 )
@@ -57,7 +55,7 @@ def test_effect_of_a_flip_is_the_difference_of_two_direct_decodings(adata: AnnDa
         scales = []
         for value in (1.0, -1.0):
             flipped = z.clone()
-            flipped[:, model.module.prior.n_gaussian + spin] = value
+            flipped[:, spin] = value
             decoded = model.module.decoder("gene", flipped, outputs["library"], tensors["batch"], tensors["labels"])
             scales.append(decoded[0].squeeze(0).numpy())
     expected = pd.Series(np.log2(scales[0] / scales[1]), model.get_var_names())
@@ -175,12 +173,11 @@ def test_modes_of_spins_without_couplings_are_one(adata: AnnData) -> None:
     np.testing.assert_array_equal(modes.spins[0], -np.sign(model.get_ising_model().h.numpy()))
 
 
-@pytest.mark.parametrize("latent", ["spins", "gaussian-spins"])
-def test_modes_of_an_annotation_model_hold_its_label_spins(adata: AnnData, latent: str) -> None:
+def test_modes_of_an_annotation_model_hold_its_label_spins(adata: AnnData) -> None:
     adata = adata.copy()
     adata.obs["label"] = adata.obs["cell_type"].astype(str).where(adata.obs["batch"] == "batch_0", "Unknown")
     QBMSCANVI.setup_anndata(adata, "label", "Unknown", batch_key="batch")
-    model = QBMSCANVI(adata, latent=latent, n_latent=6, **({"n_spins": 6} if latent != "spins" else {}))
+    model = QBMSCANVI(adata, n_latent=6)
     model.train(max_epochs=1, enable_progress_bar=False)
     n_hidden = model.module.prior.n_hidden
     assert model.get_prior_modes().spins.shape[1] == 6 + n_hidden + 6

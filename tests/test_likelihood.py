@@ -27,11 +27,9 @@ from qbmscvi.enumeration import exact_log_z
 
 N_GENES, ROWS = 8, list(range(6))
 MAX_Z = 4.0
-SPINS = {"latent": "spins", "n_latent": 6, "prior_graph": "complete"}
-GAUSSIAN = {"latent": "gaussian-spins", "n_latent": 1, "n_spins": 4, "prior_graph": "complete"}
+SPINS = {"n_latent": 6, "prior_graph": "complete"}
 CASES = {
     "spins": SPINS,
-    "gaussian-spins": GAUSSIAN,
     "spins-covariates-poisson": SPINS | {"gene_likelihood": "poisson", "covariates": True},
     "spins-gene-batch-normal": SPINS | {"gene_likelihood": "normal", "dispersion": "gene-batch"},
     "spins-size-factor-gene-cell": SPINS | {"dispersion": "gene-cell", "size_factor": True},
@@ -40,7 +38,6 @@ CASES = {
     "spike-exponential": SPINS | {"n_latent": 2, "smoothing": "spike-exponential"},
 }
 each_case = pytest.mark.parametrize("name", CASES)
-each_family = pytest.mark.parametrize("name", ["spins", "gaussian-spins"])
 
 
 @lru_cache
@@ -102,31 +99,21 @@ def spin_states(n: int) -> np.ndarray:
     return np.array(list(itertools.product((-1.0, 1.0), repeat=n))).reshape(-1, n)
 
 
-def log_prior(model: QBMSCVI, z: np.ndarray) -> np.ndarray:
-    """Log density of ``[v, s]``, log Z by a sum over all states with the Gaussian integrals in closed form."""
+def log_prior(model: QBMSCVI, s: np.ndarray) -> np.ndarray:
+    """Log probability of spins, log Z by a sum over all states."""
     prior = model.module.prior
-    p = {key: value.detach().double().numpy() for key, value in prior.named_parameters()}
-    d = prior.n_gaussian
+    h, J = (p.detach().double().numpy() for p in (prior.h, prior.J))
 
-    def interaction(s):
-        return s @ p["h"] + sum(c * s[:, i] * s[:, j] for c, (i, j) in zip(p["J"], prior.graph.edges, strict=True))
+    def energy(s):
+        return s @ h + sum(c * s[:, i] * s[:, j] for c, (i, j) in zip(J, prior.graph.edges, strict=True))
 
-    v, s = z[:, :d], z[:, d:]
-    energy = 0.5 * (v**2).sum(1) - v @ p["a"] - np.einsum("ka,ai,ki->k", v, p["W"], s) + interaction(s)
-    states = spin_states(prior.n_spins)
-    drive = p["a"] + states @ p["W"].T
-    log_z = special.logsumexp(0.5 * (drive**2).sum(1) - interaction(states)) + 0.5 * d * math.log(2 * math.pi)
-    return -energy - log_z
+    return -energy(s) - special.logsumexp(-energy(spin_states(prior.n_spins)))
 
 
 def codes_of(model: QBMSCVI) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All latent states: hard ``[v, s]``, what the decoder sees, log of the width that each stands for."""
+    """All latent states: hard spins, what the decoder sees, log of the width that each stands for."""
     prior, smoothing = model.module.prior, model.module.z_encoder.smoothing
     states = spin_states(prior.n_spins)
-    if prior.n_gaussian:
-        grid, width = np.linspace(-12, 12, 481, retstep=True)
-        z = np.array([[v, *s] for v in grid for s in states])
-        return z, z, np.full(len(z), math.log(width))
     if not isinstance(smoothing, SpikeExponential):
         return states, states, np.zeros(len(states))
     # zeta given s = +1 at the midpoints of 80 equal shares of its law; one value given s = -1.
@@ -163,12 +150,9 @@ def log_likelihood(model: QBMSCVI, tensors, zeta: np.ndarray) -> np.ndarray:
     return special.logsumexp(values, axis=0)
 
 
-def log_posterior(qz, z: np.ndarray) -> np.ndarray:
-    """``log q(z | x)`` of hard codes, shape ``(n_codes, n_cells)``."""
-    d = qz.n_gaussian
-    logits = qz.logits.double().numpy()
-    spins = -np.logaddexp(0.0, -z[:, None, d:] * logits).sum(-1)
-    return spins + stats.norm(qz.gaussian_loc.double(), qz.gaussian_scale.double()).logpdf(z[:, None, :d]).sum(-1)
+def log_posterior(qz, s: np.ndarray) -> np.ndarray:
+    """``log q(s | x)`` of hard codes, shape ``(n_codes, n_cells)``."""
+    return -np.logaddexp(0.0, -s[:, None] * qz.logits.double().numpy()).sum(-1)
 
 
 @lru_cache
@@ -223,9 +207,7 @@ def test_marginal_likelihood_of_a_labeled_model_sums_over_the_cell_types():
     adata = register()
     QBMSCANVI.setup_anndata(adata, "cell_type", "unknown", batch_key="batch")
     scvi.settings.seed = 0
-    model = QBMSCANVI(
-        adata, latent="spins", n_latent=4, n_hidden_spins=0, n_hidden=8, n_chains=64, gene_likelihood="nb"
-    )
+    model = QBMSCANVI(adata, n_latent=4, n_hidden_spins=0, n_hidden=8, n_chains=64, gene_likelihood="nb")
     model.train(max_epochs=10, accelerator="cpu", enable_progress_bar=False, plan_kwargs={"lr": 0.01})
     prior, tensors = model.module.prior, batch_of(model)
     with torch.no_grad():
@@ -260,11 +242,10 @@ def test_marginal_likelihood_refuses(arguments, error, match):
         model.get_marginal_ll(model.adata, **arguments)
 
 
-@each_family
-def test_scvis_own_formula_and_a_wrong_log_z_miss_the_sum(name):
+def test_scvis_own_formula_and_a_wrong_log_z_miss_the_sum():
     """The gate has power."""
-    model = trained(name)
-    exact, _, _ = oracle(name)
+    model = trained("spins")
+    exact, _, _ = oracle("spins")
     _, errors = model.get_marginal_ll(indices=ROWS, n_mc_samples=4000, return_mean=False, return_error=True)
     assert judge(exact + 0.2, errors, exact) > MAX_Z
     inherited = VAE.marginal_ll(model.module, batch_of(model), 4000, n_mc_samples_per_pass=500)
@@ -309,23 +290,21 @@ def enumerated_elbo_with_library(model):
     return total - kl_spins - kl_divergence(ql, pl).sum(-1).numpy()
 
 
-@each_family
-def test_kl_is_the_sum_over_all_states_and_its_shares_add_up(name):
-    model = trained(name)
+def test_kl_is_the_sum_over_all_states_and_its_shares_add_up():
+    model = trained("spins")
     qz, _, _ = posterior_of(model, batch_of(model))
-    hard, _, log_width = codes_of(model)
-    log_q = log_posterior(qz, hard)
-    exact = (np.exp(log_q + log_width[:, None]) * (log_q - log_prior(model, hard)[:, None])).sum(0)
+    states = spin_states(6)
+    log_q = log_posterior(qz, states)
+    exact = (np.exp(log_q) * (log_q - log_prior(model, states)[:, None])).sum(0)
     np.testing.assert_allclose(model.get_kl(indices=ROWS), exact, atol=1e-3)
     shares = model.get_kl(indices=ROWS, per_unit=True)
-    assert shares.shape == (len(ROWS), model.module.prior.n_units)
+    assert shares.shape == (len(ROWS), 6)
     np.testing.assert_allclose(shares.sum(1), exact, atol=1e-3)
 
 
-@each_family
-def test_minified_cells_have_the_same_kl(name):
+def test_minified_cells_have_the_same_kl():
     """The posterior rebuilt from stored means and variances is the posterior."""
-    model = trained(name)
+    model = trained("spins")
     tensors = batch_of(model)
     mean, variance = (torch.from_numpy(a) for a in model.get_latent_representation(indices=ROWS, return_dist=True))
     qz = model.module._cached_inference(mean, variance, tensors["X"].sum(1, keepdim=True))["qz"]
@@ -336,20 +315,19 @@ def test_minified_cells_have_the_same_kl(name):
 
 def test_units_without_information_are_reported():
     adata = register()
-    model = QBMSCVI(adata, latent="gaussian-spins", n_latent=2, n_spins=3, n_hidden=8, n_chains=16)
+    model = QBMSCVI(adata, n_latent=3, n_hidden=8, n_chains=16)
     model.train(max_epochs=1, accelerator="cpu", enable_progress_bar=False)
     with torch.no_grad():
-        for layer in (model.module.z_encoder.mean_encoder, model.module.z_encoder.logit_encoder):
-            layer.weight[1:] *= 20.0
-            layer.weight[0] = 0.0
+        weight = model.module.z_encoder.logit_encoder.weight
+        weight[1:] *= 20.0
+        weight[0] = 0.0
     table = model.get_active_units()
-    mean, _ = model.get_latent_representation(return_dist=True)
+    mean = model.get_latent_representation(representation="mean")
     np.testing.assert_allclose(table["mean_var"], mean.astype(float).var(0), rtol=1e-5, atol=1e-9)
-    assert table.index.tolist() == ["v0", "v1", "s0", "s1", "s2"]
-    assert table["layer"].tolist() == ["gaussian"] * 2 + ["spins"] * 3
+    assert table.index.tolist() == ["s0", "s1", "s2"]
     assert table["is_active"].tolist() == (table["mean_var"] > 0.01).tolist()
-    assert not table.loc[["v0", "s0"], "is_active"].any()
-    assert table.loc[["v1", "s1", "s2"], "is_active"].any()
+    assert not table.loc["s0", "is_active"]
+    assert table.loc[["s1", "s2"], "is_active"].any()
     assert not model.get_active_units(threshold=np.inf)["is_active"].any()
 
 
@@ -374,9 +352,7 @@ def exact_log_weights(name, qz, hard, zeta):
     return log_weights - special.logsumexp(log_weights)
 
 
-@pytest.mark.parametrize(
-    "name", ["spins", "gaussian-spins", "spins-covariates-poisson", "latent-library", "spike-exponential"]
-)
+@pytest.mark.parametrize("name", ["spins", "spins-covariates-poisson", "latent-library", "spike-exponential"])
 def test_importance_weights_are_ratios_of_enumerated_posteriors(name):
     """Errors of the estimated p(x_n), 0.02 at most here, are all that is granted; cells are of both batches."""
     model = trained(name)
@@ -468,45 +444,25 @@ def test_importance_weighted_differential_expression_compares_true_posteriors():
 # Aggregated posterior ------------------------------------------------------------------------------------------------
 
 
-def explicit_mixture(qz, z, dof=None):
-    """Log density of the equal mixture of the cells' posteriors, at hard codes or mean spins."""
-    d = qz.n_gaussian
-    loc, scale, m = (a.double().numpy() for a in (qz.gaussian_loc, qz.gaussian_scale, torch.tanh(0.5 * qz.logits)))
-    law = stats.norm(loc, scale) if dof is None else stats.t(dof, loc, scale)
-    log_v = law.logpdf(z[:, None, :d]).sum(-1)
-    log_s = np.log(0.5 * (1.0 + z[:, None, d:] * m)).sum(-1)
-    return special.logsumexp(log_v + log_s, axis=1) - math.log(len(m))
+def explicit_mixture(qz, m):
+    """Log mass of the equal mixture of the cells' posteriors, at hard or mean spins."""
+    means = torch.tanh(0.5 * qz.logits).double().numpy()
+    return special.logsumexp(np.log(0.5 * (1.0 + m[:, None] * means)).sum(-1), axis=1) - math.log(len(means))
 
 
-@pytest.mark.parametrize("dof", [None, 3.0], ids=["gaussian", "student"])
-@pytest.mark.parametrize("layer", ["gaussian", "spins", "both"])
-def test_aggregated_posterior_is_the_mixture_of_the_cells(layer, dof):
-    model = trained("gaussian-spins")
+@pytest.mark.parametrize("dof", [None, 3.0])
+def test_aggregated_posterior_is_the_mixture_of_the_cells(dof):
+    model = trained("spins")
     qz, _, _ = posterior_of(model, batch_of(model))
-    d = qz.n_gaussian
-    hard = codes_of(model)[0][::7]
-    kept = {"gaussian": slice(0, d), "spins": slice(d, None), "both": slice(None)}[layer]
-    if layer == "spins":
-        qz = type(qz)(qz.gaussian_loc[:, :0], qz.gaussian_scale[:, :0], qz.logits)
-    elif layer == "gaussian":
-        qz = type(qz)(qz.gaussian_loc, qz.gaussian_scale, qz.logits[:, :0])
-    mixture = model.get_aggregated_posterior(indices=np.array(ROWS), dof=dof, layer=layer)
-    value = torch.from_numpy(hard[:, kept]).float()
-    np.testing.assert_allclose(mixture.log_prob(value), explicit_mixture(qz, hard[:, kept], dof), atol=1e-3)
+    states = spin_states(6)
+    mixture = model.get_aggregated_posterior(indices=np.array(ROWS), dof=dof)
+    log_mass = mixture.log_prob(torch.from_numpy(states).float())
+    np.testing.assert_allclose(log_mass, explicit_mixture(qz, states), atol=1e-3)
     torch.manual_seed(7)
     draws = mixture.sample((20_000,)).double()
-    if dof is None:  # the variance of Student's t with 3 degrees of freedom has no usable estimate
-        z = (draws.mean(0) - mixture.mean) / (mixture.variance / len(draws)).sqrt()
-        assert float(z.abs().max()) < MAX_Z
-        np.testing.assert_allclose(draws.var(0), mixture.variance, rtol=0.05)
-    u = stats.kstest(draws[:, 0], lambda x: mixture_cdf(qz, x, dof)).pvalue if layer != "spins" else 1.0
-    assert u > 1e-4
-
-
-def mixture_cdf(qz, x, dof):
-    loc, scale = qz.gaussian_loc[:, 0].double().numpy(), qz.gaussian_scale[:, 0].double().numpy()
-    law = stats.norm(loc, scale) if dof is None else stats.t(dof, loc, scale)
-    return law.cdf(np.asarray(x)[:, None]).mean(1)
+    z = (draws.mean(0) - mixture.mean) / (mixture.variance / len(draws)).sqrt()
+    assert float(z.abs().max()) < MAX_Z
+    np.testing.assert_allclose(draws.var(0), mixture.variance, rtol=0.05)
 
 
 def test_aggregated_posterior_sums_to_one_and_is_an_expected_mass_at_mean_spins(monkeypatch):
@@ -525,20 +481,15 @@ def test_aggregated_posterior_sums_to_one_and_is_an_expected_mass_at_mean_spins(
         mixture.log_prob(torch.full((6,), 1.5))
 
 
-@each_family
-def test_differential_abundance_holds_the_mixture_of_each_sample_at_each_cell(name):
-    model = trained(name)
+def test_differential_abundance_holds_the_mixture_of_each_sample_at_each_cell():
+    model = trained("spins")
     model.differential_abundance(sample_key="batch")
     table = model.adata.obsm["da_log_probs"]
-    z = model.get_latent_representation().astype(float)
+    m = model.get_latent_representation(representation="mean").astype(float)
     for sample in ("batch_0", "batch_1"):
         rows = np.flatnonzero(model.adata.obs["batch"] == sample).tolist()
         qz, _, _ = posterior_of(model, batch_of(model, rows))
-        if name == "spins":
-            expected = explicit_mixture(qz, z)
-        else:
-            expected = explicit_mixture(type(qz)(qz.gaussian_loc, qz.gaussian_scale, qz.logits[:, :0]), z)
-        np.testing.assert_allclose(table[sample], expected, atol=1e-3)
+        np.testing.assert_allclose(table[sample], explicit_mixture(qz, m), atol=1e-3)
 
 
 # log Z of a model ----------------------------------------------------------------------------------------------------

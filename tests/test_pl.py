@@ -200,9 +200,9 @@ def test_coupling_axes_are_named():
     ax = pl.coupling_matrix(np.eye(3))
     bar = ax.get_images()[0].colorbar
     assert (ax.get_xlabel(), ax.get_ylabel(), bar.ax.get_ylabel()) == ("spin", "spin", "J")
-    ax = pl.coupling_matrix(MATRIX, ylabel="Gaussian layer", colorbar_label="W", order=[2, 1, 0])
+    ax = pl.coupling_matrix(MATRIX, ylabel="hidden spins", colorbar_label="W", order=[2, 1, 0])
     bar = ax.get_images()[0].colorbar
-    assert (ax.get_xlabel(), ax.get_ylabel(), bar.ax.get_ylabel()) == ("spin (reordered)", "Gaussian layer", "W")
+    assert (ax.get_xlabel(), ax.get_ylabel(), bar.ax.get_ylabel()) == ("spin (reordered)", "hidden spins", "W")
 
 
 def test_order_permutes_both_axes_of_a_square_matrix_and_columns_otherwise():

@@ -20,10 +20,11 @@ from qbmscvi.samplers import ExactSampler, SamplingRequest
 N_LABELS = 3
 
 
-def labeled_prior(n_gaussian: int, dtype=torch.float64) -> LabeledPrior:
+@pytest.fixture
+def prior() -> LabeledPrior:
     """Five latent spins (a 2 x 3 bipartite graph), three labels, every parameter away from zero."""
-    torch.manual_seed(3 + n_gaussian)
-    prior = LabeledPrior(graphs.bipartite(2, 3), N_LABELS, n_gaussian, n_chains=16).to(dtype)
+    torch.manual_seed(3)
+    prior = LabeledPrior(graphs.bipartite(2, 3), N_LABELS, n_chains=16).double()
     with torch.no_grad():
         for parameter in prior.parameters():
             parameter.copy_(0.6 * torch.randn_like(parameter))
@@ -34,77 +35,50 @@ def labels_up(y: int) -> np.ndarray:
     return np.where(np.arange(N_LABELS) == y, 1.0, -1.0)
 
 
-def joint_energy(prior: LabeledPrior, v: np.ndarray, s: np.ndarray, y: int) -> float:
-    """E(v, s, t) of one state and type, from the definition."""
+def joint_energy(prior: LabeledPrior, s: np.ndarray, y: int) -> float:
+    """E(s, t) of one state and type, from the definition."""
     spins = np.concatenate([s, labels_up(y)])
-    h, J, a, W = (p.detach().numpy() for p in (prior.h, prior.J, prior.a, prior.W))
-    pairs = sum(value * spins[i] * spins[j] for (i, j), value in zip(prior.graph.edges, J, strict=True))
-    return 0.5 * v @ v - a @ v - v @ W @ spins + h @ spins + pairs
+    h, J = (p.detach().numpy() for p in (prior.h, prior.J))
+    return h @ spins + sum(value * spins[i] * spins[j] for (i, j), value in zip(prior.graph.edges, J, strict=True))
 
 
-@pytest.fixture(params=[0, 2], ids=["spins", "gaussian-spins"])
-def prior(request) -> LabeledPrior:
-    return labeled_prior(request.param)
+def joint_energies(prior, states) -> np.ndarray:
+    """Shape ``(n_states, n_labels)``."""
+    return np.array([[joint_energy(prior, s, y) for y in range(N_LABELS)] for s in states])
 
 
-@pytest.fixture
-def z(prior) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    v = torch.randn(7, prior.n_gaussian, generator=generator, dtype=torch.float64)
-    s = 2.0 * torch.randint(2, (7, 5), generator=generator) - 1.0
-    return torch.cat([v, s], dim=1)
+STATES = state_table(5).astype(float)
 
 
-def joint_energies(prior, z) -> np.ndarray:
-    """Shape ``(n_cells, n_labels)``."""
-    rows = [(row[: prior.n_gaussian], row[prior.n_gaussian :]) for row in z.numpy()]
-    return np.array([[joint_energy(prior, v, s, y) for y in range(N_LABELS)] for v, s in rows])
+def test_classifier_is_the_conditional_of_the_joint_law(prior):
+    expected = torch.softmax(torch.from_numpy(-joint_energies(prior, STATES)), dim=1)
+    torch.testing.assert_close(torch.softmax(prior.label_logits(torch.from_numpy(STATES)), dim=1), expected)
 
 
-def test_classifier_is_the_conditional_of_the_joint_law(prior, z):
-    expected = torch.softmax(torch.from_numpy(-joint_energies(prior, z)), dim=1)
-    torch.testing.assert_close(torch.softmax(prior.label_logits(*prior.split(z)), dim=1), expected)
+def test_energy_sums_the_types_out(prior):
+    expected = -np.logaddexp.reduce(-joint_energies(prior, STATES), axis=1)
+    np.testing.assert_allclose(prior.energy(torch.from_numpy(STATES)).detach().numpy(), expected, atol=1e-12)
 
 
-def test_energy_sums_the_types_out(prior, z):
-    expected = -np.logaddexp.reduce(-joint_energies(prior, z), axis=1)
-    np.testing.assert_allclose(prior.energy(z).detach().numpy(), expected, atol=1e-12)
+def test_ising_problem_is_the_joint_law(prior):
+    energies = energy_table(prior.to_ising()).reshape(len(STATES), -1)  # label spins change fastest
+    of_types = [int((state_table(N_LABELS) == labels_up(y)).all(1).argmax()) for y in range(N_LABELS)]
+    np.testing.assert_allclose(energies[:, of_types], joint_energies(prior, STATES), atol=1e-12)
 
 
-def test_ising_problem_is_the_joint_law_with_the_gaussian_layer_integrated_out(prior):
-    """Quadrature over v on the spins: of each state, and so of log Z."""
-    problem = prior.to_ising()
-    states = state_table(problem.n_spins)
-    a, W, h, J = (p.detach().numpy() for p in (prior.a, prior.W, prior.h, prior.J))
-    drive = a + states @ W.T
-    pairs = states[:, prior.graph.edges[:, 0]] * states[:, prior.graph.edges[:, 1]] @ J
-    gaussian = 0.5 * (drive**2).sum(1) + 0.5 * prior.n_gaussian * np.log(2 * np.pi)
-    np.testing.assert_allclose(energy_table(problem), states @ h + pairs - gaussian, atol=1e-10)
-
-
-def posterior_of(prior, n_cells=1) -> FactorialPosterior:
-    generator = torch.Generator().manual_seed(5)
-    loc, scale = torch.randn(2, n_cells, prior.n_gaussian, generator=generator, dtype=torch.float64)
-    logits = 1.5 * torch.randn(n_cells, 5, generator=generator, dtype=torch.float64)
-    return FactorialPosterior(loc, 0.3 + scale.abs(), logits)
+def a_posterior() -> FactorialPosterior:
+    return FactorialPosterior(1.5 * torch.randn(1, 5, generator=torch.Generator().manual_seed(5), dtype=torch.float64))
 
 
 def exact_terms(prior: LabeledPrior, q: FactorialPosterior) -> tuple[np.ndarray, float, np.ndarray]:
-    """``E_q[E(z, t_y)]`` for each y, ``H(q)`` and the law of the spins, all from sums over states.
-
-    The Gaussian layer enters by its first two moments alone, since the energy is quadratic in it.
-    """
+    """``E(s, t_y)`` of each state and y, ``H(q)`` and the law of the spins, all from sums over states."""
     up = torch.sigmoid(q.logits[0]).numpy()
-    states = state_table(5)
-    law = np.prod(np.where(states > 0, up, 1 - up), axis=1)
-    mu, var = q.gaussian_loc[0].numpy(), q.gaussian_scale[0].numpy() ** 2
-    energies = np.array([[joint_energy(prior, mu, s, y) + 0.5 * var.sum() for y in range(N_LABELS)] for s in states])
-    entropy = -(law * np.log(law)).sum() + 0.5 * np.log(2 * np.pi * np.e * var).sum()
-    return energies, entropy, law
+    law = np.prod(np.where(STATES > 0, up, 1 - up), axis=1)
+    return joint_energies(prior, STATES), -(law * np.log(law)).sum(), law
 
 
 def test_term_of_a_labeled_cell_is_exact(prior):
-    q = posterior_of(prior)
+    q = a_posterior()
     energies, entropy, law = exact_terms(prior, q)
     for y in range(N_LABELS):
         value = kl_divergence(q, prior.distribution(torch.tensor([y]))).sum()
@@ -113,8 +87,8 @@ def test_term_of_a_labeled_cell_is_exact(prior):
 
 
 def test_term_of_an_unlabeled_cell_has_the_best_factorial_type(prior):
-    """Minimal over q(y), found here by its stationarity, and no lower than with q(y | z) for every z."""
-    q = posterior_of(prior)
+    """Minimal over q(y), found here by its stationarity, and no lower than with q(y | s) for every s."""
+    q = a_posterior()
     energies, entropy, law = exact_terms(prior, q)
     mean = law @ energies
     choice = np.exp(-mean) / np.exp(-mean).sum()
@@ -124,58 +98,53 @@ def test_term_of_an_unlabeled_cell_has_the_best_factorial_type(prior):
         assert value == pytest.approx(expected, abs=1e-10)
     others = np.random.default_rng(0).dirichlet(np.ones(N_LABELS), 50)
     assert (others @ mean + (others * np.log(others)).sum(1) - entropy + float(prior.log_z) > expected).all()
-    if not prior.n_gaussian:
-        exact = law @ -np.logaddexp.reduce(-energies, axis=1) - entropy + float(prior.log_z)
-        assert exact < expected
+    exact = law @ -np.logaddexp.reduce(-energies, axis=1) - entropy + float(prior.log_z)
+    assert exact < expected
 
 
 def test_gradients_of_the_joint_law_are_those_of_enumeration(prior):
     """Of -log p(z, y) with exact moments, against autograd through the sum over all states."""
     states = torch.from_numpy(state_table(8)).double()
     set_exact_moments(prior)
-    q = posterior_of(prior)
+    q = a_posterior()
     kl_divergence(q, prior.distribution(torch.tensor([1]))).sum().backward()
-    learned = {name: parameter for name, parameter in prior.named_parameters() if parameter.numel()}
+    learned = dict(prior.named_parameters())
     found = {name: parameter.grad.clone() for name, parameter in learned.items()}
     prior.zero_grad()
-    drive = prior.a + states @ prior.W.T
     i, j = torch.from_numpy(prior.graph.edges.T.copy())
-    log_z = torch.logsumexp(0.5 * drive.square().sum(1) - states @ prior.h - (states[:, i] * states[:, j]) @ prior.J, 0)
+    log_z = torch.logsumexp(-states @ prior.h - (states[:, i] * states[:, j]) @ prior.J, 0)
     prior.expected_energy(q, torch.tensor([1])).sum().add(log_z).backward()
     for name, parameter in learned.items():
         torch.testing.assert_close(found[name], parameter.grad, msg=name)
     assert all(bool(gradient.abs().sum() > 0) for gradient in found.values())
 
 
-@pytest.mark.parametrize("n_gaussian", [0, 2])
-def test_labels_added_to_a_prior_change_nothing_but_what_they_add(n_gaussian):
+def test_labels_added_to_a_prior_change_nothing_but_what_they_add():
     torch.manual_seed(0)
-    before = BoltzmannPrior(graphs.bipartite(2, 3), n_gaussian, n_chains=2000)
+    before = BoltzmannPrior(graphs.bipartite(2, 3), n_chains=2000)
     with torch.no_grad():
         for parameter in before.parameters():
             parameter.copy_(0.6 * torch.randn_like(parameter))
         before.log_z.fill_(float(np.logaddexp.reduce(-energy_table(before.to_ising()))))
     before.set_moments(ExactSampler().sample(SamplingRequest(before.to_ising(), 2000, seed=1)))
-    after = LabeledPrior(graphs.bipartite(2, 3), N_LABELS, n_gaussian, n_chains=2000)
+    after = LabeledPrior(graphs.bipartite(2, 3), N_LABELS, n_chains=2000)
     after.take_over(before)
     assert float(after.log_z) == pytest.approx(np.logaddexp.reduce(-energy_table(after.to_ising())), abs=1e-5)
-    z = torch.cat([torch.randn(6, n_gaussian), 2.0 * torch.randint(2, (6, 5)) - 1.0], dim=1)
-    # Every type is as likely as any other, whatever z is.
-    torch.testing.assert_close(after.label_logits(*after.split(z)).softmax(1), torch.full((6, N_LABELS), 1 / N_LABELS))
-    difference = (after.energy(z) - before.energy(z)).detach()
+    s = 2.0 * torch.randint(2, (6, 5)) - 1.0
+    # Every type is as likely as any other, whatever s is.
+    torch.testing.assert_close(after.label_logits(s).softmax(1), torch.full((6, N_LABELS), 1 / N_LABELS))
+    difference = (after.energy(s) - before.energy(s)).detach()
     torch.testing.assert_close(difference, difference[:1].expand(6))
     assert torch.equal(after.chains[:, :5], before.chains)
     # One label of three is up in the mean; standard error of a share in 2,000 chains: 0.011.
     assert (0.5 * (1 + after.spin_mean[5:]) - 1 / N_LABELS).abs().max() < 0.05
-    with pytest.raises(ValueError, match="The priors differ: .* 5 spins and 2000 chains, against .* 6 and 16"):
-        LabeledPrior(graphs.bipartite(3, 3), N_LABELS, n_gaussian, n_chains=16).take_over(before)
+    with pytest.raises(ValueError, match="The priors differ: 5 spins and 2000 chains, against 6 and 16"):
+        LabeledPrior(graphs.bipartite(3, 3), N_LABELS, n_chains=16).take_over(before)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Annotation
 # ---------------------------------------------------------------------------------------------------------------------
-
-LATENTS = ["gaussian-spins", "spins"]
 
 
 @pytest.fixture(scope="module")
@@ -187,10 +156,10 @@ def adata():
     return adata
 
 
-def annotate(adata, labels_key="label", max_epochs=15, latent="gaussian-spins", **kwargs) -> QBMSCANVI:
+def annotate(adata, labels_key="label", max_epochs=15, **kwargs) -> QBMSCANVI:
     scvi.settings.seed = 0
     QBMSCANVI.setup_anndata(adata, labels_key, "Unknown", batch_key="batch")
-    model = QBMSCANVI(adata, latent=latent, n_chains=64, **kwargs)
+    model = QBMSCANVI(adata, n_chains=64, **kwargs)
     model.train(max_epochs=max_epochs, batch_size=32, enable_progress_bar=False)
     return model
 
@@ -202,9 +171,8 @@ def accuracy(model) -> float:
     return float((model.predict() == obs["cell_type"].astype(str))[is_unknown].mean())
 
 
-@pytest.mark.parametrize("latent", LATENTS)
-def test_types_are_transferred_to_cells_without_label(adata, latent):
-    model = annotate(adata, latent=latent)
+def test_types_are_transferred_to_cells_without_label(adata):
+    model = annotate(adata)
     share_of_largest = adata.obs["cell_type"].value_counts(normalize=True).max()
     assert accuracy(model) > 0.7 > share_of_largest + 0.3
     assert {"classification_loss_train", "accuracy_train"} <= set(model.history)
@@ -220,11 +188,10 @@ def test_shuffled_labels_transfer_nothing(adata):
     assert accuracy(annotate(adata)) < adata.obs["cell_type"].value_counts(normalize=True).max() + 0.1
 
 
-@pytest.mark.parametrize("latent", LATENTS)
-def test_a_trained_model_takes_labels_on(adata, latent):
+def test_a_trained_model_takes_labels_on(adata):
     scvi.settings.seed = 0
     QBMSCVI.setup_anndata(adata, batch_key="batch")
-    trained = QBMSCVI(adata, latent=latent, n_spins=8 if latent == "gaussian-spins" else None, n_chains=64)
+    trained = QBMSCVI(adata, n_chains=64)
     trained.train(max_epochs=10, batch_size=32, enable_progress_bar=False)
     model = QBMSCANVI.from_qbmscvi_model(trained, "Unknown", labels_key="label")
     assert model.module.prior.n_spins == trained.module.prior.n_spins + adata.obs["cell_type"].nunique()
@@ -255,8 +222,8 @@ def test_probabilities_are_those_of_the_labels(adata, tmp_path):
 
 
 def test_everything_of_the_model_without_labels_works(adata):
-    model = annotate(adata, max_epochs=1, n_spins=8)
-    assert model.get_latent_representation(layer="both").shape == (600, 18)
+    model = annotate(adata, max_epochs=1, n_latent=18)
+    assert model.get_latent_representation().shape == (600, 18)
     assert model.sample_prior(20, seed=0).shape == (20, 18)
     assert model.generate(20, seed=0).shape == (20, 300)
     assert np.isfinite(model.get_prior_energy()).all()

@@ -114,7 +114,7 @@ SURFACE = {
     "view_setup_method_args": ("inherited", ""),
 }
 EXCEPTIONS = {
-    ("__init__", "n_latent"): "has another default for each latent family",
+    ("__init__", "n_latent"): "has another default: 64 spins",
     ("__init__", "latent_distribution"): "is refused unless 'normal' (test_bad_input.py)",
     ("get_latent_representation", "mc_samples"): "is ignored: every mean is closed form",
     ("get_importance_weights", "px"): "is ignored: each cell is decoded with its own covariates",
