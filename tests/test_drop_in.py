@@ -20,10 +20,6 @@ from qbmscvi.distributions import FactorialPosterior
 from qbmscvi.samplers import BlockGibbsSampler
 
 N_CELLS, N_GENES = 100, 30
-LATENTS = {
-    "gaussian-spins": {"latent": "gaussian-spins", "n_latent": 3, "n_spins": 4},
-    "spins": {"n_latent": 6},
-}
 WITHOUT_COUNTS = "latent_posterior_parameters"
 WITH_COUNTS = "latent_posterior_parameters_with_counts"
 
@@ -44,13 +40,13 @@ def train(model, **kwargs):
     return model
 
 
-def build(adata=None, latent="gaussian-spins", **kwargs):
-    return QBMSCVI(adata, **{**LATENTS[latent], "n_chains": 32, **kwargs})
+def build(adata=None, **kwargs):
+    return QBMSCVI(adata, **{"n_latent": 6, "n_chains": 32, **kwargs})
 
 
-def trained(latent="gaussian-spins", setup=None, **kwargs):
+def trained(setup=None, **kwargs):
     scvi.settings.seed = 0
-    return train(build(fresh(**(setup or {})), latent, **kwargs))
+    return train(build(fresh(**(setup or {})), **kwargs))
 
 
 def saturate(model, scale=18.0):
@@ -77,9 +73,9 @@ def seeded(read, seed=3):
 def readings(model, kind):
     """What a model says about its cells, for one seed of the draws."""
     rows = {
-        "both layers": lambda: model.get_latent_representation(layer="both"),
-        "logits": lambda: model.get_latent_representation(layer="spins", representation="logits"),
-        "draw": lambda: model.get_latent_representation(layer="both", give_mean=False),
+        "mean": lambda: model.get_latent_representation(representation="mean"),
+        "logits": lambda: model.get_latent_representation(representation="logits"),
+        "draw": lambda: model.get_latent_representation(give_mean=False),
         "expression": lambda: model.get_normalized_expression(library_size=1e3),
         "draws of expression": lambda: model.get_normalized_expression(n_samples=3, return_mean=True),
         "energy": model.get_prior_energy,
@@ -100,15 +96,14 @@ def readings(model, kind):
 
 
 @pytest.mark.parametrize("kind", [WITHOUT_COUNTS, WITH_COUNTS])
-@pytest.mark.parametrize("latent", LATENTS)
-def test_minified_model_says_what_it_said_before(latent, kind):
-    model = saturate(trained(latent))
+def test_minified_model_says_what_it_said_before(kind):
+    model = saturate(trained())
     before = readings(model, kind)
     assert np.abs(before["logits"]).max() > 18  # 1 - |m| is 3e-8 there: m is rounded to one
     after = readings(minify(model, kind), kind)
     assert model.minified_data_type == kind
     assert model.adata.X.sum() == 0 or kind == WITH_COUNTS
-    np.testing.assert_array_equal(after.pop("both layers"), before.pop("both layers"))
+    np.testing.assert_array_equal(after.pop("mean"), before.pop("mean"))
     for name, value in after.items():
         np.testing.assert_allclose(value, before[name], rtol=2e-5, atol=2e-5, err_msg=name)
 
@@ -116,10 +111,9 @@ def test_minified_model_says_what_it_said_before(latent, kind):
 def test_posterior_is_determined_by_its_moments():
     """Logits from -80 to 80 in single precision; through the mean alone all beyond 17 would be infinite."""
     logits = torch.cat([torch.linspace(-80, 80, 641), torch.tensor([1e-6, -1e-6, 0.0])])[None]
-    q = FactorialPosterior(torch.tensor([[0.3]]), torch.tensor([[0.7]]), logits)
-    back = FactorialPosterior.from_moments(q.mean, q.variance, 1)
+    q = FactorialPosterior(logits)
+    back = FactorialPosterior.from_moments(q.mean, q.variance)
     torch.testing.assert_close(back.logits, logits, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(back.gaussian_scale, q.gaussian_scale)
     assert torch.equal(back.mean, q.mean)
 
 
@@ -127,7 +121,7 @@ def test_posterior_is_determined_by_its_moments():
     ("change", "message"),
     [
         pytest.param(lambda mean, var: (None, var), "no 'X_latent_qzm'.*return_dist=True", id="missing"),
-        pytest.param(lambda mean, var: (mean[:, :3], var), r"mean .* shape \(100, 3\), not \(n_cells, 7\)", id="width"),
+        pytest.param(lambda mean, var: (mean[:, :3], var), r"mean .* shape \(100, 3\), not \(n_cells, 6\)", id="width"),
         pytest.param(lambda mean, var: (2 * mean, var), "no posterior means of spins", id="logits"),
         pytest.param(lambda mean, var: (mean, np.sqrt(var)), "no posterior means of spins", id="deviations"),
         pytest.param(lambda mean, var: (np.nan * mean, var), "no posterior means of spins", id="nan"),
@@ -174,10 +168,9 @@ def query(reference, tmp_path=None, **kwargs):
     return QBMSCVI.load_query_data(adata, reference, accelerator="cpu", **kwargs)
 
 
-@pytest.mark.parametrize("latent", LATENTS)
 @pytest.mark.parametrize("from_file", [False, True], ids=["model", "file"])
-def test_query_keeps_the_prior_with_chains_and_log_z(latent, from_file, tmp_path):
-    reference = trained(latent)
+def test_query_keeps_the_prior_with_chains_and_log_z(from_file, tmp_path):
+    reference = trained()
     model = query(reference, tmp_path if from_file else None)
     before = prior_state(reference)
     assert equal_names(before, prior_state(model)) == set(before)
@@ -192,20 +185,18 @@ def test_query_keeps_the_prior_with_chains_and_log_z(latent, from_file, tmp_path
 
 
 @pytest.mark.parametrize("options", [{"freeze_prior": False}, {"unfrozen": True}], ids=["freeze_prior", "unfrozen"])
-@pytest.mark.parametrize("latent", LATENTS)
-def test_query_goes_on_learning_the_prior_if_asked(latent, options):
-    reference = trained(latent)
-    model = query(reference, **options)
+def test_query_goes_on_learning_the_prior_if_asked(options):
+    model = query(trained(), **options)
     before = prior_state(model)
     train(model, plan_kwargs={"prior_lr": 0.01})  # at the default three steps may leave log Z as it is, rounded
     unchanged = {name for name in equal_names(before, prior_state(model)) if before[name].numel()}
-    assert not unchanged & {"h", "J", "W", "a", "chains", "log_z", "n_updates"}
+    assert not unchanged & {"h", "J", "chains", "log_z", "n_updates"}
 
 
 def test_query_does_not_couple_an_independent_prior():
     model = query(trained(prior_graph="independent"), freeze_prior=False)
     train(model)
-    assert not model.module.prior.W.any()
+    assert not model.get_ising_model().couplings().any()
     assert model.module.prior.h.requires_grad
 
 
@@ -222,12 +213,11 @@ def test_query_of_reference_cells_is_their_reference():
 
 STATES = {
     "trained": trained,
-    "spins": lambda: trained("spins"),
     "trained twice": lambda: train(trained()),
     "with a sampler instance": lambda: train(build(fresh()), sampler=BlockGibbsSampler()),
     "query": lambda: train(query(trained())),
     "minified": lambda: minify(trained(), WITHOUT_COUNTS),
-    "minified with counts": lambda: minify(trained("spins"), WITH_COUNTS),
+    "minified with counts": lambda: minify(trained(), WITH_COUNTS),
     "minified query": lambda: minify(train(query(trained())), WITH_COUNTS),
 }
 
@@ -281,21 +271,20 @@ def data_module(adata):
     return module
 
 
-@pytest.mark.parametrize("latent", LATENTS)
 @pytest.mark.parametrize("has_registry", [True, False], ids=["registry", "nothing"])
 @pytest.mark.filterwarnings("ignore:Model was initialized without `adata`")
-def test_model_without_data_becomes_that_with_data(latent, has_registry):
+def test_model_without_data_becomes_that_with_data(has_registry):
     """Same seed, same data: bit-equal weights, whether the networks are built from AnnData, a registry or later."""
     adata = fresh()
     scvi.settings.seed = 0
     # The fit of the prior learns from the same codes in another order.
-    expected = train(build(fresh(), latent), fit_prior=False)
+    expected = train(build(fresh()), fit_prior=False)
     scvi.settings.seed = 0
     if has_registry:
-        model = build(registry=expected.registry, latent=latent)
+        model = build(registry=expected.registry)
         assert model.module is not None
     else:
-        model = build(latent=latent)
+        model = build()
         assert model.module is None
     train(model, datamodule=data_module(adata), fit_prior=False)
     weights, others = expected.module.state_dict(), model.module.state_dict()
@@ -305,7 +294,7 @@ def test_model_without_data_becomes_that_with_data(latent, has_registry):
     z = model.get_latent_representation(dataloader=loader)
     assert z.shape == expected.get_latent_representation().shape
     assert model.get_prior_energy(dataloader=loader).shape == (N_CELLS,)
-    assert model.sample_prior(3).shape == (3, model.module.prior.n_units)
+    assert model.sample_prior(3).shape == (3, model.module.prior.n_visible)
     if has_registry:
         np.testing.assert_array_equal(model.generate(5, library_size=50, seed=1).var_names, adata.var_names)
         with pytest.raises(ValueError, match="no AnnData to draw library sizes from"):
@@ -395,11 +384,10 @@ def test_size_factors_replace_library_sizes():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("latent", LATENTS)
-def test_compiled_plan_trains(latent):
+def test_compiled_plan_trains():
     scvi.settings.seed = 0
-    model = train(build(fresh(), latent), plan_kwargs={"compile": True, "compile_kwargs": {"backend": "eager"}})
-    z, expected = model.get_latent_representation(), trained(latent).get_latent_representation()
+    model = train(build(fresh()), plan_kwargs={"compile": True, "compile_kwargs": {"backend": "eager"}})
+    z, expected = model.get_latent_representation(), trained().get_latent_representation()
     np.testing.assert_allclose(z, expected, rtol=1e-4, atol=1e-5)
     assert int(model.module.prior.n_updates) > 0
 
@@ -410,7 +398,7 @@ def test_autotune_finds_what_it_inspects():
     assert {"elbo_validation", "reconstruction_loss_validation"} <= set(train(build(fresh()), **VALIDATED).history)
     tensors = next(iter(model._make_data_loader(model.adata, batch_size=N_CELLS)))
     _, _, losses = model.module(tensors)
-    assert losses.extra_metrics["z"].shape == (N_CELLS, model.module.prior.n_units)
+    assert losses.extra_metrics["z"].shape == (N_CELLS, model.module.prior.n_visible)
     assert set(losses.extra_metrics) >= {"z", "batch", "labels"}
 
 

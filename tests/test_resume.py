@@ -60,7 +60,7 @@ class Saver(Callback):
 
 
 def build(adata) -> QBMSCVI:
-    return QBMSCVI(adata, latent="gaussian-spins", n_latent=3, n_spins=8, n_chains=64, gene_likelihood="nb")
+    return QBMSCVI(adata, n_latent=8, n_chains=64, gene_likelihood="nb")
 
 
 def train(adata, callbacks, sampler="gibbs", seed=0, **kwargs) -> QBMSCVI:
