@@ -109,7 +109,7 @@ def test_small_problems_are_packed_into_one_where_the_sampler_says_so():
 
 
 def test_union_has_the_energies_of_its_parts_and_their_colors():
-    parts = [problem(2, 3, 0), IsingModel(torch.ones(3), torch.zeros(0), graphs.independent(3), 0.5, torch.ones(2, 3))]
+    parts = [problem(2, 3, 0), IsingModel(torch.ones(3), torch.zeros(0), graphs.independent(3), 0.5)]
     union = disjoint_union(parts)
     spins = torch.where(torch.rand(50, 8, generator=torch.Generator().manual_seed(0)) < 0.5, 1.0, -1.0)
     expected = parts[0].energy(spins[:, :5]) + parts[1].energy(spins[:, 5:])

@@ -568,7 +568,7 @@ def test_training_outlives_every_fault(service):
     adata = synthetic_counts(n_cells=240, n_genes=30, seed=0)
     QBMSCVI.setup_anndata(adata)
     device = patient(2.0)
-    model = QBMSCVI(adata, latent="spins", n_latent=8, prior_graph=graphs.patch(device.working_graph, 8), n_chains=64)
+    model = QBMSCVI(adata, n_latent=8, prior_graph=graphs.patch(device.working_graph, 8), n_chains=64)
     faults = [(place, fault) for place, fault, *_ in FAULTS]
 
     class Unlucky(Wrapper):

@@ -43,7 +43,7 @@ def train(adata, sampler, *, pace=None, **schedule):
     """A model whose prior has structure from the start, so that ground states and noise differ from samples."""
     scvi.settings.seed = 0
     sizes = {"n_latent": 8, "n_hidden_spins": 0, "n_chains": 512, "n_hidden": 8}
-    model = QBMSCVI(adata, latent="spins", gene_likelihood="poisson", **sizes)
+    model = QBMSCVI(adata, gene_likelihood="poisson", **sizes)
     prior, honesty = model.module.prior, Honesty()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():

@@ -218,7 +218,7 @@ def test_the_contract_of_a_sampler_is_kept(device, platform, capsys):
 def test_training_takes_its_answers(platform, capsys):
     adata = synthetic_counts(n_cells=240, n_genes=30, seed=0)
     QBMSCVI.setup_anndata(adata)
-    model = QBMSCVI(adata, latent="spins", n_latent=8, n_chains=64)
+    model = QBMSCVI(adata, n_latent=8, n_chains=64)
     sampler = build_kaiwu_sampler(device_beta=TRUE_BETA)
     schedule = SamplingSchedule(every_n_steps=1, latency=2, max_staleness=50)
     model.train(max_epochs=4, batch_size=64, sampler=sampler, schedule=schedule, callbacks=[Pace()])
@@ -283,7 +283,7 @@ def test_training_outlives_every_fault(device, platform):
     """A question every two steps, and a fault for each of the first; those that come after are answered."""
     adata = synthetic_counts(n_cells=240, n_genes=30, seed=0)
     QBMSCVI.setup_anndata(adata)
-    model = QBMSCVI(adata, latent="spins", n_latent=8, n_hidden_spins=0, n_chains=64)  # states repeat
+    model = QBMSCVI(adata, n_latent=8, n_hidden_spins=0, n_chains=64)  # states repeat
     device.timeout = 5.0
     platform.plan(*[fault for fault, *_ in FAULTS])
     schedule = SamplingSchedule(every_n_steps=1, latency=2)
