@@ -1,6 +1,6 @@
 """Run scvi-tools' own tests of SCVI with QBMSCVI in its place.
 
-    python tests/scvi_suite.py [--latent gaussian-spins] [--tests FOLDER] [arguments of pytest]
+    python tests/scvi_suite.py [--tests FOLDER] [arguments of pytest]
 
 The tests come from the source distribution of the installed scvi-tools, which pip downloads, unless FOLDER is one that
 is unpacked already. Tests that cannot pass are listed here with the reason. They are strict: one that passes fails the
@@ -36,14 +36,6 @@ EXEMPT = {
     "test_scanvi_from_scvi": _SCANVI,
     "test_anncollection": _SCANVI,
     "test_scvi_n_obs_error": "expects the error of a last batch of one cell, which is left out here",
-}
-# By latent family: defaults of the constructor, and tests exempt beside those above.
-LATENTS = {
-    "spins": ({}, {}),
-    "gaussian-spins": (
-        {"latent": "gaussian-spins"},
-        {"test_scvi_online_update": "counts the inputs of the decoder: n_latent and batches; here spins come on top"},
-    ),
 }
 
 
@@ -82,7 +74,6 @@ def download(folder: Path) -> Path:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run scvi-tools' tests of SCVI with QBMSCVI in its place.")
     parser.add_argument("--tests", type=Path, help="unpacked source distribution of scvi-tools (default: download it)")
-    parser.add_argument("--latent", choices=LATENTS, default="spins")
     arguments, for_pytest = parser.parse_known_args()
     for_pytest = ["-q", "-p", "no:cacheprovider", "-W", "ignore", *for_pytest]
 
@@ -90,8 +81,6 @@ def main() -> int:
 
     from qbmscvi import QBMSCVI
 
-    defaults, exempt = LATENTS[arguments.latent]
-    QBMSCVI.__init__.__kwdefaults__.update(defaults)
     scvi.model.SCVI = QBMSCVI  # before the tests say `from scvi.model import SCVI`
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(arguments.tests.resolve() if arguments.tests else download(Path(folder)))  # for relative paths
@@ -100,7 +89,7 @@ def main() -> int:
         is_whole = not any(word.startswith("tests/") or word == "-k" for word in for_pytest)
         files = FILES if not any(word.startswith("tests/") for word in for_pytest) else []
         try:
-            return int(pytest.main([*for_pytest, *files], plugins=[Substitution(EXEMPT | exempt, is_whole)]))
+            return int(pytest.main([*for_pytest, *files], plugins=[Substitution(EXEMPT, is_whole)]))
         finally:
             os.chdir(Path(__file__).parent)
 

@@ -253,8 +253,7 @@ def test_training_gives_the_losses_that_scvis_likelihood_gives(gene_likelihood, 
 
     def train():
         scvi.settings.seed = 0
-        sizes = {"latent": "gaussian-spins", "n_latent": 4, "n_spins": 6}
-        model = QBMSCVI(adata, **sizes, gene_likelihood=gene_likelihood, dispersion=dispersion)
+        model = QBMSCVI(adata, n_latent=8, gene_likelihood=gene_likelihood, dispersion=dispersion)
         settings = {"precision": precision, "accelerator": "cpu", "enable_progress_bar": False}
         settings["plan_kwargs"] = {"eps": eps}
         model.train(max_epochs=3, check_val_every_n_epoch=1, fit_prior=False, **settings)

@@ -800,9 +800,8 @@ def test_rows_that_are_none_are_refused(latent_library, method):
 def test_settings_of_training_may_be_numpys(latent_library):
     model = QBMSCVI(
         latent_library.adata,
-        latent="gaussian-spins",
-        n_latent=np.int64(3),
-        n_spins=np.int32(5),
+        n_latent=np.int64(8),
+        n_hidden_spins=np.int32(5),
         n_hidden=np.int64(8),
         n_layers=np.int64(1),
         dropout_rate=np.float32(0.1),
