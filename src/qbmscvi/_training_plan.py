@@ -195,7 +195,8 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
             def create_grouped(parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
                 parameters = list(parameters)
                 rest, prior = _split(parameters, prior_ids)
-                return create([{"params": rest}, {"params": prior, **own}] if own else [{"params": parameters}])
+                networks, prior = {"name": "networks", "params": rest}, {"name": "prior", "params": prior, **own}
+                return create([networks, prior] if own else [{"params": parameters}])
 
             return create_grouped
 
@@ -209,9 +210,9 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
             rest, prior = _split(parameters, prior_ids)
             others, linear = _split(rest, linear_ids)
             groups = [
-                {"params": linear, **shared},
-                {"params": prior, "weight_decay": 0.0, **shared, **own},
-                {"params": others, "weight_decay": 0.0, **shared},
+                {"name": "linear", "params": linear, **shared},
+                {"name": "prior", "params": prior, "weight_decay": 0.0, **shared, **own},
+                {"name": "others", "params": others, "weight_decay": 0.0, **shared},
             ]
             return create(groups)
 
@@ -272,23 +273,9 @@ class QBMTrainRunner(TrainRunner):
             raise TrainingDivergedError(guard.message) from error
 
     def _update_history(self) -> None:
-        """Extend the history; scVI's version needs one that is not empty, as after divergence in the first epoch.
-
-        Learning rates have the names that they have in scVI, whose Adam lends its name to AdamW, with ``-prior`` for
-        that of the prior; Lightning numbers the parameter groups.
-        """
-        if not self.trainer.optimizers:  # stopped before it began
-            return
-        optimizer = type(self.trainer.optimizers[0]).__name__
-        ours = "lr-Adam" if optimizer == "AdamW" else f"lr-{optimizer}"
-        linear, prior, others = (f"lr-{optimizer}/pg{group}" for group in (1, 2, 3))
-        names = {linear: ours, prior: f"{ours}-prior"}
-        _rename(self.model.history_, {new: old for old, new in names.items()})
+        """Extend the history; scVI's version needs one that is not empty, as after divergence in the first epoch."""
         self.model.is_trained_ = self.model.is_trained_ and bool(self.model.history_)
         super()._update_history()
-        _rename(self.model.history_, names)
-        if isinstance(self.model.history_, dict):
-            self.model.history_.pop(others, None)  # as for linear layers
 
 
 def _avoid_batches_of_one(splitter: DataSplitter, module: Module, n_ranks: int) -> None:
@@ -325,12 +312,3 @@ def _avoid_batches_of_one(splitter: DataSplitter, module: Module, n_ranks: int) 
             "one cell, another one each time.",
             n_train,
         )
-
-
-def _rename(history: Any, names: dict[str, str]) -> None:
-    """Rename entries of a history and the columns that have their names; it need not have all of them."""
-    if not isinstance(history, dict):  # None before the first training; another logger's
-        return
-    for old, new in names.items():
-        if old in history:
-            history[new] = history.pop(old).rename(columns={old: new})
