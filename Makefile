@@ -25,7 +25,7 @@ PARALLEL ?= --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-slow test-scvi lint docs screenshots tutorials dist clean distclean
+.PHONY: help install demo test test-slow test-scvi lint docs tutorials dist clean distclean
 
 help:
 	@echo 'make demo        train on a small data set, write figures and tables to $$OUT'
@@ -35,7 +35,6 @@ help:
 	@echo 'make test-scvi   the tests of SCVI in scvi-tools, with QBMSCVI in its place'
 	@echo 'make lint        ruff check, ruff format --check, import contracts'
 	@echo 'make docs        the site, in build/site; runs the tutorials, warnings are errors'
-	@echo 'make screenshots   pictures of its pages, in build/screenshots, to look at'
 	@echo 'make tutorials   the tutorials alone'
 	@echo 'make dist        wheel and sdist in dist/, checked and installed into an empty environment'
 	@echo 'make install     create .venv only (PYTHON chooses the interpreter: $(PYTHON))'
@@ -90,11 +89,6 @@ $(DOCS_STAMP): $(STAMP)
 docs: $(DOCS_STAMP)
 	@$(BIN)/python -m sphinx -W --keep-going --quiet -c docs -d build/doctrees -b html . build/site
 	@echo "Open build/site/docs/index.html"
-
-# A browser of Python's package index, which needs no display.
-screenshots: docs
-	@$(PIP_INSTALL) --editable ".[screenshots]"
-	@$(BIN)/python docs/screenshots.py $(ARGS)
 
 tutorials: $(STAMP)
 	@$(BIN)/python -m pytest tests/test_documents.py -m "slow or not slow" -k notebook --durations=0 $(ARGS)
