@@ -525,37 +525,33 @@ FILE_ERRORS = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), FILE_ERRORS)
-def test_errors_of_the_demo_name_its_options(file, tmp_path, arguments, message):
-    given = ["--data", file, "--label-key", "cell_type", "--max-epochs", "1", "--out", str(tmp_path)]
-    text = run_command(demo, [*given, *arguments])
-    assert re.search(message, text), text
-    assert not re.search(r"(label|batch|order)_key|n_genes|setup_anndata", text)
-    assert "LABEL_KEY=" in text
-
-
-@pytest.mark.parametrize(("arguments", "message"), FILE_ERRORS)
 def test_errors_of_the_comparison_name_its_options(file, tmp_path, arguments, message):
     text = run_command(command_line, [file, "--label-key", "cell_type", "--out", str(tmp_path), *arguments])
     assert re.search(message, text), text
     assert not re.search(r"(label|batch|order)_key|n_genes|setup_anndata", text)
 
 
-def test_a_file_that_is_none_is_named_with_the_variable_of_make(file, tmp_path, capsys):
+def test_the_demo_names_what_is_wrong_and_the_variables_of_make(file, tmp_path, capsys):
     broken = tmp_path / "broken.h5ad"
     broken.write_text("no")
     for path in (tmp_path / "none.h5ad", broken):
-        text = run_command(demo, ["--data", str(path), "--label-key", "cell_type"])
-        assert path.name in text
-        assert "DATA=" in text
-        assert run_command(command_line, [str(path), "--label-key", "cell_type"]) == "2"
-        assert path.name in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="--label-key.*LABEL_KEY="):
-        demo.main(["--data", file])
+        assert run_command(demo, ["--data", str(path), "--label-key", "cell_type"]) == "2"
+        found = capsys.readouterr().err
+        assert path.name in found
+        assert "DATA=" in found
+    assert run_command(demo, ["--data", file]) == "2"
+    assert re.search("--label-key.*LABEL_KEY=", capsys.readouterr().err, re.DOTALL)
+    assert "'type' is no column" in run_command(demo, ["--data", file, "--label-key", "type", "--out", str(tmp_path)])
 
 
-def test_the_sampler_of_the_demo_is_one_that_its_model_can_use(capsys):
-    assert run_command(demo, ["--sampler", "exact"]) == "2"
-    assert "gibbs" in capsys.readouterr().err
+def test_the_demo_compares_two_models_on_generated_cells(quick_scores, tmp_path, monkeypatch):
+    monkeypatch.setattr("qbmscvi.datasets.synthetic_counts", lambda: synthetic_counts(150, 40))
+    demo.main(["--out", str(tmp_path), "--epochs", "1"])
+    records = read_records(tmp_path / "comparison.jsonl")
+    assert [(record["model"], record["order_key"]) for record in records] == [
+        (m, "pseudotime") for m in ("SCVI", "QBMSCVI")
+    ]
+    assert {"RESULTS.md", "results.csv", "umap_synthetic_native.png"} <= {path.name for path in tmp_path.iterdir()}
 
 
 def two_lines(n_cells=120):

@@ -37,6 +37,7 @@ _OPTIONS = {
     "n_genes": "--n-genes",
     "max_cells": "--max-cells",
     "n_threads": "--threads",
+    "records": "--out",
 }
 
 

@@ -391,8 +391,8 @@ def _read_done(
         found = {key: record.get(key, value) for key, value in facts.items()}  # older records lack the columns
         if found != facts:
             msg = (
-                f"{path} has runs of {name!r} with {found}, but now there are {facts}: they do not compare. Use "
-                "another file for `records`, or another `name`."
+                f"{path} has runs of {name!r} with {found}, but now there are {facts}: they do not compare. "
+                "Name another place with `records`, or give the data another `name`."
             )
             raise ValueError(msg)
         if record["model"] not in models:
