@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from results import DATA_SETS, load
+from results import DATA_SETS, VARIANTS, load, named
 from scvi.model import SCVI
 from scvi.train import TrainingPlan
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from qbmscvi._model import Representation
-    from qbmscvi.benchmark import Fit, Task
+    from qbmscvi.benchmark import Task
 
 HERE = Path(__file__).parent
 N_SEEDS = 5
@@ -181,8 +181,8 @@ LEVERS: dict[str, NeuralModel] = {
     FALLING: NeuralModel(FallingQBMSCVI),
     "J = 0, learning rate falls": NeuralModel(FallingQBMSCVI, lambda task: {"prior_graph": "independent"}),
     **{
-        name: NeuralModel(FallingSCVI, MODELS[beside].arguments, MODELS[beside].plan)
-        for name, beside in FALLING_SCVIS.items()
+        name: NeuralModel(FallingSCVI, model.arguments, model.plan)
+        for name, model in zip(FALLING_SCVIS, (VARIANTS[SAME], MODELS[SAME_AND_WIDTH]), strict=True)
     },
     ADAM: with_plan(optimizer="Adam"),
     SCVIS_RATE: with_plan(**SLOW),
@@ -214,17 +214,6 @@ SHOWN = (
     "pseudotime_tau",
     "elbo",
 )
-
-
-def named(name: str) -> Callable[[Task], Fit]:
-    """The setting as a model of :func:`~qbmscvi.benchmark.compare`, which tells functions apart by their names."""
-    model = LEVERS[name]
-
-    def lever(task: Task) -> Fit:
-        return model(task)
-
-    lever.__name__ = name
-    return lever
 
 
 def to_markdown(records: list[dict], defaults: list[dict], long: list[dict]) -> str:
@@ -330,7 +319,7 @@ def main() -> None:
     options = parser.parse_args()
     for name in [] if options.table_only else options.sets:
         given = {**DATA_SETS[name], "name": name, **arguments(options)}
-        given["models"] = [m if m in MODELS else named(m) for m in options.models or LEVERS]
+        given["models"] = [m if m in MODELS else named(m, LEVERS[m]) for m in options.models or LEVERS]
         compare(load(name, options.data, options.n_genes, options.max_cells), records=options.records, **given)
     text = to_markdown(*(read_records(HERE / name) for name in ("levers.jsonl", "results.jsonl", "long.jsonl")))
     (options.out / "LEVERS.md").write_text(text)

@@ -12,11 +12,17 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import anndata
+from scvi.model import SCVI
 
-from qbmscvi.benchmark import MODEL_NAMES, available_models, compare, prepare, write_report
+from qbmscvi.benchmark import MODEL_NAMES, Fit, Task, available_models, compare, prepare, write_report
 from qbmscvi.benchmark.__main__ import add_options, arguments, rerun_cell
+from qbmscvi.benchmark._models import NeuralModel, same_optimizer, same_width
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 HERE = Path(__file__).parent
 DATA_SETS = {
@@ -28,6 +34,41 @@ DATA_SETS = {
     "cellline_mix5": {"label_key": "cell_type", "batch_key": "batch"},
     "marques_oligo": {"label_key": "cell_type", "batch_key": "batch", "order_key": "stage"},
 }
+
+
+def same_schedule(task: Task) -> dict:
+    """QBMSCVI's KL warm-up and Adam's epsilon."""
+    return {key: same_optimizer(task)[key] for key in ("n_epochs_kl_warmup", "n_steps_kl_warmup", "eps")}
+
+
+class NormalVAE(NeuralModel):
+    """scVI's networks on log-normalized values, with a size factor of one in place of the library size."""
+
+    def build(self, task: Task, arguments: dict) -> SCVI:
+        """Set the data up and make the model, untrained."""
+        task.normalized.obs["unit"] = 1.0
+        SCVI.setup_anndata(task.normalized, batch_key=task.batch_key, size_factor_key="unit")
+        return SCVI(task.normalized, **arguments)
+
+
+VARIANTS = {
+    "SCVI, same schedule": NeuralModel(SCVI, plan=same_schedule),
+    "SCVI, same schedule and width": NeuralModel(SCVI, same_width, same_schedule),
+    "SCVI, same optimizer": NeuralModel(SCVI, plan=same_optimizer),
+    "VAE, normal": NormalVAE(
+        SCVI, lambda task: {"gene_likelihood": "normal", "log_variational": False}, is_normalized=True
+    ),
+}
+
+
+def named(name: str, model: NeuralModel) -> Callable[[Task], Fit]:
+    """The model as a function for :func:`~qbmscvi.benchmark.compare`, which tells functions apart by their names."""
+
+    def run(task: Task) -> Fit:
+        return model(task)
+
+    run.__name__ = name
+    return run
 
 
 def load(name: str, folder: Path, n_genes: int, max_cells: int | None) -> anndata.AnnData:
@@ -58,11 +99,12 @@ def main() -> None:
         keys = DATA_SETS[name]
         adata = load(name, options.data, options.n_genes, options.max_cells)
         given = {**keys, "name": name, **arguments(options)}
+        models = {m: m for m in available_models(keys.get("batch_key"))} | {m: named(m, VARIANTS[m]) for m in VARIANTS}
         if options.cell:
-            rerun_cell(adata, options.cell[1:], given, options.records)
+            _, model, seed = options.cell
+            rerun_cell(adata, (models[model], seed), given, options.records)
             return
-        suitable = available_models(keys.get("batch_key"))
-        given["models"] = [model for model in options.models or MODEL_NAMES if model in suitable]
+        given["models"] = [models[m] for m in options.models or [*MODEL_NAMES, *VARIANTS] if m in models]
         compare(adata, records=options.records, **given)
     report = write_report(options.records, options.out / "results", title="QBMSCVI beside scVI")
     text = re.sub(r"^(!\[.*\]\()", r"\1results/", report.read_text(), flags=re.MULTILINE)

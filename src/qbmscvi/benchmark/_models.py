@@ -44,7 +44,6 @@ Schedule = Literal["native", "default", "half"]
 
 _TARGET_SUM = 1e4
 _N_COMPONENTS = 50
-_UNIT_SIZE_FACTOR = "_unit_size_factor"
 _SCVI_WARMUP = 400
 _TRAIN_SIZE, _BATCH_SIZE = 0.9, 128  # scVI's defaults, with which all are trained
 
@@ -215,14 +214,8 @@ class NeuralModel:
 
     def build(self, task: Task, arguments: dict) -> BaseModelClass:
         """Set the data up and make the model, untrained."""
-        keys: dict[str, Any] = {"batch_key": task.batch_key}
-        adata = task.adata
-        if self.is_normalized:
-            adata = task.normalized
-            if self.model_class is SCVI:  # a size factor of one in place of the library size
-                adata.obs[_UNIT_SIZE_FACTOR] = 1.0
-                keys["size_factor_key"] = _UNIT_SIZE_FACTOR
-        self.model_class.setup_anndata(adata, **keys)
+        adata = task.normalized if self.is_normalized else task.adata
+        self.model_class.setup_anndata(adata, batch_key=task.batch_key)
         return self.model_class(adata, **arguments)
 
 
@@ -254,21 +247,15 @@ def _held_out_fit(model: SCVI, seed: int) -> dict[str, float]:
     return {"elbo": elbo, **BoltzmannDensity.of(model).bounds(elbo)}
 
 
-def _same_width(task: Task) -> dict[str, int]:
+def same_width(task: Task) -> dict[str, int]:
     """Width of what QBMSCVI's ``get_latent_representation()`` returns, as ``n_latent``."""
     return {"n_latent": DEFAULT_N_LATENT}
 
 
-def same_schedule(task: Task) -> dict[str, Any]:
-    """Arguments of scVI's training plan that give it QBMSCVI's KL warm-up and Adam's epsilon."""
-    n_steps = auto_kl_warmup(task.max_epochs * _n_batches(task))
-    return {"n_epochs_kl_warmup": None, "n_steps_kl_warmup": n_steps, "eps": _plan_default("eps")}
-
-
 def same_optimizer(task: Task) -> dict[str, Any]:
-    """Those of :func:`same_schedule`, and QBMSCVI's optimizer with its learning rate and weight decay."""
-    lr = _plan_default("lr")
-    plan = {**same_schedule(task), "lr": lr, "weight_decay": auto_weight_decay(lr, _n_batches(task))}
+    """Arguments of scVI's training plan for the optimizer, learning rate, weight decay and KL warm-up of QBMSCVI."""
+    lr, eps = _plan_default("lr"), _plan_default("eps")
+    decay = auto_weight_decay(lr, _n_batches(task))
 
     def create(parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
         parameters = list(parameters)
@@ -277,9 +264,17 @@ def same_optimizer(task: Task) -> dict[str, Any]:
             {"params": [p for p in parameters if p.ndim == 2]},
             {"params": [p for p in parameters if p.ndim != 2], "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW(groups, lr=lr, eps=plan["eps"], weight_decay=plan["weight_decay"])
+        return torch.optim.AdamW(groups, lr=lr, eps=eps, weight_decay=decay)
 
-    return {**plan, "optimizer": "Custom", "optimizer_creator": create}
+    return {
+        "lr": lr,
+        "eps": eps,
+        "weight_decay": decay,
+        "n_epochs_kl_warmup": None,
+        "n_steps_kl_warmup": auto_kl_warmup(task.max_epochs * _n_batches(task)),
+        "optimizer": "Custom",
+        "optimizer_creator": create,
+    }
 
 
 def _n_batches(task: Task) -> int:
@@ -294,13 +289,7 @@ def _plan_default(name: str) -> float:
 
 MODELS: dict[str, Callable[[Task], Fit]] = {
     "SCVI": NeuralModel(SCVI),
-    "SCVI, same schedule": NeuralModel(SCVI, plan=same_schedule),
-    "SCVI, same schedule and width": NeuralModel(SCVI, _same_width, same_schedule),
-    "SCVI, same optimizer": NeuralModel(SCVI, plan=same_optimizer),
-    "SCVI, same optimizer and width": NeuralModel(SCVI, _same_width, same_optimizer),
-    "VAE, normal": NeuralModel(
-        SCVI, lambda task: {"gene_likelihood": "normal", "log_variational": False}, is_normalized=True
-    ),
+    "SCVI, same optimizer and width": NeuralModel(SCVI, same_width, same_optimizer),
     "PCA": _fit_pca,
     "QBMSCVI": NeuralModel(QBMSCVI),
     "QBMSCVI, J = 0": NeuralModel(QBMSCVI, lambda task: {"prior_graph": "independent"}),
