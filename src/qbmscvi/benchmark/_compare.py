@@ -29,7 +29,7 @@ import torch
 
 from qbmscvi._counts import check_counts
 from qbmscvi._input_checks import check_categories, check_matrix, get_column
-from qbmscvi.benchmark._definitions import agree, agreed, define
+from qbmscvi.benchmark._definitions import define
 from qbmscvi.benchmark._metrics import as_codes, as_numbers, as_order, order_by_lineage
 from qbmscvi.benchmark._models import (
     CONTROLS,
@@ -51,8 +51,7 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
-    from qbmscvi.benchmark._definitions import Definition
-
+    Definition = dict[str, Any]
     Model = Callable[[Task], Fit | np.ndarray]
     Record = dict[str, Any]
 
@@ -106,8 +105,8 @@ def compare(
         :class:`~qbmscvi.benchmark.Task` and return a :class:`~qbmscvi.benchmark.Fit` or just the representation; their
         ``__name__`` names them in the records. None for all names that suit the data. A name such as ``"SCVI, own
         codes"`` comes with a trained model; alone, it has that model trained for it. Runs in the file count as done
-        if the function had the same code, arguments of a partial, defaults, closure, attributes and globals; what a
-        run itself changes, such as a counter, does not matter.
+        if the function had the same source, arguments of a partial and defaults, and the values that it names the
+        same ``repr``; its attributes and other modules do not count.
     n_seeds, first_seed
         Number of seeds and the first of them; one run per model and seed.
     max_epochs
@@ -193,14 +192,13 @@ def compare(
         with_it = {control: other for other, (parent, control) in CONTROLS.items() if parent == trained}
         wanted = tuple(c for c, other in with_it.items() if other in chosen and (other, seed) not in done)
         task = Task(adata, batch_key, seed, int(max_epochs), schedule, accelerator, label_key, wanted)
+        own = {} if model in MODEL_NAMES else {"definition": definitions(model)["function"]}
         with _quiet():
             scvi.settings.seed = seed
             torch.set_num_threads(n_threads)  # numba, under scanpy, sets the threads of torch's OpenMP anew
-            before = {} if model in MODEL_NAMES else define(chosen[model])
             started = time.process_time()
             fit = chosen[model](task)
             seconds = time.process_time() - started
-            own = {} if model in MODEL_NAMES else {"definition": agreed(before, define(chosen[model]))}
             fit = _check_fit(fit, model, adata.n_obs)
             learning = seconds if fit.cpu_s is None else fit.cpu_s
             started = time.process_time() - (seconds - learning - (fit.fit_cpu_s or 0.0))
@@ -255,7 +253,7 @@ def read_records(path: str | Path) -> list[Record]:
     in_force = {}
     for r in found:
         key = (r["data"], r["schedule"], r["model"])
-        if agree(_recorded_definition(r), latest[key]):
+        if _agree(_recorded_definition(r), latest[key]):
             in_force[*key, r["seed"]] = r
     return list(in_force.values())
 
@@ -263,7 +261,7 @@ def read_records(path: str | Path) -> list[Record]:
 def _define(model: str, function: Model, task: Task) -> Definition:
     """What decides the runs of a model; of a built-in one these are the package's version and the model's arguments."""
     if model not in MODEL_NAMES:
-        return define(function)
+        return {"function": define(function)}
     with _quiet():
         given = _plain(function.arguments(task)) if isinstance(function, NeuralModel) else None
     return {"qbmscvi": version("qbmscvi"), "given": given}
@@ -272,7 +270,12 @@ def _define(model: str, function: Model, task: Task) -> Definition:
 def _recorded_definition(record: Record) -> Definition:
     if record["model"] in MODEL_NAMES:
         return {"qbmscvi": record["versions"].get("qbmscvi"), "given": record["settings"].get("given")}
-    return record.get("definition", {})
+    return {"function": record.get("definition")}  # None of models that were built in
+
+
+def _agree(one: Definition, other: Definition) -> bool:
+    """Whether two definitions have no different values; older records lack some."""
+    return all(None in (value, other[name]) or value == other[name] for name, value in one.items())
 
 
 def _trained(model: str) -> str:
@@ -397,7 +400,7 @@ def _read_done(
             raise ValueError(msg)
         if record["model"] not in models:
             continue
-        if agree(_recorded_definition(record), definitions(record["model"])):
+        if _agree(_recorded_definition(record), definitions(record["model"])):
             done[record["model"], record["seed"]] = record
         else:
             others[record["model"]] += 1
