@@ -34,12 +34,13 @@ _logger = logging.getLogger(__name__)
 _AUTO_WARMUP_SHARE = 0.1
 _ASSUMED_STEPS = 10_000  # where the number of steps is not known
 _PRIOR_LR_SHARE = 0.1
+_SCVIS_DECAY = 1e-6
 _EPOCHS_OF_MEMORY, _MAX_AUTO_DECAY = 50, 1.0
 
 
 def auto_kl_warmup(n_steps: float) -> int:
     """Length of the KL warm-up, in steps of the optimizer, that ``n_epochs_kl_warmup="auto"`` stands for."""
-    return round(_AUTO_WARMUP_SHARE * _or_assumed(n_steps))
+    return round(_AUTO_WARMUP_SHARE * (n_steps if 0 < n_steps < math.inf else _ASSUMED_STEPS))
 
 
 def auto_weight_decay(lr: float, n_steps: float) -> float:
@@ -47,10 +48,6 @@ def auto_weight_decay(lr: float, n_steps: float) -> float:
     if not (lr > 0 and 0 < n_steps < math.inf):
         return 0.0
     return min(1.0 / (_EPOCHS_OF_MEMORY * lr * n_steps), _MAX_AUTO_DECAY)
-
-
-def _or_assumed(n_steps: float) -> float:
-    return n_steps if 0 < n_steps < math.inf else _ASSUMED_STEPS
 
 
 class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
@@ -103,12 +100,12 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
         eps: float = 1e-8,
         **kwargs: Any,
     ) -> None:
-        own = {"sampler", "schedule", "prior_lr", "prior_weight_decay"}
-        known = own | set(signature(TrainingPlan.__init__).parameters) | set(signature(module.loss).parameters)
-        known -= {"self", "module", "tensors", "inference_outputs", "generative_outputs", "loss_kwargs"}
-        unknown = sorted(set(kwargs) - known)
-        if unknown:
-            msg = f"QBMTrainingPlan got an unexpected argument {unknown[0]!r}. It takes: {', '.join(sorted(known))}."
+        known = signature(TrainingPlan).parameters.keys() | signature(module.loss).parameters.keys()
+        if unknown := sorted(kwargs.keys() - known):
+            msg = (
+                f"QBMTrainingPlan got an unexpected argument {unknown[0]!r}. It takes those of its documentation, and "
+                "those of scvi.train.TrainingPlan."
+            )
             raise TypeError(msg)
         if schedule is not None and not isinstance(schedule, SamplingSchedule):
             msg = f"`schedule` is a {type(schedule).__name__}; it must be a qbmscvi.SamplingSchedule."
@@ -116,34 +113,27 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
         if isinstance(n_epochs_kl_warmup, str) and n_epochs_kl_warmup != "auto":
             msg = f"n_epochs_kl_warmup={n_epochs_kl_warmup!r} is no number of epochs. Use an integer, None or 'auto'."
             raise ValueError(msg)
-        for name, value in (("prior_lr", prior_lr), ("prior_weight_decay", prior_weight_decay)):
-            if value is not None and not isinstance(value, Real):
-                msg = (
-                    f"{name}={value!r} is a {type(value).__name__}; it must be a number, or None for that of the rest."
-                )
-                raise TypeError(msg)
-            if value is not None and not value >= 0:
-                msg = f"{name}={value} must not be negative. Leave it out for the usual one."
+        for name, value, default in (
+            ("prior_lr", prior_lr, None),
+            ("prior_weight_decay", prior_weight_decay, None),
+            ("weight_decay", weight_decay, "auto"),
+        ):
+            if value != default and not (isinstance(value, Real) and value >= 0):
+                msg = f"{name}={value!r} is neither a number of at least 0 nor {default!r}. Use one of these."
                 raise ValueError(msg)
-        is_number = isinstance(weight_decay, Real) and weight_decay >= 0
-        if not is_number and weight_decay != "auto":
-            msg = f"weight_decay={weight_decay!r} is no weight decay. Use a number of at least 0, or 'auto'."
-            raise ValueError(msg)
         self._is_auto_warmup = n_epochs_kl_warmup == "auto" and kwargs.get("n_steps_kl_warmup") is None
-        n_epochs = None if n_epochs_kl_warmup == "auto" else n_epochs_kl_warmup
         self._is_auto_decay = weight_decay == "auto"
         super().__init__(
             module,
             optimizer=optimizer,
             lr=lr,
-            weight_decay=_scvis_decay() if self._is_auto_decay else weight_decay,
-            n_epochs_kl_warmup=n_epochs,
+            weight_decay=_SCVIS_DECAY if self._is_auto_decay else weight_decay,
+            n_epochs_kl_warmup=None if n_epochs_kl_warmup == "auto" else n_epochs_kl_warmup,
             eps=eps,
             **kwargs,
         )
-        if prior_lr is None and self.optimizer_name != "Custom":
-            prior_lr = _PRIOR_LR_SHARE * self.lr
-        self.prior_lr = prior_lr
+        is_custom = self.optimizer_name == "Custom"  # whose learning rate is not known here
+        self.prior_lr = _PRIOR_LR_SHARE * self.lr if prior_lr is None and not is_custom else prior_lr
         self.prior_weight_decay = prior_weight_decay
         sampler = build_sampler(sampler)
         sampler.check(module.prior.to_ising())
@@ -163,8 +153,8 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
         if self._is_auto_warmup:
             self.n_steps_kl_warmup = auto_kl_warmup(self.trainer.estimated_stepping_batches)
         if self._is_auto_decay and self.optimizer_name == "AdamW":
-            of_prior = {id(parameter) for parameter in self.sampling.prior.parameters()}
-            is_frozen = any(not p.requires_grad and id(p) not in of_prior for p in self.module.parameters())
+            networks, _ = _split(self.module.parameters(), _ids(self.sampling.prior))
+            is_frozen = not all(p.requires_grad for p in networks)
             _ = self.trainer.estimated_stepping_batches  # makes the data loaders
             n_steps = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches  # also with `max_steps`
             self.weight_decay = 0.0 if is_frozen else auto_weight_decay(self.lr, n_steps)
@@ -189,7 +179,7 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
         create = super().get_optimizer_creator()
         own = {"lr": self.prior_lr, "weight_decay": self.prior_weight_decay}
         own = {key: value for key, value in own.items() if value is not None}
-        prior_ids = {id(parameter) for parameter in self.sampling.prior.parameters()}
+        prior_ids = _ids(self.sampling.prior)
         if self.optimizer_name == "Custom":
 
             def create_grouped(parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
@@ -219,8 +209,8 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
         return create_decayed
 
 
-def _scvis_decay() -> float:
-    return signature(TrainingPlan.__init__).parameters["weight_decay"].default
+def _ids(module: Module) -> set[int]:
+    return {id(parameter) for parameter in module.parameters()}
 
 
 def _split(parameters: Iterable[torch.Tensor], ids: set[int]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
