@@ -111,10 +111,6 @@ def check_matrix(adata: AnnData, layer: str | None) -> None:
         remedy = f"{name} = {name}.tocsr()"
     elif hasattr(X, "compute") and hasattr(X, "dask"):
         remedy = f"{name} = {name}.compute()"
-    elif isinstance(X, np.ma.MaskedArray):
-        remedy = f"{name} = {name}.filled(0)"
-    elif isinstance(X, pd.DataFrame):
-        remedy = f"{name} = {name}.to_numpy()"
     if remedy is not None:
         kind = f"{X.format}_array" if is_sparse_array else type(X).__name__
         msg = f"`{name}` is a {type(X).__module__.split('.')[0]} {kind}, which scvi-tools cannot read. Use `{remedy}`."

@@ -580,10 +580,6 @@ def test_genes_that_the_model_lacks_are_named(trained, method):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _masked(X):
-    return np.ma.masked_equal(X.toarray(), 0)
-
-
 MATRICES = [
     pytest.param(sparse.csr_array, id="csr_array"),
     pytest.param(sparse.csc_array, id="csc_array"),
