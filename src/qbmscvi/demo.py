@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m qbmscvi.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, help="an .h5ad file of raw counts, with --label-key; generated without it")
-    parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder (default demo-output)")
+    parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for tables and figures")
     options, others = parser.parse_known_args(argv)
     if options.data is None:
         options.data = options.out / "synthetic.h5ad"
