@@ -102,7 +102,7 @@ def main() -> None:
         models = {m: m for m in available_models(keys.get("batch_key"))} | {m: named(m, VARIANTS[m]) for m in VARIANTS}
         if options.cell:
             _, model, seed = options.cell
-            rerun_cell(adata, (models[model], seed), given, options.records)
+            rerun_cell(adata, (models.get(model, model), seed), given, options.records)
             return
         given["models"] = [models[m] for m in options.models or [*MODEL_NAMES, *VARIANTS] if m in models]
         compare(adata, records=options.records, **given)
