@@ -1,4 +1,4 @@
-"""One suite of laws over every sampler and wrapper: ``check_sampler`` on four graphs, two precisions, three betas.
+"""One suite of laws over every sampler and wrapper: ``check_sampler`` on three graphs, two precisions, three betas.
 
 A table says what is demanded of each. Where a law does not hold, the table says so with the reason, and a law that is
 kept all the same fails the suite, so that the table cannot rot.
@@ -196,7 +196,7 @@ def test_every_sampler_keeps_the_laws_that_are_demanded_of_it(case, tmp_path, ca
     broken, report = examine(sampler, case, betas=BETAS, dtypes=DTYPES)
     assert broken == case.broken, str(report)
     assert not report.skipped
-    assert len(report.verdicts) == (0 if case.demand == "ground_state" else 24)
+    assert len(report.verdicts) == (0 if case.demand == "ground_state" else 18)
     p = [verdict.p_value for verdict in report.verdicts.values()]
     if case.demand == "boltzmann":
         assert stats.kstest(p, "uniform", alternative="greater").pvalue > ALPHA
@@ -290,7 +290,7 @@ def test_everything_that_a_check_asks_is_replayed_bit_for_bit(child, tmp_path):
     examine(listener, Case(None, n_samples=500))
     player = Replayed(tmp_path / "tape")
     state = torch.get_rng_state()
-    assert len(listener.heard) >= 8 * (3 + len(BETAS)) + 1
+    assert len(listener.heard) >= 6 * (3 + len(BETAS)) + 1
     for requests, recorded in listener.heard:
         for first, second in zip(recorded, player.sample_batch(requests), strict=True):
             assert torch.equal(first.spins, second.spins)
