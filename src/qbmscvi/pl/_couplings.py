@@ -52,7 +52,7 @@ def coupling_matrix(
     xlabel
         Label of the horizontal axis.
     ylabel
-        Label of the vertical axis, for instance ``"Gaussian layer"``.
+        Label of the vertical axis, for instance ``"hidden spin"``.
     colorbar_label
         Label of the color bar, for instance ``"W"``.
     limit
