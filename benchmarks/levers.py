@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-    from qbmscvi._model import Representation
     from qbmscvi.benchmark import Task
+    from qbmscvi.model._qbmscvi import Representation
 
 HERE = Path(__file__).parent
 N_SEEDS = 5

@@ -31,12 +31,12 @@ from results import DATA_SETS, load
 from sklearn.linear_model import LogisticRegression
 from study import run_study
 
-from qbmscvi import QBMSCVI, graphs
-from qbmscvi._prior import BoltzmannPrior
-from qbmscvi._prior_fit import Codes, fit_to_codes
+from qbmscvi import QBMSCVI
 from qbmscvi.benchmark import pooled_difference
-from qbmscvi.distributions import FactorialPosterior
-from qbmscvi.ising import IsingModel
+from qbmscvi.boltzmann import graphs
+from qbmscvi.boltzmann.ising import IsingModel
+from qbmscvi.boltzmann.posterior import FactorialPosterior
+from qbmscvi.boltzmann.prior import BoltzmannPrior
 from qbmscvi.samplers import (
     BlockGibbsSampler,
     Draw,
@@ -45,6 +45,7 @@ from qbmscvi.samplers import (
     SamplerTraits,
     SamplingRequest,
 )
+from qbmscvi.train._prior_fit import Codes, fit_to_codes
 
 if TYPE_CHECKING:
     import argparse

@@ -28,9 +28,9 @@ import numpy as np
 import scvi
 import torch
 
-from qbmscvi.ising import IsingModel
+from qbmscvi.boltzmann.ising import IsingModel
 from qbmscvi.samplers import Broker, Draw, Sampler, SamplerTraits, SamplingRequest
-from qbmscvi.testing import tiny_problems
+from qbmscvi.samplers.testing import tiny_problems
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests"))

@@ -37,10 +37,10 @@ from lightning.pytorch.callbacks import Callback
 from scvi import REGISTRY_KEYS
 
 from qbmscvi import QBMSCVI
+from qbmscvi.boltzmann.graphs import bipartite
+from qbmscvi.boltzmann.ising import IsingModel
 from qbmscvi.datasets import synthetic_counts
-from qbmscvi.graphs import bipartite
-from qbmscvi.ising import IsingModel
-from qbmscvi.samplers._gibbs import gibbs_sweeps
+from qbmscvi.samplers.local._gibbs import gibbs_sweeps
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests"))

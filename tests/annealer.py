@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from laws import Law, energy_table, state_table
 
-from qbmscvi import graphs
-from qbmscvi.ising import IsingModel
+from qbmscvi.boltzmann import graphs
+from qbmscvi.boltzmann.ising import IsingModel
 
 
 def majority_law(program, problem: IsingModel, beta: float) -> Law:

@@ -14,10 +14,10 @@ from lightning.pytorch.callbacks import Callback
 from torch.distributions import kl_divergence
 
 from qbmscvi import QBMSCVI, SamplingCallback
-from qbmscvi._prior import BoltzmannPrior
+from qbmscvi.boltzmann.posterior import FactorialPosterior
+from qbmscvi.boltzmann.prior import BoltzmannPrior
 from qbmscvi.datasets import synthetic_counts
-from qbmscvi.distributions import FactorialPosterior
-from qbmscvi.samplers import _gibbs
+from qbmscvi.samplers.local import _gibbs
 
 N_CELLS, N_GENES, MEAN_DEPTH = 2560, 2000, 300.0  # 8 % of the counts are not zero
 BATCH_SIZE = 128

@@ -6,14 +6,17 @@ import tempfile
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from sapi_server import SapiServer, Solver, working_graph
 
-from qbmscvi.enumeration import draw_exact
-from qbmscvi.ising import IsingModel
+from qbmscvi.boltzmann.enumeration import draw_exact
 from qbmscvi.samplers import Draw, ExactSampler, Rescaled, Sampler, SamplerTraits, Wrapper
+
+if TYPE_CHECKING:
+    from qbmscvi.boltzmann.ising import IsingModel
 
 TRUE_BETA, BELIEVED_BETA, RANGE, N_BITS = 3.7, 5.0, 0.2, 8
 

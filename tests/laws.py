@@ -1,7 +1,7 @@
 r"""Oracles and gates shared by the tests of spins, samplers and log Z.
 
-Nothing here calls :mod:`qbmscvi.enumeration` or :meth:`qbmscvi.ising.IsingModel.energy`: energies, log Z,
-probabilities and the laws of Markov chains of finite length are written out anew, over all states, in numpy and
+Nothing here calls :mod:`qbmscvi.boltzmann.enumeration` or :meth:`qbmscvi.boltzmann.ising.IsingModel.energy`: energies,
+log Z, probabilities and the laws of Markov chains of finite length are written out anew, over all states, in numpy and
 float64.
 """
 
@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from scipy import special, stats
 
-from qbmscvi import graphs
-from qbmscvi.ising import IsingModel
+from qbmscvi.boltzmann import graphs
+from qbmscvi.boltzmann.ising import IsingModel
 
 ALPHA = 1e-4
 _MIN_EXPECTED = 5

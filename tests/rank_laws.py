@@ -15,9 +15,11 @@ import scvi
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 
-from qbmscvi import QBMSCVI, SamplingSchedule, _callbacks, _guards
+from qbmscvi import QBMSCVI, SamplingSchedule
 from qbmscvi.datasets import synthetic_counts
 from qbmscvi.samplers import ExactSampler, SamplingRequest
+from qbmscvi.train import _guards
+from qbmscvi.train import _sampling as _callbacks
 
 N_TRAIN, N_CELLS, GLOBAL_BATCH, N_EPOCHS = 384, 640, 64, 25
 

@@ -14,10 +14,12 @@ import scvi
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from qbmscvi import QBMSCVI, SamplingSchedule, _callbacks, _guards
+from qbmscvi import QBMSCVI, SamplingSchedule
 from qbmscvi.datasets import synthetic_counts
 from qbmscvi.exceptions import TrainingDivergedError
 from qbmscvi.samplers import BlockGibbsSampler
+from qbmscvi.train import _guards
+from qbmscvi.train import _sampling as _callbacks
 
 BATCH_SIZE = 32
 FLAGS = {

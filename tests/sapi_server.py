@@ -27,10 +27,10 @@ import numpy as np
 import torch
 from dwave.system.coupling_groups import coupling_groups
 
-from qbmscvi import graphs
-from qbmscvi.enumeration import draw_exact, n_enumerated
-from qbmscvi.ising import IsingModel
-from qbmscvi.samplers._gibbs import gibbs_sweeps
+from qbmscvi.boltzmann import graphs
+from qbmscvi.boltzmann.enumeration import draw_exact, n_enumerated
+from qbmscvi.boltzmann.ising import IsingModel
+from qbmscvi.samplers.local._gibbs import gibbs_sweeps
 
 TOKEN = "SECR-0123456789abcdef0123456789abcdef01234567"
 _MAX_ENUMERATED = 12

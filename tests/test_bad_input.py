@@ -12,8 +12,8 @@ import scvi
 import torch
 
 from qbmscvi import QBMSCVI, SamplingSchedule
+from qbmscvi.boltzmann.smoothing import Gumbel, SpikeExponential
 from qbmscvi.datasets import synthetic_counts
-from qbmscvi.distributions import Gumbel, SpikeExponential
 from qbmscvi.exceptions import GraphMismatchError, QBMSCVIError
 from qbmscvi.samplers import BlockGibbsSampler, DimodSampler, ExactSampler, SimulatedAnnealingSampler
 
@@ -100,7 +100,7 @@ def test_data_that_are_not_counts_are_refused(counts, change, cause, remedy, is_
 
 
 def test_cells_are_numbered_through_all_chunks(counts, monkeypatch):
-    monkeypatch.setattr("qbmscvi._counts._CHUNK_ROWS", 50)
+    monkeypatch.setattr("qbmscvi.model._counts._CHUNK_ROWS", 50)
     bad = counts.copy()
     X = bad.X.toarray()
     X[[120, 170]] = 0.0
@@ -280,7 +280,7 @@ CONSTRUCTOR = [
     pytest.param(
         {"smoothing": 0.3},
         TypeError,
-        "must be a name or a qbmscvi.distributions.Smoothing, got float",
+        "must be a name or a qbmscvi.boltzmann.smoothing.Smoothing, got float",
         "",
         id="smoothing-type",
     ),

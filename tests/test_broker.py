@@ -15,10 +15,11 @@ import torch
 from faulty import Pace
 from lightning.pytorch.callbacks import Callback
 
-from qbmscvi import QBMSCVI, SamplingSchedule, graphs
+from qbmscvi import QBMSCVI, SamplingSchedule
+from qbmscvi.boltzmann import graphs
+from qbmscvi.boltzmann.ising import IsingModel, disjoint_union
 from qbmscvi.datasets import synthetic_counts
 from qbmscvi.exceptions import SamplerError, SamplerTimeout
-from qbmscvi.ising import IsingModel, disjoint_union
 from qbmscvi.samplers import (
     BlockGibbsSampler,
     Broker,

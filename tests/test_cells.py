@@ -27,8 +27,8 @@ from qbmscvi.benchmark._cells import (
 from qbmscvi.benchmark._densities import GaussianMixture, draw
 from qbmscvi.benchmark._models import CONTROLS, MODELS, NeuralModel
 from qbmscvi.benchmark._report import as_table, compute_differences
+from qbmscvi.boltzmann.posterior import FactorialPosterior
 from qbmscvi.datasets import synthetic_counts
-from qbmscvi.distributions import FactorialPosterior
 
 KEYS = {"label_key": "cell_type", "batch_key": "batch"}
 SMALL = {"n_latent": 6}  # log Z by enumeration

@@ -13,9 +13,9 @@ import pytest
 import torch
 from laws import PROBLEMS, Law, assert_follows, energy_table, judge, random_problem, state_table
 
-from qbmscvi import graphs
+from qbmscvi.boltzmann import graphs
+from qbmscvi.boltzmann.ising import IsingModel
 from qbmscvi.exceptions import GraphMismatchError, InvalidSamples, SamplerUnavailable
-from qbmscvi.ising import IsingModel
 from qbmscvi.samplers import (
     CoherentIsingSampler,
     SamplingRequest,
@@ -26,7 +26,7 @@ from qbmscvi.samplers import (
     vet,
 )
 from qbmscvi.samplers._background import call_in_background
-from qbmscvi.samplers._ising_matrix import IsingMatrix, fill_up
+from qbmscvi.samplers.kaiwu._ising_matrix import IsingMatrix, fill_up
 
 each_problem = pytest.mark.parametrize("name", PROBLEMS)
 

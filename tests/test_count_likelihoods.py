@@ -12,13 +12,13 @@ import torch
 from scvi.distributions import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
 
 from qbmscvi import QBMSCVI
-from qbmscvi._count_likelihoods import (
+from qbmscvi.datasets import synthetic_counts
+from qbmscvi.module._sparse_likelihoods import (
     SparseNegativeBinomial,
     SparsePoisson,
     SparseZeroInflatedNegativeBinomial,
     with_sparse_log_prob,
 )
-from qbmscvi.datasets import synthetic_counts
 
 N_CELLS, N_GENES, N_DRAWS = 6, 40, 3
 COUNTS = torch.tensor([0.0, 0.0, 0.0, 1.0, 2.0, 17.0, 500.0, 1e5])
@@ -266,7 +266,7 @@ def test_training_gives_the_losses_that_scvis_likelihood_gives(gene_likelihood, 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         losses.append(train())
-        with patch("qbmscvi._module.with_sparse_log_prob", spy):
+        with patch("qbmscvi.module._qbmvae.with_sparse_log_prob", spy):
             losses.append(train())
     np.testing.assert_allclose(losses[0], losses[1], rtol=tolerance)
     assert shapes == ({(60,)} if dispersion == "gene" else {None})

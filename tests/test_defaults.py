@@ -6,20 +6,23 @@ import ast
 import inspect
 import re
 from fractions import Fraction
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from scvi.train import TrainingPlan
 from test_signatures import CALLABLES, PAGES, ROOT
 
 import qbmscvi
-from qbmscvi._callbacks import _MAX_STALENESS
-from qbmscvi._prior import _TRACKING_SHARE
-from qbmscvi._scanvae import QBMSCANVAE
-from qbmscvi._training_plan import _PRIOR_LR_SHARE, QBMTrainingPlan, auto_kl_warmup
-from qbmscvi.diagnostics._partition import _MAX_ENUMERATED, _MAX_TREEWIDTH
-from qbmscvi.enumeration import MAX_ENUMERATED_SPINS
+from qbmscvi.boltzmann.enumeration import MAX_ENUMERATED_SPINS
+from qbmscvi.boltzmann.log_z import _MAX_ENUMERATED, _MAX_TREEWIDTH
+from qbmscvi.boltzmann.prior import _TRACKING_SHARE
+from qbmscvi.module._qbmscanvae import QBMSCANVAE
 from qbmscvi.samplers import SamplerTraits, Vetted, build_kaiwu_sampler
+from qbmscvi.train._plan import _PRIOR_LR_SHARE, QBMTrainingPlan, auto_kl_warmup
+from qbmscvi.train._sampling import _MAX_STALENESS
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 LITERAL = r"(\"[^\"]*\"|'[^']*'|-?\d[\d_]*(?:\.\d+)?(?:e-?\d+)?|None|True|False)"
 STATED = re.compile(rf"\b[Dd]efaults?(?: of| is|:)? `*{LITERAL}")

@@ -19,7 +19,7 @@ from qbmscvi.benchmark._densities import (
     IndependentSpins,
     divergence,
 )
-from qbmscvi.distributions import FactorialPosterior
+from qbmscvi.boltzmann.posterior import FactorialPosterior
 
 N_SPINS = 8
 STATES = state_table(N_SPINS)

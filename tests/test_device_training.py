@@ -6,10 +6,9 @@ SDK, and a simulated one that does not sample a Boltzmann law at all. No real on
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 import scanpy as sc
@@ -19,8 +18,9 @@ from devices import connected
 from kaiwu_platform import SECRETS, Platform, make_interpreter
 from sapi_server import TOKEN
 
-from qbmscvi import QBMSCVI, SamplingSchedule, graphs
-from qbmscvi.enumeration import exact_moments
+from qbmscvi import QBMSCVI, SamplingSchedule
+from qbmscvi.boltzmann import graphs
+from qbmscvi.boltzmann.enumeration import exact_moments
 from qbmscvi.samplers import (
     CoherentIsingSampler,
     DWaveSampler,
@@ -28,12 +28,15 @@ from qbmscvi.samplers import (
     Polished,
     Sampler,
     Wrapper,
-    _kaiwu,
     build_coherent_ising_sampler,
     build_dwave_sampler,
     build_kaiwu_sampler,
 )
-from qbmscvi.samplers._wrappers import pass_on
+from qbmscvi.samplers.kaiwu import _sampler as _kaiwu
+from qbmscvi.samplers.wrappers._wrapper import pass_on
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 N_SPINS = 16
 

@@ -15,11 +15,11 @@ from sklearn.datasets import load_digits
 from sklearn.neural_network import BernoulliRBM
 from torch.distributions import kl_divergence
 
-from qbmscvi import graphs
-from qbmscvi._prior import BoltzmannPrior
+from qbmscvi.boltzmann import graphs
+from qbmscvi.boltzmann.enumeration import exact_moments
+from qbmscvi.boltzmann.posterior import FactorialPosterior
+from qbmscvi.boltzmann.prior import BoltzmannPrior
 from qbmscvi.diagnostics import estimate_log_z
-from qbmscvi.distributions import FactorialPosterior
-from qbmscvi.enumeration import exact_moments
 from qbmscvi.samplers import BlockGibbsSampler, SamplingRequest
 
 pytestmark = pytest.mark.slow

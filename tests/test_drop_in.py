@@ -15,8 +15,8 @@ from scvi.criticism import PosteriorPredictiveCheck
 from scvi.dataloaders import CollectionAdapter, DataSplitter
 
 from qbmscvi import QBMSCVI
+from qbmscvi.boltzmann.posterior import FactorialPosterior
 from qbmscvi.datasets import synthetic_counts
-from qbmscvi.distributions import FactorialPosterior
 from qbmscvi.samplers import BlockGibbsSampler
 
 N_CELLS, N_GENES = 100, 30

@@ -29,7 +29,9 @@ from faulty import Pace
 from laws import PROBLEMS, Law, assert_follows, energy_table, judge, random_problem, state_table
 from sapi_server import TOKEN, SapiServer, Solver, working_graph
 
-from qbmscvi import QBMSCVI, SamplingSchedule, graphs
+from qbmscvi import QBMSCVI, SamplingSchedule
+from qbmscvi.boltzmann import graphs
+from qbmscvi.boltzmann.ising import IsingModel
 from qbmscvi.datasets import synthetic_counts
 from qbmscvi.exceptions import (
     BudgetExceeded,
@@ -39,7 +41,6 @@ from qbmscvi.exceptions import (
     SamplerTimeout,
     SamplerUnavailable,
 )
-from qbmscvi.ising import IsingModel
 from qbmscvi.samplers import (
     Broker,
     Calibrated,
@@ -54,9 +55,9 @@ from qbmscvi.samplers import (
     build_sampler,
 )
 from qbmscvi.samplers._background import call_in_background
-from qbmscvi.samplers._embedding import Embedding, find_embedding
-from qbmscvi.samplers._program import Ranges, fit
-from qbmscvi.samplers._wrappers import pass_on
+from qbmscvi.samplers.dwave._embedding import Embedding, find_embedding
+from qbmscvi.samplers.dwave._program import Ranges, fit
+from qbmscvi.samplers.wrappers._wrapper import pass_on
 
 TRUE_BETA = 5.0
 # Of an Advantage2 system, as its documentation has them: per group of couplers and not per qubit.
@@ -722,7 +723,7 @@ def test_the_token_is_nowhere_but_in_the_requests(service, problem, configured, 
 
 def test_a_token_that_a_library_quotes_is_taken_out(configured):
     (configured / "dwave.conf").write_text(f"[defaults]\nendpoint = http://127.0.0.1:9/\ntoken = {TOKEN}\n")
-    from qbmscvi.samplers._dwave_errors import guarded
+    from qbmscvi.samplers.dwave._errors import guarded
 
     def quote():
         raise RuntimeError(f"bad header {TOKEN}")

@@ -12,8 +12,8 @@ import torch
 from dwave.samplers import TreeDecompositionSampler
 from laws import PROBLEMS, Law, assert_follows, random_problem, ring
 
-from qbmscvi import enumeration, graphs
-from qbmscvi.enumeration import (
+from qbmscvi.boltzmann import enumeration, graphs
+from qbmscvi.boltzmann.enumeration import (
     all_states,
     draw_exact,
     enumerate_ising,
@@ -22,8 +22,8 @@ from qbmscvi.enumeration import (
     log_2cosh,
     n_enumerated,
 )
+from qbmscvi.boltzmann.ising import IsingModel
 from qbmscvi.exceptions import GraphMismatchError, QBMSCVIError
-from qbmscvi.ising import IsingModel
 
 CASES = PROBLEMS | {
     "ring-9": lambda **kw: random_problem(ring(9), seed=31, **kw),

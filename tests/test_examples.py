@@ -5,11 +5,14 @@ from __future__ import annotations
 import doctest
 import importlib
 import pkgutil
-from types import ModuleType
+from typing import TYPE_CHECKING
 
 import pytest
 
 import qbmscvi
+
+if TYPE_CHECKING:
+    from types import ModuleType
 
 
 class SilentExpectation(doctest.OutputChecker):
@@ -42,7 +45,11 @@ def test_example_runs_and_prints_what_it_says(test: doctest.DocTest) -> None:
 
 def test_examples_are_found_where_they_stand() -> None:
     names = {test.name for test in EXAMPLES}
-    assert {"qbmscvi._model.QBMSCVI", "qbmscvi.datasets.synthetic_counts", "qbmscvi.testing.check_sampler"} <= names
+    assert {
+        "qbmscvi.model._qbmscvi.QBMSCVI",
+        "qbmscvi.datasets.synthetic_counts",
+        "qbmscvi.samplers.testing.check_sampler",
+    } <= names
 
 
 @pytest.mark.parametrize(

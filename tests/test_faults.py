@@ -103,7 +103,7 @@ def test_training_survives(adata, fault, place):
 
 @pytest.mark.parametrize("fault", ["ground-states", "noise", "few-states"])
 def test_the_moments_tell_when_answers_are_not_vetted(adata, fault, monkeypatch):
-    monkeypatch.setattr("qbmscvi._callbacks.vet", lambda sampler: sampler)
+    monkeypatch.setattr("qbmscvi.train._sampling.vet", lambda sampler: sampler)
     model = train(adata, Faulty(FAULTS[fault].spoil))
     assert not model.warned
     assert model.worst > MAX_Z
@@ -192,7 +192,7 @@ def test_late_answers(adata, latencies, n_failures, n_trips):
 @pytest.mark.parametrize("is_slow", [False, True])
 def test_answers_of_slow_devices_are_used_whenever_they_come(adata, is_slow, monkeypatch):
     """With no limit in the schedule, and 4 steps in place of 500: asked at 0, answered at 7, used at 8."""
-    monkeypatch.setattr("qbmscvi._callbacks._MAX_STALENESS", 4)
+    monkeypatch.setattr("qbmscvi.train._sampling._MAX_STALENESS", 4)
     device = SteppedDevice(None, lambda call: False, [7, None, None], is_slow=is_slow)
     model = train(adata, device, pace=SteppedClock(device), latency=2)
     if is_slow:

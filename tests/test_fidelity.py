@@ -11,10 +11,10 @@ from annealer import majority_law
 from devices import annealer_service, connected
 from laws import Law, random_problem, state_table
 
-from qbmscvi import graphs
+from qbmscvi.boltzmann import graphs
+from qbmscvi.boltzmann.ising import IsingModel
 from qbmscvi.diagnostics import device_fidelity
 from qbmscvi.exceptions import GraphMismatchError
-from qbmscvi.ising import IsingModel
 from qbmscvi.samplers import DWaveSampler, SamplingRequest
 
 BETA = 5.0  # of the service

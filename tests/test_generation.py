@@ -12,8 +12,9 @@ import pytest
 import torch
 from laws import ALPHA, Law, assert_follows, binomial_p_value, energy_table, judge, state_table
 
-from qbmscvi import QBMSCANVI, QBMSCVI, graphs
-from qbmscvi._labels import LabeledPrior
+from qbmscvi import QBMSCANVI, QBMSCVI
+from qbmscvi.boltzmann import graphs
+from qbmscvi.boltzmann.labeled_prior import LabeledPrior
 from qbmscvi.datasets import synthetic_counts
 
 N_CELLS, N_GENES, N_SPINS = 240, 30, 5

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from laws import ring, scrambled_bipartite
 
-from qbmscvi import graphs
-from qbmscvi.graphs import Graph, build_graph, from_networkx, hardware
+from qbmscvi.boltzmann import graphs
+from qbmscvi.boltzmann.graphs import Graph, build_graph, from_networkx, hardware
 
 CUSTOM = [
     pytest.param(lambda: graphs.bipartite(3, 5), 2, id="bipartite-3x5"),

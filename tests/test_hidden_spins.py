@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch.distributions import kl_divergence
 
-from qbmscvi import QBMSCANVI, QBMSCVI, graphs
-from qbmscvi._labels import LabeledPrior
-from qbmscvi._prior import BoltzmannPrior
+from qbmscvi import QBMSCANVI, QBMSCVI
+from qbmscvi.boltzmann import graphs
+from qbmscvi.boltzmann.enumeration import all_states, exact_log_z, exact_moments
+from qbmscvi.boltzmann.ising import SampleBatch
+from qbmscvi.boltzmann.labeled_prior import LabeledPrior
+from qbmscvi.boltzmann.posterior import FactorialPosterior
+from qbmscvi.boltzmann.prior import BoltzmannPrior
 from qbmscvi.datasets import synthetic_counts
-from qbmscvi.distributions import FactorialPosterior
-from qbmscvi.enumeration import all_states, exact_log_z, exact_moments
-from qbmscvi.ising import SampleBatch
 from qbmscvi.samplers import ExactSampler, SamplingRequest
 
 N_VISIBLE, N_HIDDEN, N_LABELS = 5, 4, 3

@@ -11,8 +11,8 @@ import pytest
 import torch
 from laws import PROBLEMS, energy_table, random_problem, ring, scrambled_bipartite, state_table
 
-from qbmscvi import graphs
-from qbmscvi.ising import (
+from qbmscvi.boltzmann import graphs
+from qbmscvi.boltzmann.ising import (
     IsingModel,
     SampleBatch,
     are_spins,

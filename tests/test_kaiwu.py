@@ -24,7 +24,8 @@ from faulty import Pace
 from kaiwu_platform import SECRETS, TRUE_BETA, Platform, make_interpreter
 from laws import Law, assert_follows, energy_table, random_problem, state_table
 
-from qbmscvi import QBMSCVI, SamplingSchedule, graphs
+from qbmscvi import QBMSCVI, SamplingSchedule
+from qbmscvi.boltzmann import graphs
 from qbmscvi.datasets import synthetic_counts
 from qbmscvi.exceptions import (
     BudgetExceeded,
@@ -42,15 +43,15 @@ from qbmscvi.samplers import (
     Recorded,
     Retrying,
     SamplingRequest,
-    _kaiwu,
-    _kaiwu_worker,
     build_kaiwu_sampler,
     build_sampler,
 )
 from qbmscvi.samplers import __main__ as command
 from qbmscvi.samplers._background import call_in_background
-from qbmscvi.samplers._ising_matrix import IsingMatrix
-from qbmscvi.testing import check_sampler
+from qbmscvi.samplers.kaiwu import _sampler as _kaiwu
+from qbmscvi.samplers.kaiwu import _worker as _kaiwu_worker
+from qbmscvi.samplers.kaiwu._ising_matrix import IsingMatrix
+from qbmscvi.samplers.testing import check_sampler
 
 TOKEN = "token-of-the-licence"  # which the stand-in quotes
 

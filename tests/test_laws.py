@@ -7,10 +7,8 @@ kept all the same fails the suite, so that the table cannot rot.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import dimod
 import dwave.samplers
@@ -20,7 +18,7 @@ from devices import Device, Faulty, OffTemperature, connected, rescaled
 from laws import random_problem
 from scipy import stats
 
-from qbmscvi import graphs
+from qbmscvi.boltzmann import graphs
 from qbmscvi.exceptions import GraphMismatchError
 from qbmscvi.samplers import (
     BlockGibbsSampler,
@@ -49,7 +47,11 @@ from qbmscvi.samplers import (
     build_coherent_ising_sampler,
     build_dwave_sampler,
 )
-from qbmscvi.testing import ALPHA, Report, SamplerCheckError, check_sampler, tiny_problems
+from qbmscvi.samplers.testing import ALPHA, Report, SamplerCheckError, check_sampler, tiny_problems
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
 BETAS = (0.3, 1.0, 2.0)
 DTYPES = (torch.float32, torch.float64)

@@ -21,9 +21,9 @@ from scvi.module import VAE
 from torch.distributions import kl_divergence
 
 from qbmscvi import QBMSCANVI, QBMSCVI
+from qbmscvi.boltzmann.enumeration import exact_log_z
+from qbmscvi.boltzmann.smoothing import SpikeExponential
 from qbmscvi.datasets import synthetic_counts
-from qbmscvi.distributions import SpikeExponential
-from qbmscvi.enumeration import exact_log_z
 
 N_GENES, ROWS = 8, list(range(6))
 MAX_Z = 4.0

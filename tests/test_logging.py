@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks import Callback
 from scvi.train import TrainingPlan
 
 from qbmscvi import QBMSCANVI, QBMSCVI
-from qbmscvi._logging import LoggedOncePerEpoch
 from qbmscvi.datasets import synthetic_counts
+from qbmscvi.train._logging import LoggedOncePerEpoch
 
 N_EPOCHS = 3
 

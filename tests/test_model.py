@@ -18,8 +18,8 @@ from scvi.model import SCVI
 from scvi.module import VAE
 
 from qbmscvi import QBMSCVI, QBMVAE
+from qbmscvi.boltzmann.smoothing import Gumbel, SmoothingName
 from qbmscvi.datasets import synthetic_counts
-from qbmscvi.distributions import Gumbel, SmoothingName
 from qbmscvi.samplers import ExactSampler
 
 N_CELLS, N_GENES = 240, 60

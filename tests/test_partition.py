@@ -11,13 +11,15 @@ import torch
 from laws import PROBLEMS, Law, random_problem, ring, scrambled_bipartite
 from scipy import stats
 
-from qbmscvi import graphs
-from qbmscvi._callbacks import SamplingCallback, SamplingSchedule
-from qbmscvi._prior import BoltzmannPrior
-from qbmscvi.diagnostics import LogPartition, _partition, estimate_log_z
-from qbmscvi.enumeration import exact_log_z
+from qbmscvi.boltzmann import graphs
+from qbmscvi.boltzmann import log_z as _partition
+from qbmscvi.boltzmann.enumeration import exact_log_z
+from qbmscvi.boltzmann.prior import BoltzmannPrior
+from qbmscvi.diagnostics import LogPartition, estimate_log_z
 from qbmscvi.exceptions import GraphMismatchError
 from qbmscvi.samplers import BlockGibbsSampler, ExactSampler, SamplingRequest
+from qbmscvi.train._sampling import SamplingCallback
+from qbmscvi.train._schedule import SamplingSchedule
 
 N_PROBLEMS = 20
 FAMILIES = {
@@ -317,7 +319,7 @@ def test_running_log_z_drifts_if_the_moments_come_from_the_tracking_chains(learn
     """The planted fault that separate tracking chains exist for: log Z comes out low, by four standard errors."""
 
     def from_tracking_chains(prior, callback):
-        prior.set_moments(callback._tracked)
+        prior.set_moments(callback.log_z.chains)
 
     errors = np.array([learn(seed, 60, from_tracking_chains) for seed in range(3)])
     scale = learning_errors.std(ddof=1) * math.sqrt(1 / len(errors) + 1 / len(learning_errors))
@@ -329,7 +331,7 @@ def test_tracking_chains_take_no_part_in_the_moments():
     prior, callback = make_callback(4, 64)
     callback._refresh()
     assert torch.allclose(prior.spin_mean, prior.chains[:-8].float().mean(0))
-    assert torch.equal(prior.chains[-8:], callback._tracked.spins)
+    assert torch.equal(prior.chains[-8:], callback.log_z.chains.spins)
 
 
 def test_validation_carries_log_z_over_the_last_update_once():
@@ -355,7 +357,7 @@ def test_resampling_keeps_log_z_and_equalizes_the_weights():
     callback._refresh()
     with torch.no_grad():
         prior.h.add_(1.0)
-    spins = callback._tracked.spins.double()
+    spins = callback.log_z.chains.spins.double()
     log_z, problem = float(prior.log_z), prior.to_ising()
     work = spins.sum(1)  # the energy rises by the sum of the spins
     callback._track_log_z(problem)

@@ -16,11 +16,11 @@ from torch.autograd import grad
 from torch.distributions import kl_divergence
 from torch.nn.functional import logsigmoid
 
-from qbmscvi import graphs
-from qbmscvi._prior import BoltzmannPrior
-from qbmscvi.distributions import FactorialPosterior
-from qbmscvi.enumeration import all_states, exact_log_z, exact_moments
-from qbmscvi.ising import IsingModel, SampleBatch
+from qbmscvi.boltzmann import graphs
+from qbmscvi.boltzmann.enumeration import all_states, exact_log_z, exact_moments
+from qbmscvi.boltzmann.ising import IsingModel, SampleBatch
+from qbmscvi.boltzmann.posterior import FactorialPosterior
+from qbmscvi.boltzmann.prior import BoltzmannPrior
 from qbmscvi.samplers import BlockGibbsSampler, SamplingRequest
 
 

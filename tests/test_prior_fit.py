@@ -9,15 +9,16 @@ import pytest
 import scvi
 import torch
 
-from qbmscvi import QBMSCANVI, QBMSCVI, graphs
-from qbmscvi._prior import BoltzmannPrior
-from qbmscvi._prior_fit import Codes, fit_to_codes
+from qbmscvi import QBMSCANVI, QBMSCVI
+from qbmscvi.boltzmann import graphs
+from qbmscvi.boltzmann.enumeration import all_states, draw_exact
+from qbmscvi.boltzmann.posterior import FactorialPosterior
+from qbmscvi.boltzmann.prior import BoltzmannPrior
 from qbmscvi.datasets import synthetic_counts
 from qbmscvi.diagnostics import chain_diagnostics
-from qbmscvi.distributions import FactorialPosterior
-from qbmscvi.enumeration import all_states, draw_exact
 from qbmscvi.exceptions import SamplerError
 from qbmscvi.samplers import BlockGibbsSampler, Draw, ExactSampler, Sampler, SamplerTraits
+from qbmscvi.train._prior_fit import Codes, fit_to_codes
 
 N_VISIBLE = 6
 
@@ -295,7 +296,7 @@ def test_quantities_that_do_not_vary_say_nothing():
 
 
 def test_chains_that_have_not_mixed_are_a_warning(trained_model, monkeypatch):
-    import qbmscvi._prior_fit as module
+    import qbmscvi.model._prior_fit as module
 
     monkeypatch.setattr(module, "MIXED", 0.5)
     before = state_of(trained_model)

@@ -10,16 +10,11 @@ import torch
 from devices import annealer_service, connected
 from kaiwu_platform import Platform, make_interpreter
 
-from qbmscvi import QBMSCVI, SamplingSchedule, graphs
+from qbmscvi import QBMSCVI, SamplingSchedule
+from qbmscvi.boltzmann import graphs
 from qbmscvi.datasets import synthetic_counts
-from qbmscvi.samplers import (
-    DWaveSampler,
-    Recorded,
-    Replayed,
-    _kaiwu,
-    build_dwave_sampler,
-    build_kaiwu_sampler,
-)
+from qbmscvi.samplers import DWaveSampler, Recorded, Replayed, build_dwave_sampler, build_kaiwu_sampler
+from qbmscvi.samplers.kaiwu import _sampler as _kaiwu
 
 N_STEPS = 300
 

@@ -35,9 +35,9 @@ from qbmscvi.samplers import (
     SamplerTraits,
     SamplingRequest,
     SpinReversed,
-    _recordings,
 )
-from qbmscvi.testing import tiny_problems
+from qbmscvi.samplers.testing import tiny_problems
+from qbmscvi.samplers.wrappers import _recordings
 
 PROBLEMS = {
     dtype: {

@@ -23,8 +23,8 @@ from qbmscvi.samplers import (
     Retrying,
     SamplingRequest,
 )
-from qbmscvi.samplers import _resilience as resilience
-from qbmscvi.testing import tiny_problems
+from qbmscvi.samplers.testing import tiny_problems
+from qbmscvi.samplers.wrappers import _retrying as resilience
 
 PROBLEM = tiny_problems()["complete-6"]
 

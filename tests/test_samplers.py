@@ -28,9 +28,9 @@ from laws import (
     state_table,
 )
 
-from qbmscvi import graphs
+from qbmscvi.boltzmann import graphs
+from qbmscvi.boltzmann.ising import IsingModel
 from qbmscvi.exceptions import GraphMismatchError, InvalidSamples, QBMSCVIError, SamplerError, SamplerTimeout
-from qbmscvi.ising import IsingModel
 from qbmscvi.samplers import (
     BlockGibbsSampler,
     DimodSampler,

@@ -31,7 +31,7 @@ def test_processes_share_one_budget(tmp_path):
         textwrap.dedent("""
             from qbmscvi.exceptions import BudgetExceeded
             from qbmscvi.samplers import BlockGibbsSampler, SamplingRequest
-            from qbmscvi.testing import tiny_problems
+            from qbmscvi.samplers.testing import tiny_problems
             from shared import SharedBudget
 
             problem, n_answers = next(iter(tiny_problems().values())), 0

@@ -10,11 +10,12 @@ import torch
 from laws import energy_table, set_exact_moments, state_table
 from torch.distributions import kl_divergence
 
-from qbmscvi import QBMSCANVI, QBMSCVI, graphs
-from qbmscvi._labels import LabeledPrior
-from qbmscvi._prior import BoltzmannPrior
+from qbmscvi import QBMSCANVI, QBMSCVI
+from qbmscvi.boltzmann import graphs
+from qbmscvi.boltzmann.labeled_prior import LabeledPrior
+from qbmscvi.boltzmann.posterior import FactorialPosterior
+from qbmscvi.boltzmann.prior import BoltzmannPrior
 from qbmscvi.datasets import synthetic_counts
-from qbmscvi.distributions import FactorialPosterior
 from qbmscvi.samplers import ExactSampler, SamplingRequest
 
 N_LABELS = 3

@@ -14,9 +14,9 @@ import pytest
 import scvi
 from test_site import MODULES, public_names
 
-from qbmscvi._module import QBMVAE
-from qbmscvi._scanvae import QBMSCANVAE
-from qbmscvi._training_plan import QBMTrainingPlan
+from qbmscvi.module._qbmscanvae import QBMSCANVAE
+from qbmscvi.module._qbmvae import QBMVAE
+from qbmscvi.train._plan import QBMTrainingPlan
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

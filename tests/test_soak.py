@@ -136,7 +136,7 @@ def test_training_survives_a_device_that_fails_all_the_time():
 
 def test_the_moments_tell_when_wrong_answers_are_taken(monkeypatch):
     """The same device, its answers neither vetted nor followed by more than one sweep: the gate of the soak fails."""
-    monkeypatch.setattr("qbmscvi._callbacks.BlockGibbsSampler", partial(BlockGibbsSampler, 1))
-    monkeypatch.setattr("qbmscvi._callbacks.vet", lambda sampler: sampler)
+    monkeypatch.setattr("qbmscvi.train._sampling.BlockGibbsSampler", partial(BlockGibbsSampler, 1))
+    monkeypatch.setattr("qbmscvi.train._sampling.vet", lambda sampler: sampler)
     _, _, honesty, _ = run(flaky(["ground-states"]), 2_000, SamplingSchedule(every_n_steps=1, n_sweeps=1), 1)
     assert max(honesty.worst) > MAX_Z

@@ -10,7 +10,7 @@ import pytest
 from scvi.model import SCVI
 
 from qbmscvi import QBMSCVI
-from qbmscvi._deferred import DeferredInitialization
+from qbmscvi.model._deferred import DeferredInitialization
 
 # Method: inherited or overridden, and its arguments, of scvi-tools 1.4 and 1.5 together. All of them work but for those
 # below: see test_model.py, test_training.py, test_likelihood.py, test_drop_in.py and, above all, scvi_suite.py.

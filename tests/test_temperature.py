@@ -10,10 +10,10 @@ import torch
 from laws import Law, energy_table, random_problem, state_table
 from scipy import optimize, stats
 
-from qbmscvi import graphs
-from qbmscvi.ising import IsingModel, SampleBatch
+from qbmscvi.boltzmann import graphs
+from qbmscvi.boltzmann.ising import IsingModel, SampleBatch
 from qbmscvi.samplers import BetaEstimate, effective_beta
-from qbmscvi.testing import tiny_problems
+from qbmscvi.samplers.testing import tiny_problems
 
 ALPHA = 1e-4
 PROBLEMS = tiny_problems()

@@ -1,4 +1,4 @@
-"""``qbmscvi.testing``: honest samplers keep the contract, each planted fault breaks the law that it should.
+"""``qbmscvi.samplers.testing``: honest samplers keep the contract, each planted fault breaks the law that it should.
 
 Wrong signs, temperatures and node orders and lost edges are planted around samplers in ``test_laws.py``.
 
@@ -18,10 +18,10 @@ from dwave.samplers import RandomSampler, SteepestDescentSampler
 from laws import Law, block_gibbs_law, energy_table, judge, random_problem, random_scan_law
 from scipy import stats
 
-from qbmscvi import graphs, testing
-from qbmscvi.enumeration import all_states
+from qbmscvi.boltzmann import graphs
+from qbmscvi.boltzmann.enumeration import all_states
+from qbmscvi.boltzmann.ising import SampleBatch
 from qbmscvi.exceptions import GraphMismatchError, QBMSCVIError, SamplerUnavailable
-from qbmscvi.ising import SampleBatch
 from qbmscvi.samplers import (
     BlockGibbsSampler,
     DimodSampler,
@@ -29,8 +29,9 @@ from qbmscvi.samplers import (
     Sampler,
     SamplerTraits,
     SamplingRequest,
+    testing,
 )
-from qbmscvi.testing import (
+from qbmscvi.samplers.testing import (
     SamplerCheckError,
     assert_boltzmann,
     check_sampler,

@@ -19,10 +19,10 @@ from faulty import FAULTS, Faulty, Pace
 from lightning.pytorch.callbacks import Callback
 
 from qbmscvi import QBMSCVI, SamplingSchedule
-from qbmscvi._training_plan import auto_weight_decay
 from qbmscvi.datasets import synthetic_counts
 from qbmscvi.exceptions import SamplerTimeout, TrainingDivergedError
 from qbmscvi.samplers import BlockGibbsSampler, DimodSampler, ExactSampler, Sampler, build_sampler
+from qbmscvi.train._plan import auto_weight_decay
 
 SAMPLER_NAMES = (
     "gibbs",

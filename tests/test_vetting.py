@@ -10,9 +10,9 @@ import torch
 from faulty import ground_states
 from laws import Law
 
-from qbmscvi import graphs
+from qbmscvi.boltzmann import graphs
+from qbmscvi.boltzmann.ising import IsingModel
 from qbmscvi.exceptions import InvalidSamples
-from qbmscvi.ising import IsingModel
 from qbmscvi.samplers import (
     BlockGibbsSampler,
     DimodSampler,
@@ -27,8 +27,8 @@ from qbmscvi.samplers import (
     effective_beta,
     vet,
 )
-from qbmscvi.samplers._gibbs import gibbs_sweeps
-from qbmscvi.testing import tiny_problems
+from qbmscvi.samplers.local._gibbs import gibbs_sweeps
+from qbmscvi.samplers.testing import tiny_problems
 
 PROBLEMS = tiny_problems()
 BETAS = (0.3, 1.0, 2.0)

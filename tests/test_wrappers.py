@@ -17,9 +17,9 @@ from devices import BELIEVED_BETA, TRUE_BETA, Device, Faulty, OffTemperature, re
 from dwave.samplers import RandomSampler, SteepestDescentSampler
 from laws import Law, assert_follows, block_gibbs_law, random_problem
 
-from qbmscvi import graphs
+from qbmscvi.boltzmann import graphs
+from qbmscvi.boltzmann.ising import IsingModel
 from qbmscvi.exceptions import GraphMismatchError, InvalidSamples, SamplerError
-from qbmscvi.ising import IsingModel
 from qbmscvi.samplers import (
     BlockGibbsSampler,
     Budgeted,
@@ -36,7 +36,7 @@ from qbmscvi.samplers import (
     SpinReversed,
     effective_beta,
 )
-from qbmscvi.testing import assert_boltzmann, compare_with_boltzmann, tiny_problems
+from qbmscvi.samplers.testing import assert_boltzmann, compare_with_boltzmann, tiny_problems
 
 PROBLEMS = tiny_problems()
 each_problem = pytest.mark.parametrize("name", list(PROBLEMS))

@@ -8,15 +8,17 @@ from importlib.metadata import version
 # line `view_anndata_setup` raises AttributeError. Mended upstream in 1.4.3.
 import rich.pretty  # noqa: F401
 
-from qbmscvi import benchmark, datasets, diagnostics, distributions, exceptions, graphs, ising, pl, samplers
-from qbmscvi._callbacks import SamplingCallback, SamplingSchedule
-from qbmscvi._interpretation import PriorModes
-from qbmscvi._model import QBMSCVI
-from qbmscvi._module import QBMVAE
-from qbmscvi._prior import BoltzmannPrior
-from qbmscvi._prior_fit import PriorFit
-from qbmscvi._scanvi import QBMSCANVI
-from qbmscvi._training_plan import QBMTrainingPlan
+from qbmscvi import benchmark, boltzmann, datasets, diagnostics, exceptions, pl, samplers
+from qbmscvi.boltzmann import graphs, ising
+from qbmscvi.boltzmann.prior import BoltzmannPrior
+from qbmscvi.model._interpretation import PriorModes
+from qbmscvi.model._qbmscanvi import QBMSCANVI
+from qbmscvi.model._qbmscvi import QBMSCVI
+from qbmscvi.module._qbmvae import QBMVAE
+from qbmscvi.train._plan import QBMTrainingPlan
+from qbmscvi.train._prior_fit import PriorFit
+from qbmscvi.train._sampling import SamplingCallback
+from qbmscvi.train._schedule import SamplingSchedule
 
 __version__ = version("qbmscvi")
 
@@ -31,9 +33,9 @@ __all__ = [
     "SamplingCallback",
     "SamplingSchedule",
     "benchmark",
+    "boltzmann",
     "datasets",
     "diagnostics",
-    "distributions",
     "exceptions",
     "graphs",
     "ising",

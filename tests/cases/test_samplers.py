@@ -15,12 +15,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from scvi.train import SaveCheckpoint
 from without_float64 import DEVICE, WithoutFloat64
 
-from qbmscvi import QBMSCVI, SamplingSchedule, graphs
+from qbmscvi import QBMSCVI, SamplingSchedule
+from qbmscvi.boltzmann import graphs
+from qbmscvi.boltzmann.enumeration import draw_exact, exact_moments
+from qbmscvi.boltzmann.ising import IsingModel
 from qbmscvi.datasets import synthetic_counts
 from qbmscvi.diagnostics import estimate_log_z
-from qbmscvi.enumeration import draw_exact, exact_moments
 from qbmscvi.exceptions import BudgetExceeded, GraphMismatchError, InvalidSamples
-from qbmscvi.ising import IsingModel
 from qbmscvi.samplers import (
     BlockGibbsSampler,
     Budgeted,
@@ -44,9 +45,9 @@ from qbmscvi.samplers import (
     Vetted,
     build_sampler,
 )
-from qbmscvi.samplers._recordings import problem_fingerprint
 from qbmscvi.samplers._temperature import fits_beta
-from qbmscvi.testing import SamplerCheckError, check_sampler
+from qbmscvi.samplers.testing import SamplerCheckError, check_sampler
+from qbmscvi.samplers.wrappers._recordings import problem_fingerprint
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,11 @@ from scvi.dataloaders import DataSplitter
 from torch.distributions import kl_divergence
 
 from qbmscvi import QBMSCANVI, QBMSCVI, SamplingSchedule
-from qbmscvi._training_plan import _avoid_batches_of_one
+from qbmscvi.boltzmann.posterior import FactorialPosterior
 from qbmscvi.datasets import synthetic_counts
-from qbmscvi.distributions import FactorialPosterior
 from qbmscvi.exceptions import TrainingDivergedError
 from qbmscvi.samplers import BlockGibbsSampler
+from qbmscvi.train._runner import _avoid_batches_of_one
 
 FIT = {"max_epochs": 2, "accelerator": "cpu", "enable_progress_bar": False}
 MODELS = {

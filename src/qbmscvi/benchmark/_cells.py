@@ -25,7 +25,6 @@ from scvi.module._constants import MODULE_KEYS
 from threadpoolctl import threadpool_limits
 from torch.distributions import Normal
 
-from qbmscvi._model import QBMSCVI
 from qbmscvi.benchmark._densities import (
     AutoregressiveDensity,
     BernoulliMixture,
@@ -37,8 +36,9 @@ from qbmscvi.benchmark._densities import (
     draw,
 )
 from qbmscvi.benchmark._generation import can_score, score_generated, score_real
+from qbmscvi.boltzmann.posterior import FactorialPosterior
 from qbmscvi.diagnostics import estimate_log_z
-from qbmscvi.distributions import FactorialPosterior
+from qbmscvi.model._qbmscvi import QBMSCVI
 from qbmscvi.samplers import BlockGibbsSampler, SamplingRequest
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from scvi.model import SCVI
     from torch import Tensor
 
-    from qbmscvi._prior import BoltzmannPrior
+    from qbmscvi.boltzmann.prior import BoltzmannPrior
     from qbmscvi.diagnostics import LogPartition
 
 REAL_CELLS = "real cells"

@@ -17,7 +17,6 @@ import subprocess
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -27,8 +26,6 @@ import numpy as np
 import scvi
 import torch
 
-from qbmscvi._counts import check_counts
-from qbmscvi._input_checks import check_categories, check_matrix, get_column
 from qbmscvi.benchmark._definitions import define
 from qbmscvi.benchmark._metrics import as_codes, as_numbers, as_order, order_by_lineage
 from qbmscvi.benchmark._models import (
@@ -45,9 +42,11 @@ from qbmscvi.benchmark._models import (
 )
 from qbmscvi.benchmark._scores import N_NEIGHBORS, require_extra, score_all
 from qbmscvi.exceptions import require_integer
+from qbmscvi.model._counts import check_counts
+from qbmscvi.model._input_checks import check_categories, check_matrix, get_column
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from anndata import AnnData
 

@@ -6,13 +6,13 @@ import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
-from qbmscvi._counts import check_counts
-from qbmscvi._input_checks import check_categories, check_matrix
 from qbmscvi.exceptions import require_integer
+from qbmscvi.model._counts import check_counts
+from qbmscvi.model._input_checks import check_categories, check_matrix
 
 if TYPE_CHECKING:
+    import pandas as pd
     from anndata import AnnData
 
 _SPANS = (0.3, 0.6, 1.0)  # scanpy's default first

@@ -1,10 +1,10 @@
 r"""Rival priors: densities fitted to the codes of a trained model, networks frozen.
 
 The codes of cells are their posteriors :math:`q(z \mid x)`, with one row per cell: a
-:class:`~qbmscvi.distributions.FactorialPosterior` over the spins of QBMSCVI, or scVI's normal distributions. A density
-:math:`p(z)` is fitted to the aggregated posterior, so to draws of the codes and not to their means, and is judged by
-:math:`KL(q \| p)` of cells that it has not seen. The rivals say how many nats any prior could still gain, and whether
-any fitted prior makes cells as good.
+:class:`~qbmscvi.boltzmann.posterior.FactorialPosterior` over the spins of QBMSCVI, or scVI's normal distributions. A
+density :math:`p(z)` is fitted to the aggregated posterior, so to draws of the codes and not to their means, and is
+judged by :math:`KL(q \| p)` of cells that it has not seen. The rivals say how many nats any prior could still gain, and
+whether any fitted prior makes cells as good.
 
 All of them are normalized exactly. Boltzmann machines are elsewhere: their log Z has to be estimated.
 """
@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 from torch.nn.functional import linear, logsigmoid
 
-from qbmscvi.distributions import FactorialPosterior
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Self
 
     from torch.distributions import Distribution
+
+    from qbmscvi.boltzmann.posterior import FactorialPosterior
 
 _HELD_OUT = 0.1  # share of the cells that chooses a number of components or stops the training
 _MIN_CELLS = 20

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import sparse
 
-from qbmscvi._counts import check_counts
-from qbmscvi._input_checks import as_typed, check_categories, check_matrix, require_anndata
 from qbmscvi.exceptions import require_integer
+from qbmscvi.model._counts import check_counts
+from qbmscvi.model._input_checks import as_typed, check_categories, check_matrix, require_anndata
 
 from ._metrics import logistic_classifier
 

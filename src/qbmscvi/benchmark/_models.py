@@ -19,9 +19,6 @@ import torch
 from scvi.external import SysVI
 from scvi.model import SCVI
 
-from qbmscvi._model import QBMSCVI
-from qbmscvi._module import DEFAULT_N_LATENT
-from qbmscvi._training_plan import QBMTrainingPlan, auto_kl_warmup, auto_weight_decay
 from qbmscvi.benchmark._cells import (
     GAUSSIAN_RIVALS,
     OF_TRAINING,
@@ -33,6 +30,9 @@ from qbmscvi.benchmark._cells import (
     Control,
     score_priors,
 )
+from qbmscvi.model._qbmscvi import QBMSCVI
+from qbmscvi.module._qbmvae import DEFAULT_N_LATENT
+from qbmscvi.train._plan import QBMTrainingPlan, auto_kl_warmup, auto_weight_decay
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

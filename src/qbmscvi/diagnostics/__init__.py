@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from qbmscvi.boltzmann.log_z import LogPartition, estimate_log_z, log_mean_exp
 from qbmscvi.diagnostics._chains import MIXED, ChainDiagnostics, chain_diagnostics
 from qbmscvi.diagnostics._confounders import RankCorrelation, partial_spearman
 from qbmscvi.diagnostics._fidelity import Fidelity, device_fidelity
-from qbmscvi.diagnostics._partition import LogPartition, estimate_log_z, log_mean_exp
 
 __all__ = [
     "MIXED",

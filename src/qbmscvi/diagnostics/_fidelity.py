@@ -23,15 +23,15 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from qbmscvi.enumeration import MAX_ENUMERATED_SPINS, all_states, enumerate_ising, exact_moments, n_enumerated
-from qbmscvi.ising import IsingModel
+from qbmscvi.boltzmann.enumeration import MAX_ENUMERATED_SPINS, all_states, enumerate_ising, exact_moments, n_enumerated
+from qbmscvi.boltzmann.ising import IsingModel
 from qbmscvi.samplers import BlockGibbsSampler, SamplingRequest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from qbmscvi.samplers import DWaveSampler
-    from qbmscvi.samplers._program import Program
+    from qbmscvi.samplers.dwave._program import Program
 
 _CHUNK = 1 << 16
 _MAX_CHAIN = 12  # qubits of a chain whose states are enumerated

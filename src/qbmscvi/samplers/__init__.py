@@ -4,26 +4,31 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qbmscvi.samplers._base import Draw, Sampler, SamplerTraits, SamplingRequest
 from qbmscvi.samplers._broker import Broker, Ledger
-from qbmscvi.samplers._cim import CoherentIsingSampler, build_coherent_ising_sampler
-from qbmscvi.samplers._dimod import (
+from qbmscvi.samplers._contract import Draw, Sampler, SamplerTraits, SamplingRequest
+from qbmscvi.samplers._temperature import BetaEstimate, effective_beta
+from qbmscvi.samplers.annealers._dimod import (
     DimodSampler,
     PathIntegralAnnealingSampler,
     SimulatedAnnealingSampler,
     TreeDecompositionSampler,
     as_sampler,
 )
-from qbmscvi.samplers._dwave import DWaveSampler, build_dwave_sampler
-from qbmscvi.samplers._exact import ExactSampler
-from qbmscvi.samplers._gibbs import BlockGibbsSampler
-from qbmscvi.samplers._kaiwu import KaiwuSampler, build_kaiwu_sampler
-from qbmscvi.samplers._recordings import Recorded, Replayed
-from qbmscvi.samplers._resilience import Budgeted, Retrying
-from qbmscvi.samplers._temperature import BetaEstimate, effective_beta
-from qbmscvi.samplers._tempering import ParallelTemperingSampler
-from qbmscvi.samplers._vetting import Vetted
-from qbmscvi.samplers._wrappers import Calibrated, Polished, Rescaled, SpinReversed, Wrapper
+from qbmscvi.samplers.dwave._sampler import DWaveSampler, build_dwave_sampler
+from qbmscvi.samplers.kaiwu._sampler import KaiwuSampler, build_kaiwu_sampler
+from qbmscvi.samplers.local._coherent_ising import CoherentIsingSampler, build_coherent_ising_sampler
+from qbmscvi.samplers.local._exact import ExactSampler
+from qbmscvi.samplers.local._gibbs import BlockGibbsSampler
+from qbmscvi.samplers.local._tempering import ParallelTemperingSampler
+from qbmscvi.samplers.wrappers._budgeted import Budgeted
+from qbmscvi.samplers.wrappers._calibrated import Calibrated
+from qbmscvi.samplers.wrappers._polished import Polished
+from qbmscvi.samplers.wrappers._recordings import Recorded, Replayed
+from qbmscvi.samplers.wrappers._rescaled import Rescaled
+from qbmscvi.samplers.wrappers._retrying import Retrying
+from qbmscvi.samplers.wrappers._spin_reversed import SpinReversed
+from qbmscvi.samplers.wrappers._vetting import Vetted
+from qbmscvi.samplers.wrappers._wrapper import Wrapper
 
 if TYPE_CHECKING:
     import dimod

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from qbmscvi.exceptions import QBMSCVIError, SamplerUnavailable
 from qbmscvi.samplers import SAMPLER_NAMES, build_sampler
-from qbmscvi.samplers._kaiwu import find_python
+from qbmscvi.samplers.kaiwu._sampler import find_python
 
 _PASSED, _BROKEN, _UNAVAILABLE = 0, 1, 2
 
@@ -50,7 +50,7 @@ def describe() -> list[tuple[str, str]]:
 
 def check(name: str, n_samples: int) -> int:
     """Check a sampler end to end on tiny problems, and say what was found."""
-    from qbmscvi.testing import SamplerCheckError, check_sampler
+    from qbmscvi.samplers.testing import SamplerCheckError, check_sampler
 
     try:
         sampler = build_sampler(name)

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qbmscvi.boltzmann.ising import SampleBatch, disjoint_union
 from qbmscvi.exceptions import SamplerError, SamplerTimeout
-from qbmscvi.ising import SampleBatch, disjoint_union
 from qbmscvi.samplers._background import call_in_background
-from qbmscvi.samplers._base import Sampler, SamplingRequest, derive_seed
-from qbmscvi.samplers._recordings import problem_fingerprint
+from qbmscvi.samplers._contract import Sampler, SamplingRequest, derive_seed
+from qbmscvi.samplers.wrappers._recordings import problem_fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from qbmscvi.ising import IsingModel, SampleBatch
+    from qbmscvi.boltzmann.ising import IsingModel, SampleBatch
 
 _TWO_SIDED_95 = 1.96
 _MAX_Z = 4.0

@@ -1,0 +1,1 @@
+"""What users call: QBMSCVI, QBMSCANVI, and the methods that they share."""

@@ -1,0 +1,442 @@
+"""QBMSCVI: scVI with a Boltzmann prior."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import is_dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import torch
+from scvi.data._constants import ADATA_MINIFY_TYPE
+from scvi.model import SCVI
+from scvi.module._constants import MODULE_KEYS
+
+from qbmscvi.boltzmann.posterior import FactorialPosterior
+from qbmscvi.exceptions import require_integer
+from qbmscvi.model._arguments import CellLoader, as_python
+from qbmscvi.model._checked_data import CheckedDataMixin
+from qbmscvi.model._deferred import DeferredInitialization
+from qbmscvi.model._expression import ExpressionMixin
+from qbmscvi.model._generation import GenerationMixin, build_prior_sampler
+from qbmscvi.model._input_checks import require_anndata
+from qbmscvi.model._interpretation import InterpretationMixin
+from qbmscvi.model._likelihood import LikelihoodMixin
+from qbmscvi.model._prior_fit import PriorFitMixin
+from qbmscvi.module._qbmvae import DEFAULT_N_LATENT, QBMVAE, resolve_prior_graph
+from qbmscvi.train._plan import QBMTrainingPlan
+from qbmscvi.train._runner import QBMTrainRunner
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    import networkx as nx
+    from anndata import AnnData
+    from lightning import LightningDataModule
+
+    from qbmscvi.boltzmann.graphs import Graph, GraphName
+    from qbmscvi.boltzmann.ising import IsingModel
+    from qbmscvi.boltzmann.smoothing import Smoothing, SmoothingName
+    from qbmscvi.samplers import Sampler
+    from qbmscvi.train._schedule import SamplingSchedule
+
+Representation = Literal["angles", "mean", "logits", "bits"]
+
+
+class QBMSCVI(
+    PriorFitMixin,
+    LikelihoodMixin,
+    InterpretationMixin,
+    GenerationMixin,
+    ExpressionMixin,
+    CheckedDataMixin,
+    SCVI,
+    DeferredInitialization,
+):
+    """scVI with a Boltzmann prior over its latent space :cite:p:`Wang25`.
+
+    Used like :class:`scvi.model.SCVI`; arguments not listed here are scVI's.
+
+    Parameters
+    ----------
+    adata
+        AnnData registered with :meth:`setup_anndata`. None if the data come as a data module: pass its registry then,
+        or nothing, and the networks are built by ``train(datamodule=...)``.
+    registry
+        Registry of a data module.
+    n_latent
+        Number of spins. Spins that are not needed fall out of use: see :meth:`get_active_units`.
+    latent_distribution
+        Kept for scVI's signature; must be ``"normal"``.
+    prior_graph
+        Couplings of the prior. ``"bipartite"``: a restricted Boltzmann machine, whose layers are the spins and the
+        hidden spins. ``"complete"``, ``"chimera"``, ``"pegasus"``, ``"zephyr"`` or
+        any :class:`networkx.Graph`: couplings between the spins, for devices of that graph. ``"independent"``: none,
+        the control that shows what the couplings do.
+    n_hidden_spins
+        Number of spins that only the prior has; each couples to every spin that the decoder sees. None for as many
+        as there are spins with ``"bipartite"``, and for none with other graphs. With
+        ``"bipartite"`` and zero the layers are two halves of the spins.
+    smoothing
+        What the decoder sees of a spin in training: ``"straight-through"``, ``"gumbel"``, ``"spike-exponential"``,
+        or an instance from :mod:`qbmscvi.boltzmann.posterior`.
+    n_chains
+        Persistent chains of the prior. With 512, of which 448 give the moments, the sampling
+        error of a moment is at most 0.05, half of that of the 128 cells of a batch.
+
+    Examples
+    --------
+    >>> import qbmscvi
+    >>> adata = qbmscvi.datasets.synthetic_counts(n_cells=300, n_genes=100)
+    >>> qbmscvi.QBMSCVI.setup_anndata(adata, batch_key="batch")
+    >>> model = qbmscvi.QBMSCVI(adata)
+    >>> model.train(max_epochs=2)
+    >>> adata.obsm["X_qbmscvi"] = model.get_latent_representation()
+    """
+
+    _module_cls = QBMVAE
+    _training_plan_cls = QBMTrainingPlan
+    _train_runner_cls = QBMTrainRunner
+    _data_loader_cls = CellLoader
+
+    def __init__(
+        self,
+        adata: AnnData | None = None,
+        registry: dict | None = None,
+        n_hidden: int = 128,
+        n_latent: int = DEFAULT_N_LATENT,
+        n_layers: int = 1,
+        dropout_rate: float = 0.1,
+        dispersion: Literal["gene", "gene-batch", "gene-label", "gene-cell"] = "gene",
+        gene_likelihood: Literal["zinb", "nb", "poisson", "normal"] = "zinb",
+        use_observed_lib_size: bool = True,
+        latent_distribution: Literal["normal"] = "normal",
+        *,
+        prior_graph: GraphName | nx.Graph | Graph = "bipartite",
+        n_hidden_spins: int | None = None,
+        smoothing: SmoothingName | Smoothing = "straight-through",
+        n_chains: int = 512,
+        **kwargs: Any,
+    ) -> None:
+        if adata is None and registry is None and not use_observed_lib_size:
+            msg = (
+                "use_observed_lib_size=False needs the library sizes of the batches, but neither `adata` nor "
+                "`registry` was given. Pass `adata`, or leave use_observed_lib_size=True."
+            )
+            raise ValueError(msg)
+        super().__init__(
+            adata,
+            registry,
+            n_hidden=n_hidden,
+            n_latent=n_latent,
+            n_layers=n_layers,
+            dropout_rate=dropout_rate,
+            dispersion=dispersion,
+            gene_likelihood=gene_likelihood,
+            use_observed_lib_size=use_observed_lib_size,
+            latent_distribution=latent_distribution,
+            prior_graph=prior_graph,
+            n_hidden_spins=n_hidden_spins,
+            smoothing=smoothing,
+            n_chains=n_chains,
+            **kwargs,
+        )
+        require_integer("n_latent", n_latent, 1, "Leave it out for the default.")
+        n_of_prior = resolve_prior_graph(int(n_latent), prior_graph, n_hidden_spins)[1]
+        sizes = f"n_latent: {n_latent}" + (f", n_hidden_spins: {n_of_prior}" if n_of_prior else "")
+        graph = prior_graph if isinstance(prior_graph, str) else getattr(prior_graph, "name", "") or "custom"
+        self._model_summary_string = (
+            f"{type(self).__name__} model with the following parameters: \n"
+            f"{sizes}, prior_graph: {graph}, smoothing: {smoothing}, n_hidden: {n_hidden}, "
+            f"n_layers: {n_layers}, dropout_rate: {dropout_rate}, dispersion: {dispersion}, "
+            f"gene_likelihood: {gene_likelihood}."
+        )
+        self.init_params_ = self._get_init_params(locals())
+
+    def train(
+        self,
+        max_epochs: int | None = None,
+        accelerator: str = "auto",
+        devices: int | list[int] | str = "auto",
+        train_size: float | None = None,
+        validation_size: float | None = None,
+        shuffle_set_split: bool = True,
+        load_sparse_tensor: bool = False,
+        batch_size: int = 128,
+        early_stopping: bool = False,
+        datasplitter_kwargs: dict | None = None,
+        plan_config: Any | None = None,
+        plan_kwargs: Any | None = None,
+        datamodule: LightningDataModule | None = None,
+        trainer_config: Any | None = None,
+        *,
+        sampler: str | Sampler = "gibbs",
+        schedule: SamplingSchedule | None = None,
+        fit_prior: bool = True,
+        **trainer_kwargs: Any,
+    ) -> None:
+        """Train the model.
+
+        Arguments not listed here are those of :meth:`scvi.model.SCVI.train`.
+
+        Parameters
+        ----------
+        plan_config, plan_kwargs
+            Arguments of :class:`~qbmscvi.QBMTrainingPlan`, e.g. ``prior_lr`` or ``n_epochs_kl_warmup``; the latter win.
+            Fields of a :class:`scvi.train.TrainingPlanConfig` that have its default count as not given, so that they
+            do not bring scVI's ``lr``, ``eps`` and warm-up back.
+        sampler
+            Source of the prior's samples: a name that :func:`qbmscvi.samplers.build_sampler` knows, or an instance
+            from :mod:`qbmscvi.samplers`.
+        schedule
+            When the prior is sampled.
+        fit_prior
+            Whether to call :meth:`fit_prior` at the end, with as many steps as were trained at most. It changes no
+            representation. A remote sampler is not asked for it: call :meth:`fit_prior` with it yourself.
+
+        Raises
+        ------
+        ValueError
+            If the data are not counts, a cell is empty, a size factor or covariate is not finite or the counts were
+            minified away, or the sampler is unknown or finds ground states only.
+        AttributeError
+            If the model has no AnnData and ``datamodule`` is missing.
+        GraphMismatchError
+            If the prior does not fit the sampler.
+        TrainingDivergedError
+            If the loss became non-finite; the model is left in its last finite state.
+        """
+        sampler = build_prior_sampler(sampler)
+        if datamodule is None and self.adata is None:
+            msg = "The model has no AnnData to be trained on. Pass `datamodule`, or build the model with `adata`."
+            raise AttributeError(msg)  # as scVI, by accident, does
+        if datamodule is None and self.minified_data_type == ADATA_MINIFY_TYPE.LATENT_POSTERIOR:
+            # scVI refuses here, before a pass through the decoder has changed its batch statistics.
+            self.module.loss({}, {}, {})
+        if datamodule is None and self.minified_data_type is None:
+            self._check_numbers(self.adata)
+        plan_kwargs = {**plan_arguments(plan_config), **plan_arguments(plan_kwargs)}
+        for name in ("sampler", "schedule"):
+            if name in plan_kwargs:
+                msg = f"`{name}` is an argument of its own: use train({name}=...) instead of plan_kwargs."
+                raise TypeError(msg)
+        arguments = as_python(
+            {
+                "max_epochs": max_epochs,
+                "accelerator": accelerator,
+                "devices": devices,
+                "train_size": train_size,
+                "validation_size": validation_size,
+                "shuffle_set_split": shuffle_set_split,
+                "load_sparse_tensor": load_sparse_tensor,
+                "batch_size": batch_size,
+                "early_stopping": early_stopping,
+                **trainer_kwargs,
+            }
+        )
+        super().train(
+            datasplitter_kwargs=as_python(datasplitter_kwargs or {}),
+            plan_kwargs={**as_python(plan_kwargs), "sampler": sampler, "schedule": schedule},
+            datamodule=datamodule,
+            trainer_config=as_python(trainer_config) if isinstance(trainer_config, Mapping) else trainer_config,
+            **arguments,
+        )
+        if fit_prior:
+            self._fit_prior_after_training(datamodule, trainer_kwargs.get("enable_progress_bar", True))
+
+    @torch.inference_mode()
+    def get_latent_representation(
+        self,
+        adata: AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        give_mean: bool = True,
+        mc_samples: int = 5_000,
+        batch_size: int | None = None,
+        return_dist: bool = False,
+        dataloader: Iterator[dict[str, torch.Tensor | None]] | None = None,
+        *,
+        representation: Representation = "angles",
+        **data_loader_kwargs: Any,
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+        r"""Compute the latent representation of the cells.
+
+        Arguments not listed here are those of :meth:`scvi.model.SCVI.get_latent_representation`.
+
+        Parameters
+        ----------
+        give_mean
+            If False, one draw of the posterior instead of a representation of it.
+        mc_samples
+            Not used; all means are closed form.
+        return_dist
+            Return mean and variance of the spins' posterior, each of shape ``(n_cells, n_latent)``.
+        representation
+            ``"angles"`` :math:`\arcsin(m)` of their mean :math:`m`, whose Euclidean distances are Fisher-Rao
+            distances between posteriors; the ``"mean"`` :math:`m = \tanh(l / 2)` in ``[-1, 1]`` itself; ``"logits"``
+            :math:`l`; or most likely ``"bits"`` in ``{0, 1}``, which make many cells identical and so spoil neighbor
+            graphs.
+
+        Returns
+        -------
+        Shape ``(n_cells, n_latent)``, or two such arrays. Deterministic unless ``give_mean=False``.
+
+        Raises
+        ------
+        ValueError
+            If ``representation`` is unknown.
+        """
+        self._check_if_trained(warn=False)
+        if representation not in get_args(Representation):
+            msg = f"Unknown representation {representation!r}. Use {', '.join(map(repr, get_args(Representation)))}."
+            raise ValueError(msg)
+        if return_dist:
+            return super().get_latent_representation(
+                adata, indices, batch_size=batch_size, return_dist=True, dataloader=dataloader, **data_loader_kwargs
+            )
+        if dataloader is None:
+            adata = self._validate_anndata(adata)
+            dataloader = self._make_data_loader(adata, indices=indices, batch_size=batch_size, **data_loader_kwargs)
+        parts = []
+        for tensors in dataloader:
+            outputs = self.module.inference(**self.module._get_inference_input(tensors))
+            z = outputs[MODULE_KEYS.Z_KEY]
+            parts.append((_represent(self._posterior(outputs), representation) if give_mean else z).cpu())
+        return torch.cat(parts).numpy()
+
+    def _posterior(self, outputs: dict[str, Any]) -> FactorialPosterior:
+        """Posterior of a batch, from a module that may return its moments only, as scvi-tools allows."""
+        if MODULE_KEYS.QZ_KEY in outputs:
+            return outputs[MODULE_KEYS.QZ_KEY]
+        mean, variance = outputs[MODULE_KEYS.QZM_KEY], outputs[MODULE_KEYS.QZV_KEY]
+        return FactorialPosterior.from_moments(mean, variance)
+
+    def get_ising_model(self) -> IsingModel:
+        """Return the prior's spins, hidden ones last, as an Ising problem.
+
+        ``model.get_ising_model().to_bqm()`` is a :class:`dimod.BinaryQuadraticModel`.
+        """
+        return self._require_module().prior.to_ising()
+
+    @torch.inference_mode()
+    def get_prior_energy(
+        self,
+        adata: AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        batch_size: int | None = None,
+        dataloader: Iterator[dict[str, torch.Tensor | None]] | None = None,
+    ) -> np.ndarray:
+        """Mean energy of each cell's posterior under the prior, in nats: low where the prior expects cells.
+
+        Hidden spins are summed out; with them the mean is over draws of the posterior, otherwise exact. Compare with
+        the energies of prior samples, ``model.module.prior.energy``. Arguments are those of
+        :meth:`get_latent_representation`.
+
+        Returns
+        -------
+        Shape ``(n_cells,)``.
+        """
+        self._check_if_trained(warn=False)
+        if dataloader is None:
+            adata = self._validate_anndata(adata)
+            dataloader = self._make_data_loader(adata, indices=indices, batch_size=batch_size)
+        energies = []
+        for tensors in dataloader:
+            outputs = self.module.inference(**self.module._get_inference_input(tensors))
+            qz = outputs[MODULE_KEYS.QZ_KEY]
+            energies.append(self.module.prior.expected_energy(qz, n_draws=self.module.n_kl_draws).sum(-1).cpu())
+        return torch.cat(energies).numpy()
+
+    @classmethod
+    def load_query_data(
+        cls, adata: AnnData | None = None, *args: Any, freeze_prior: bool = True, **kwargs: Any
+    ) -> QBMSCVI:
+        """Map new data onto a trained model (scArches).
+
+        Arguments not listed here are those of :meth:`scvi.model.SCVI.load_query_data`. The prior comes along with its
+        chains and its log Z.
+
+        Parameters
+        ----------
+        freeze_prior
+            Leave the prior as it is, so that the latent space keeps its meaning. False goes on learning it from the new
+            data, as ``unfrozen=True`` does.
+
+        Raises
+        ------
+        TypeError
+            If ``adata`` is no AnnData.
+        ValueError
+            If its columns or genes are not those that the model was set up with.
+        """
+        if adata is not None:
+            require_anndata(adata)
+        model = super().load_query_data(adata, *args, **kwargs)
+        if not freeze_prior:
+            model.module.prior.requires_grad_(True)
+        return model
+
+    def minify_adata(
+        self,
+        minified_data_type: str = "latent_posterior_parameters",
+        use_latent_qzm_key: str = "X_latent_qzm",
+        use_latent_qzv_key: str = "X_latent_qzv",
+    ) -> None:
+        """Keep the posterior of each cell in place of its counts.
+
+        Arguments are those of :meth:`scvi.model.SCVI.minify_adata`. Both keys of ``adata.obsm`` take what
+        ``get_latent_representation(return_dist=True)`` returns: mean and variance of the spins. They determine
+        the posterior, logits of saturated spins included.
+
+        Raises
+        ------
+        ValueError
+            If a key is missing or does not hold these moments.
+        """
+        moments = []
+        for key in (use_latent_qzm_key, use_latent_qzv_key):
+            if key not in self.adata.obsm:
+                msg = f"`adata.obsm` has no {key!r}. {_HOW_TO_MINIFY}"
+                raise ValueError(msg)
+            moments.append(np.asarray(self.adata.obsm[key]))
+        _check_moments(*moments, self.module.prior.n_visible)
+        super().minify_adata(minified_data_type, use_latent_qzm_key, use_latent_qzv_key)
+
+
+def plan_arguments(config: Any | None) -> dict[str, Any]:
+    """Arguments in a mapping, or in one of scVI's config objects, of which only what differs from its defaults."""
+    if not hasattr(config, "to_kwargs"):
+        return dict(config or {})
+    defaults = type(config)().to_kwargs() if is_dataclass(config) else {}
+    return {
+        name: value for name, value in config.to_kwargs().items() if name not in defaults or value != defaults[name]
+    }
+
+
+_HOW_TO_MINIFY = (
+    "Store both arrays of `model.get_latent_representation(return_dist=True)`, mean and variance of all spins, in "
+    "`adata.obsm['X_latent_qzm']` and `adata.obsm['X_latent_qzv']`."
+)
+
+
+def _check_moments(mean: np.ndarray, variance: np.ndarray, n_spins: int) -> None:
+    for name, values in (("mean", mean), ("variance", variance)):
+        if values.ndim != 2 or values.shape[1] != n_spins:
+            msg = f"The {name} of the posterior has shape {values.shape}, not (n_cells, {n_spins}). {_HOW_TO_MINIFY}"
+            raise ValueError(msg)
+    # Rounding of single precision is 1e-7; logits or standard deviations are off by orders of magnitude more.
+    is_consistent = (
+        np.isfinite(mean).all() and (variance >= 0).all() and np.allclose(1.0 - mean**2, variance, atol=1e-5)
+    )
+    if not is_consistent:
+        msg = f"These are no posterior means of spins m in [-1, 1] with variances 1 - m^2. {_HOW_TO_MINIFY}"
+        raise ValueError(msg)
+
+
+def _represent(qz: FactorialPosterior, representation: Representation) -> torch.Tensor:
+    read: dict[str, Callable[[], torch.Tensor]] = {
+        "angles": lambda: qz.mean.asin(),
+        "mean": lambda: qz.mean,
+        "logits": lambda: qz.logits,
+        "bits": lambda: (qz.logits > 0).to(qz.logits),
+    }
+    return read[representation]()

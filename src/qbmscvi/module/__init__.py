@@ -1,0 +1,1 @@
+"""Networks: encoder, decoder and the loss, for scvi-tools."""

@@ -1,0 +1,1 @@
+"""Samplers with the interface of dimod, those of dwave-samplers among them."""

@@ -1,0 +1,1 @@
+"""D-Wave's annealers: jobs, embeddings, programs."""

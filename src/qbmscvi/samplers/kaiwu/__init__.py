@@ -1,0 +1,1 @@
+"""Coherent Ising machines of QBoson, through the Kaiwu SDK."""

@@ -1,0 +1,1 @@
+"""Samplers around samplers: temperature, ranges, gauges, retries, budgets, recordings, vetting."""

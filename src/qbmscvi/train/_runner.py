@@ -1,0 +1,103 @@
+"""The runner: what surrounds Lightning's trainer in ``train``."""
+
+from __future__ import annotations
+
+import math
+import signal
+from typing import TYPE_CHECKING
+
+from scvi import settings
+from scvi.dataloaders import DataSplitter
+from scvi.train import TrainRunner
+from torch.nn import BatchNorm1d, Module
+
+from qbmscvi.exceptions import TrainingDivergedError
+from qbmscvi.train._plan import _logger
+
+if TYPE_CHECKING:
+    from qbmscvi.train._guards import FiniteStateGuard
+
+
+class QBMTrainRunner(TrainRunner):
+    """scVI's train runner, for models trained before, training that diverges or is stopped, and batches of one cell."""
+
+    def __call__(self) -> None:
+        """Run training.
+
+        Raises
+        ------
+        ValueError
+            If batch normalization would see one cell at a time.
+        TrainingDivergedError
+            If the loss or a parameter became non-finite; the model is in its last finite state.
+        SystemExit
+            If training was stopped by Ctrl-C; the model is in the state of that moment, or its last finite one.
+        """
+        model, was_trained = self.model, self.model.is_trained_
+        if isinstance(self.data_splitter, DataSplitter):
+            _avoid_batches_of_one(self.data_splitter, model.module, self.trainer.world_size)
+        # scVI leaves the module in evaluation mode and Lightning no longer changes that: training a second time would
+        # go on without dropout, batch statistics and, here, without a gradient through the spins.
+        model.module.train()
+        on_interrupt = signal.getsignal(signal.SIGINT)
+        try:
+            super().__call__()
+        except BaseException as error:
+            model.module.eval()
+            model.is_trained_ = was_trained
+            guard: FiniteStateGuard = self.training_plan.guard
+            has_diverged = guard.diverged_at_step is not None
+            is_stopped = isinstance(error, SystemExit | KeyboardInterrupt)
+            if signal.getsignal(signal.SIGINT) != on_interrupt:
+                signal.signal(signal.SIGINT, on_interrupt)  # Lightning leaves it ignored
+            if not (has_diverged or is_stopped):
+                raise
+            model.is_trained_ = was_trained or (guard.good_step if has_diverged else self.trainer.global_step) > 0
+            model.train_indices = getattr(self.data_splitter, "train_idx", None)
+            model.validation_indices = getattr(self.data_splitter, "val_idx", None)
+            model.test_indices = getattr(self.data_splitter, "test_idx", None)
+            model.trainer = self.trainer
+            if is_stopped:
+                raise
+            raise TrainingDivergedError(guard.message) from error
+
+    def _update_history(self) -> None:
+        """Extend the history; scVI's version needs one that is not empty, as after divergence in the first epoch."""
+        self.model.is_trained_ = self.model.is_trained_ and bool(self.model.history_)
+        super()._update_history()
+
+
+def _avoid_batches_of_one(splitter: DataSplitter, module: Module, n_ranks: int) -> None:
+    """Leave a cell out of each epoch where batch normalization would see it alone: one value has no variance.
+
+    scVI avoids a last batch of one or two cells only where it chooses the number of training cells itself, and then
+    also if there are no others.
+
+    Raises
+    ------
+    ValueError
+        If every batch would be of one cell.
+    """
+    if splitter.n_train + splitter.n_val == 0:
+        splitter.n_train = splitter.adata_manager.adata.n_obs
+    if not any(isinstance(layer, BatchNorm1d) for layer in module.modules()):
+        return
+    loader, n_train = splitter.data_loader_kwargs, splitter.n_train
+    batch_size = loader.get("batch_size") or settings.batch_size
+    if loader.get("distributed_sampler"):
+        divide = math.floor if loader.get("drop_dataset_tail") else math.ceil
+        n_train = divide(n_train / n_ranks)
+    if min(n_train, batch_size) < 2:
+        msg = (
+            f"There are {n_train} cells to train on, in batches of {batch_size}, but batch normalization needs two "
+            "cells in a batch. Train on more cells, with a larger `batch_size`, or build the model with "
+            "`use_batch_norm='none'`."
+        )
+        raise ValueError(msg)
+    if n_train % batch_size == 1 and not splitter.drop_last:
+        splitter.drop_last = True
+        _logger.warning(
+            "%d training cells leave a last batch of one, which batch normalization cannot use. Each epoch leaves out "
+            "one cell, another one each time.",
+            n_train,
+        )
