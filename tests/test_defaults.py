@@ -19,7 +19,7 @@ from qbmscvi.boltzmann.prior import _TRACKING_SHARE
 from qbmscvi.module._qbmscanvae import QBMSCANVAE
 from qbmscvi.samplers import SamplerTraits, Vetted, build_kaiwu_sampler
 from qbmscvi.train._plan import _PRIOR_LR_SHARE, QBMTrainingPlan, auto_kl_warmup
-from qbmscvi.train._sampling import _MAX_STALENESS
+from qbmscvi.train._schedule import _MAX_STALENESS
 
 if TYPE_CHECKING:
     from pathlib import Path

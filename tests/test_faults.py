@@ -192,7 +192,7 @@ def test_late_answers(adata, latencies, n_failures, n_trips):
 @pytest.mark.parametrize("is_slow", [False, True])
 def test_answers_of_slow_devices_are_used_whenever_they_come(adata, is_slow, monkeypatch):
     """With no limit in the schedule, and 4 steps in place of 500: asked at 0, answered at 7, used at 8."""
-    monkeypatch.setattr("qbmscvi.train._sampling._MAX_STALENESS", 4)
+    monkeypatch.setattr("qbmscvi.train._schedule._MAX_STALENESS", 4)
     device = SteppedDevice(None, lambda call: False, [7, None, None], is_slow=is_slow)
     model = train(adata, device, pace=SteppedClock(device), latency=2)
     if is_slow:

@@ -360,7 +360,7 @@ def test_resampling_keeps_log_z_and_equalizes_the_weights():
     spins = callback.log_z.chains.spins.double()
     log_z, problem = float(prior.log_z), prior.to_ising()
     work = spins.sum(1)  # the energy rises by the sum of the spins
-    callback._track_log_z(problem)
+    callback.log_z.follow(problem)
     assert float(prior.log_z) - log_z == pytest.approx(float(torch.logsumexp(-work, 0)) - math.log(64), abs=1e-4)
     assert not prior.tracking_log_weights.any()
     weights = torch.softmax(-work, 0)
