@@ -250,7 +250,7 @@ def test_a_job_that_never_ends_does_not_hold_up_the_end_of_the_program():
     script = """
 import time, torch
 from qbmscvi import graphs
-from qbmscvi.ising import IsingModel
+from qbmscvi.boltzmann.ising import IsingModel
 from qbmscvi.samplers import Broker, Sampler, SamplerTraits, SamplingRequest
 
 class Hanging(Sampler):
