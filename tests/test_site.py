@@ -20,6 +20,7 @@ sys.path.insert(0, str(DOCS))
 import draw_layers  # noqa: E402
 import list_messages  # noqa: E402
 
+
 def public_names(module_name: str) -> set[str]:
     """What a module exports: ``__all__``, or else the functions and classes that it defines."""
     module = importlib.import_module(module_name)

@@ -1,0 +1,214 @@
+"""Is the prior learned, and what is it worth? ``PRIOR.md`` from the records of ``results.py``.
+
+    python benchmarks/prior.py
+
+Every model is compared with the same fitted priors: QBMSCVI and J = 0 with their own, scVI with a mixture of Gaussians.
+``QBMSCVI 0.1.0`` is the default without hidden spins and without ``fit_prior``, which these replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from qbmscvi.benchmark import paired_difference, pooled_difference, read_records
+
+HERE = Path(__file__).parent
+MODEL, BEFORE = "QBMSCVI", "QBMSCVI 0.1.0"
+SCVI_VARIANTS = ["SCVI", "SCVI, same optimizer and width"]
+MIXTURES = [f"{name}, mixture of Gaussians" for name in SCVI_VARIANTS]
+J_ZERO, BERNOULLI, AUTOREGRESSIVE, OWN_CODES, OF_TRAINING = (
+    f"{MODEL}, {name}"
+    for name in ("J = 0", "mixture of Bernoulli products", "autoregressive density", "own codes", "prior of training")
+)
+REPRESENTATION = {
+    "knn_macro_f1": "kNN macro-F1",
+    "boosting_macro_f1": "boosting macro-F1",
+    "scib_bio": "scIB bio",
+    "scib_batch": "scIB batch",
+    "silhouette": "silhouette",
+    "transfer_macro_f1": "transfer macro-F1",
+    "pseudotime_tau": "pseudotime tau",
+}
+ALL = "all sets"
+
+
+class Scores:
+    """Scores by data set, model and seed; costs are scores, too."""
+
+    def __init__(self, records: list[dict]) -> None:
+        costs = ("cpu_s", "fit_cpu_s")
+        rows = {
+            (r["data"], r["model"], r["seed"]): r["scores"] | {cost: r.get(cost) for cost in costs}
+            for r in records
+            if r["schedule"] == "native"
+        }
+        self.table = pd.DataFrame.from_dict(rows, orient="index").astype(float)
+        self.sets = [name for name in self.table.index.unique(0) if self.has(name, MODEL)]
+        self.n_seeds = [self.table.loc[(name, MODEL)].shape[0] for name in self.sets]
+
+    def has(self, data: str, model: str) -> bool:
+        return (data, model) in {key[:2] for key in self.table.index}
+
+    def of(self, data: str, model: str, score: str) -> pd.Series:
+        """By seed; empty where the model was not run."""
+        return self.table.loc[(data, model)][score].dropna() if self.has(data, model) else pd.Series(dtype=float)
+
+    def best(self, data: str, models: list[str], score: str) -> str:
+        """The model with the highest mean, of those that were run."""
+        return max(models, key=lambda model: self.of(data, model, score).mean() if self.has(data, model) else -np.inf)
+
+    def differences(self, score: str, reference: str | list[str], sign: int = 1) -> dict[str, np.ndarray]:
+        """Of each data set, the model minus the reference, or minus the best of several; seeds that both have."""
+        found = {}
+        for data in self.sets:
+            one = reference if isinstance(reference, str) else self.best(data, reference, score)
+            ours, theirs = sign * self.of(data, MODEL, score), sign * self.of(data, one, score)
+            seeds = ours.index.intersection(theirs.index)
+            if len(seeds):
+                found[data] = (ours[seeds] - theirs[seeds]).to_numpy()
+        return found
+
+
+def row_of(differences: dict[str, np.ndarray], sets: list[str], digits: int, scale: float = 1.0) -> list[str]:
+    """Mean and interval of each set, and over sets."""
+    cells = []
+    for data in [*sets, ALL]:
+        if data == ALL and differences:
+            result = pooled_difference(differences)
+        elif data in differences:
+            result = paired_difference(differences[data], np.zeros(len(differences[data])))
+        else:
+            cells.append("")
+            continue
+        numbers = [f"{scale * value:+.{digits}f}" for value in (result.mean, result.low, result.high)]
+        text = numbers[0] + (f" ({numbers[1]} to {numbers[2]})" if np.isfinite(result.low) else "")
+        cells.append(f"**{text}**" if result.low > 0 or result.high < 0 else text)
+    return cells
+
+
+def means_of(scores: Scores, model: str, score: str, digits: int) -> list[str]:
+    means = [scores.of(data, model, score).mean() for data in scores.sets]
+    return [f"{value:.{digits}f}" if np.isfinite(value) else "" for value in [*means, np.nanmean(means)]]
+
+
+def shares_closed(scores: Scores, score: str) -> dict[str, np.ndarray]:
+    """Of each data set and seed: 0 for scVI with N(0, I), 1 for the model's own codes."""
+    found = {}
+    for data in scores.sets:
+        three = [scores.of(data, model, score) for model in (SCVI_VARIANTS[0], MODEL, OWN_CODES)]
+        normal, ours, own = pd.concat(three, axis=1, join="inner").to_numpy().T
+        if len(normal) and normal.mean() > own.mean():
+            found[data] = np.array([(normal.mean() - ours.mean()) / (normal.mean() - own.mean())])
+    return found
+
+
+def table(title: str, text: str, scores: Scores, rows: dict[str, list[str]]) -> list[str]:
+    columns = [*scores.sets, ALL]
+    lines = ["", f"## {title}", "", text, "", "| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+    return [*lines, *(f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items())]
+
+
+def report(records: list[dict]) -> str:
+    scores = Scores(records)
+    sets = scores.sets
+
+    def rows(score: str, references: dict[str, str | list[str]], digits: int, sign: int = 1, scale: float = 1.0):
+        return {
+            title: row_of(scores.differences(score, reference, sign), sets, digits, scale)
+            for title, reference in references.items()
+        }
+
+    lines = [
+        "# The prior",
+        "",
+        "Written by `benchmarks/prior.py` from the records of `benchmarks/results.py`; defaults, 100 epochs, "
+        f"{min(scores.n_seeds)} to {max(scores.n_seeds)} seeds, cells held out from training. Differences are QBMSCVI "
+        "minus the model of the row: the mean over seeds with Student's interval of 95 %, and over the means of the "
+        "sets. Bold where the interval does not hold zero. `QBMSCVI 0.1.0` is the earlier default, without hidden "
+        "spins and without `fit_prior`.",
+    ]
+    lines += table(
+        "Held-out ELBO, nats per cell",
+        "For scVI the better of two variants with its fitted mixture of Gaussians: as it comes, and with QBMSCVI's "
+        "optimizer, schedule and width. J = 0 has fitted fields.",
+        scores,
+        rows("elbo", {"minus best SCVI with mixture": MIXTURES, "minus `J = 0`": J_ZERO, f"minus {BEFORE}": BEFORE}, 1)
+        | {"QBMSCVI": means_of(scores, MODEL, "elbo", 1)},
+    )
+    lines += table(
+        "Held-out KL, nats per cell",
+        "From codes of held-out cells to densities over the same codes. The autoregressive density is what any prior "
+        "could reach.",
+        scores,
+        {
+            "prior after training": means_of(scores, OF_TRAINING, "kl", 2),
+            "prior after `fit_prior`": means_of(scores, MODEL, "kl", 2),
+            "mixture of Bernoulli products": means_of(scores, BERNOULLI, "kl", 2),
+            "autoregressive density": means_of(scores, AUTOREGRESSIVE, "kl", 2),
+            "minus autoregressive density": row_of(scores.differences("kl", AUTOREGRESSIVE), sets, 2),
+        },
+    )
+    rivals = {
+        "minus SCVI with mixture": MIXTURES[0],
+        "minus SCVI, same optimizer and width, with mixture": MIXTURES[1],
+        "minus `J = 0`": J_ZERO,
+        "minus mixture of Bernoulli products": BERNOULLI,
+        "minus autoregressive density": AUTOREGRESSIVE,
+        "minus own codes": OWN_CODES,
+    }
+    for score, title, digits, scale in (
+        ("cells_forest_auc", "Generated cells: forest AUC", 3, 1.0),
+        ("cells_mmd2", "Generated cells: MMD², thousandths", 1, 1e3),
+        ("cells_type_total_variation", "Generated cells: total variation of shares of types", 3, 1.0),
+    ):
+        of_models = {"QBMSCVI": MODEL, "own codes": OWN_CODES, "real cells": "real cells"}
+        lines += table(
+            title,
+            "Lower is better, so that a difference below zero is in favor of QBMSCVI. *Closed share*: 0 is scVI with "
+            "N(0, I), 1 is the model's own codes, of the means over seeds.",
+            scores,
+            {name: [*means_of_scaled(scores, model, score, digits, scale)] for name, model in of_models.items()}
+            | {"closed share": row_of(shares_closed(scores, score), sets, 2)}
+            | rows(score, rivals, digits, scale=scale),
+        )
+    lines += table(
+        "Representation: QBMSCVI minus QBMSCVI 0.1.0",
+        "Higher is better.",
+        scores,
+        {title: row_of(scores.differences(score, BEFORE), sets, 3) for score, title in REPRESENTATION.items()},
+    )
+    ratios = {
+        name: [scores.of(data, MODEL, "cpu_s").mean() / scores.of(data, "SCVI", "cpu_s").mean() for data in sets]
+        for name in ("training, of SCVI's",)
+    }
+    shares = [scores.of(data, MODEL, "fit_cpu_s").mean() / scores.of(data, MODEL, "cpu_s").mean() for data in sets]
+    lines += table(
+        "CPU time",
+        "Ratios of means, measured while another process worked on the same machine.",
+        scores,
+        {name: [f"{value:.2f}" for value in [*values, np.mean(values)]] for name, values in ratios.items()}
+        | {"`fit_prior`, of the training": [f"{value:.2f}" for value in [*shares, np.mean(shares)]]},
+    )
+    return "\n".join(lines) + "\n"
+
+
+def means_of_scaled(scores: Scores, model: str, score: str, digits: int, scale: float) -> list[str]:
+    means = scale * np.array([scores.of(data, model, score).mean() for data in scores.sets])
+    return [f"{value:.{digits}f}" if np.isfinite(value) else "" for value in [*means, np.nanmean(means)]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--records", type=Path, default=HERE / "results.jsonl")
+    parser.add_argument("--out", type=Path, default=HERE / "PRIOR.md")
+    options = parser.parse_args()
+    options.out.write_text(report(read_records(options.records)))
+    print(f"wrote {options.out}")
+
+
+if __name__ == "__main__":
+    main()
