@@ -664,15 +664,16 @@ def test_wrong_weight_decay_is_refused(adata, value):
         train(build(adata), max_epochs=1, plan_kwargs={"weight_decay": value})
 
 
-def test_learning_rates_are_recorded_by_group_and_go_on_in_a_second_training(adata):
+def test_learning_rates_are_recorded_under_scvis_name_and_go_on_in_a_second_training(adata):
     model = train(build(adata), max_epochs=2, learning_rate_monitor=True)
-    n_before = len(model.history["lr-AdamW/prior"])
+    n_before = len(model.history["lr-Adam"])
     train(model, max_epochs=3, learning_rate_monitor=True)
-    for name, rate in (("lr-AdamW/linear", 2e-3), ("lr-AdamW/others", 2e-3), ("lr-AdamW/prior", 2e-4)):
+    for name, rate in (("lr-Adam", 2e-3), ("lr-Adam-prior", 2e-4)):
         table = model.history[name]
         assert list(table.columns) == [name]
         np.testing.assert_allclose(table[name].to_numpy(float), rate)
         assert len(table) > n_before
+    assert not [name for name in model.history if "/pg" in name]
 
 
 def test_prior_learning_rate_of_zero_holds_the_prior(adata):

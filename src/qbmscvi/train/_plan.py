@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from inspect import signature
 from numbers import Real
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
 
     from qbmscvi.module._qbmvae import QBMVAE
     from qbmscvi.samplers import Sampler
-
-_logger = logging.getLogger(__name__)
 
 _AUTO_WARMUP_SHARE = 0.1
 _ASSUMED_STEPS = 10_000  # where the number of steps is not known
@@ -182,8 +179,7 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
             def create_grouped(parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
                 parameters = list(parameters)
                 rest, prior = _split(parameters, prior_ids)
-                networks, prior = {"name": "networks", "params": rest}, {"name": "prior", "params": prior, **own}
-                return create([networks, prior] if own else [{"params": parameters}])
+                return create([{"params": rest}, {"params": prior, **own}] if own else [{"params": parameters}])
 
             return create_grouped
 
@@ -197,9 +193,9 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
             rest, prior = _split(parameters, prior_ids)
             others, linear = _split(rest, linear_ids)
             groups = [
-                {"name": "linear", "params": linear, **shared},
-                {"name": "prior", "params": prior, "weight_decay": 0.0, **shared, **own},
-                {"name": "others", "params": others, "weight_decay": 0.0, **shared},
+                {"params": linear, **shared},
+                {"params": prior, "weight_decay": 0.0, **shared, **own},
+                {"params": others, "weight_decay": 0.0, **shared},
             ]
             return create(groups)
 

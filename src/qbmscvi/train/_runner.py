@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from scvi import settings
 from scvi.dataloaders import DataSplitter
@@ -12,10 +13,11 @@ from scvi.train import TrainRunner
 from torch.nn import BatchNorm1d, Module
 
 from qbmscvi.exceptions import TrainingDivergedError
-from qbmscvi.train._plan import _logger
 
 if TYPE_CHECKING:
     from qbmscvi.train._guards import FiniteStateGuard
+
+_logger = logging.getLogger(__name__)
 
 
 class QBMTrainRunner(TrainRunner):
@@ -62,9 +64,23 @@ class QBMTrainRunner(TrainRunner):
             raise TrainingDivergedError(guard.message) from error
 
     def _update_history(self) -> None:
-        """Extend the history; scVI's version needs one that is not empty, as after divergence in the first epoch."""
+        """Extend the history; scVI's version needs one that is not empty, as after divergence in the first epoch.
+
+        Learning rates have the names that they have in scVI, whose Adam lends its name to AdamW, with ``-prior`` for
+        that of the prior; Lightning numbers the parameter groups.
+        """
+        if not self.trainer.optimizers:  # stopped before it began
+            return
+        optimizer = type(self.trainer.optimizers[0]).__name__
+        ours = "lr-Adam" if optimizer == "AdamW" else f"lr-{optimizer}"
+        linear, prior, others = (f"lr-{optimizer}/pg{group}" for group in (1, 2, 3))
+        names = {linear: ours, prior: f"{ours}-prior"}
+        _rename(self.model.history_, {new: old for old, new in names.items()})
         self.model.is_trained_ = self.model.is_trained_ and bool(self.model.history_)
         super()._update_history()
+        _rename(self.model.history_, names)
+        if isinstance(self.model.history_, dict):
+            self.model.history_.pop(others, None)  # as for linear layers
 
 
 def _avoid_batches_of_one(splitter: DataSplitter, module: Module, n_ranks: int) -> None:
@@ -101,3 +117,12 @@ def _avoid_batches_of_one(splitter: DataSplitter, module: Module, n_ranks: int) 
             "one cell, another one each time.",
             n_train,
         )
+
+
+def _rename(history: Any, names: dict[str, str]) -> None:
+    """Rename entries of a history and the columns that have their names; it need not have all of them."""
+    if not isinstance(history, dict):  # None before the first training; another logger's
+        return
+    for old, new in names.items():
+        if old in history:
+            history[new] = history.pop(old).rename(columns={old: new})
