@@ -33,7 +33,10 @@ def public_names(module_name: str) -> set[str]:
             and (inspect.isclass(value) or inspect.isfunction(value))
             and value.__module__ == module_name
         ]
-    return {name for name in names if not inspect.ismodule(getattr(module, name))}
+    names = {name for name in names if not inspect.ismodule(getattr(module, name))}
+    if module_name.startswith("qbmscvi.boltzmann"):  # described where users meet them
+        names -= {*qbmscvi.__all__, *qbmscvi.diagnostics.__all__}
+    return names
 
 
 # `demo` is a command; what it defines is not imported by anybody.
