@@ -1,9 +1,11 @@
-"""Is the prior learned, and what is it worth? ``PRIOR.md`` from the records of ``results.py``.
+"""Is the prior learned, and what is it worth? ``PRIOR.md`` from records of ``results.py``.
 
+    python benchmarks/results.py --records benchmarks/prior.jsonl --out build/prior --max-cells 4000 --epochs 100
     python benchmarks/prior.py
 
-Every model is compared with the same fitted priors: QBMSCVI and J = 0 with their own, scVI with a mixture of Gaussians.
-``QBMSCVI 0.1.0`` is the default without hidden spins and without ``fit_prior``, which these replaced.
+Every model has a prior that is fitted to its codes: QBMSCVI and J = 0 their own, scVI a mixture of Gaussians.
+``QBMSCVI 0.1.0`` is the earlier default, without hidden spins and without ``fit_prior``; its records are those of
+``results.jsonl``, on the same cells and splits.
 """
 
 from __future__ import annotations
@@ -125,7 +127,7 @@ def report(records: list[dict]) -> str:
     lines = [
         "# The prior",
         "",
-        "Written by `benchmarks/prior.py` from the records of `benchmarks/results.py`; defaults, 100 epochs, "
+        "Written by `benchmarks/prior.py` from records of `benchmarks/results.py`; defaults, 100 epochs, "
         f"{min(scores.n_seeds)} to {max(scores.n_seeds)} seeds, cells held out from training. Differences are QBMSCVI "
         "minus the model of the row: the mean over seeds with Student's interval of 95 %, and over the means of the "
         "sets. Bold where the interval does not hold zero. `QBMSCVI 0.1.0` is the earlier default, without hidden "
@@ -203,10 +205,13 @@ def means_of_scaled(scores: Scores, model: str, score: str, digits: int, scale: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--records", type=Path, default=HERE / "results.jsonl")
+    parser.add_argument("--records", type=Path, default=HERE / "prior.jsonl")
+    parser.add_argument("--before", type=Path, default=HERE / "results.jsonl", help="records of the earlier default")
     parser.add_argument("--out", type=Path, default=HERE / "PRIOR.md")
     options = parser.parse_args()
-    options.out.write_text(report(read_records(options.records)))
+    before = [record | {"model": BEFORE} for record in read_records(options.before) if record["model"] == MODEL]
+    assert {record["versions"]["qbmscvi"] for record in before} == {"0.1.0"}
+    options.out.write_text(report(before + read_records(options.records)))
     print(f"wrote {options.out}")
 
 
