@@ -1,4 +1,4 @@
 """Boltzmann machines: Ising problems, priors and posteriors over spins, log Z.
 
-Nothing here knows of cells, or of samplers.
+Nothing in this folder imports cells or samplers.
 """

@@ -1,8 +1,8 @@
-r"""Exact sums over all states of small Ising problems: log Z, moments, draws. The oracle of the package.
+r"""Exact sums over all states of small Ising problems: log Z, moments, draws.
 
-Only the spins outside the largest color class are enumerated; given those, the spins of that class are
-independent and are summed out in closed form. So a bipartite problem costs ``2^min(n_left, n_right)``, a
-complete one ``2^(n - 1)``. Everything is computed in float64.
+Only the spins outside the largest color class are enumerated. Given these, the spins of that class are independent and
+are summed out in closed form. So a bipartite problem costs ``2^min(n_left, n_right)`` states and a complete one ``2^(n
+- 1)``. Everything is computed in float64. The tests compare every sampler with these sums.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Enumeration:
 
 
 def n_enumerated(problem: IsingModel) -> int:
-    """Number of spins that would have to be enumerated."""
+    """Number of spins outside the largest color class, which an enumeration visits."""
     return problem.n_spins - max(len(c) for c in problem.graph.color_classes)
 
 
@@ -81,7 +81,7 @@ def enumerate_ising(problem: IsingModel, beta: float = 1.0) -> Enumeration:
     Raises
     ------
     GraphMismatchError
-        If more than 20 spins would have to be enumerated.
+        If the enumeration would have to visit more than 20 spins.
     """
     n_rest = n_enumerated(problem)
     if n_rest > MAX_ENUMERATED_SPINS:

@@ -1,9 +1,8 @@
 """Interaction graphs of Ising problems.
 
-A :class:`Graph` says which spins interact and in which groups they can be updated at once: its
-``color_classes`` partition the nodes so that no edge stays inside a class, and block Gibbs updates one class
-after another. Nodes are ``0 .. n_nodes - 1``; self-loops and double edges are errors. Hypergraphs are not
-supported.
+A :class:`Graph` says which spins interact. Its ``color_classes`` partition the nodes so that no edge lies inside a
+class; block Gibbs updates one class after another. Nodes are ``0 .. n_nodes - 1``. Self-loops and double edges are
+errors. Hypergraphs are not supported.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class Graph:
     edges
         Node pairs, shape ``(n_edges, 2)``. Stored with the smaller node first, in lexicographic order.
     name
-        Word for messages and plots.
+        Name in messages and plots.
 
     Raises
     ------
@@ -92,9 +91,9 @@ class Graph:
 
     @cached_property
     def layers(self) -> tuple[int, int] | None:
-        """Sizes of two layers, one after the other, whose pairs are the edges; None for any other graph.
+        """Sizes of the two layers of a complete bipartite graph, numbered one after the other; otherwise None.
 
-        The couplings of such a graph are a matrix as they stand: ``J.view(layers)``.
+        The couplings of such a graph form a matrix without reordering: ``J.view(layers)``.
         """
         n_first = int(self.edges[0, 1]) if self.n_edges else 0
         n_second = self.n_nodes - n_first
@@ -109,7 +108,7 @@ class Graph:
         return self._kept("edge_index", device, lambda: tuple(self.edges.T.copy()))
 
     def edge_numbers(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Number of the edge between two nodes, ``n_edges`` where there is none; symmetric, kept per device."""
+        """Symmetric matrix of edge numbers, ``n_edges`` where two nodes have no edge; kept per device."""
 
         def build() -> tuple[np.ndarray]:
             i, j = self.edges.T
@@ -120,7 +119,7 @@ class Graph:
         return self._kept("edge_numbers", device, build)[0]
 
     def color_permutation(self, device: torch.device | str = "cpu") -> tuple[torch.Tensor, ...]:
-        """:attr:`color_order` and its inverse as index tensors, kept per device; empty if nothing changes places."""
+        """:attr:`color_order` and its inverse as index tensors, kept per device; empty if it is the identity."""
 
         def build() -> tuple[np.ndarray, ...]:
             is_identity = (self.color_order == np.arange(self.n_nodes)).all()
@@ -134,18 +133,18 @@ class Graph:
         cache = self.__dict__.setdefault("_tensors", {})
         key = (name, str(device))
         if key not in cache:
-            with torch.inference_mode(False):  # or a later training step could not save them for backward
+            with torch.inference_mode(False):  # inference tensors cannot be saved for backward
                 cache[key] = tuple(torch.tensor(values, device=device) for values in build())
         return cache[key]
 
     @cached_property
     def color_order(self) -> np.ndarray:
-        """Nodes class by class, shape ``(n_nodes,)``: position ``k`` of a color-sorted state is this node."""
+        """Nodes class by class, shape ``(n_nodes,)``: the node at each position of a color-sorted state."""
         return np.concatenate(self.color_classes)
 
     @cached_property
     def color_bounds(self) -> tuple[int, ...]:
-        """Slice bounds of the classes in :attr:`color_order`; one more than there are classes."""
+        """Slice bounds of the classes in :attr:`color_order`, ``n_classes + 1`` numbers."""
         return (0, *np.cumsum([len(c) for c in self.color_classes]).tolist())
 
     def __getstate__(self) -> dict:
@@ -159,7 +158,7 @@ class Graph:
 
     def to_networkx(self) -> nx.Graph:
         """Return the graph as a :class:`networkx.Graph` with integer nodes."""
-        import networkx as nx  # half of the time that importing this package would take
+        import networkx as nx  # imported here because it would double the import time of the package
 
         graph = nx.empty_graph(self.n_nodes)
         graph.add_edges_from(self.edges.tolist())
@@ -169,8 +168,7 @@ class Graph:
     def color_classes(self) -> tuple[np.ndarray, ...]:
         """Independent sets that partition the nodes, in a deterministic order.
 
-        Two classes where the graph is bipartite, otherwise a greedy coloring (DSATUR). Nodes within a class
-        are sorted.
+        A bipartite graph has two classes; other graphs are colored greedily (DSATUR). Nodes within a class are sorted.
         """
         if self.n_edges == 0:
             return (np.arange(self.n_nodes),)
@@ -200,7 +198,7 @@ class Graph:
 
 
 def bipartite(n_left: int, n_right: int) -> Graph:
-    """Complete bipartite graph, that of a restricted Boltzmann machine.
+    """Complete bipartite graph, the graph of a restricted Boltzmann machine.
 
     Nodes ``0 .. n_left - 1`` are coupled to nodes ``n_left .. n_left + n_right - 1``.
     """
@@ -234,7 +232,7 @@ def with_hidden(graph: Graph, n_hidden: int) -> Graph:
 
 
 def from_networkx(graph: nx.Graph, name: str = "custom") -> Graph:
-    """Take over any undirected :class:`networkx.Graph`; its nodes are numbered in their own order.
+    """Convert any undirected :class:`networkx.Graph`; nodes are numbered in the order of ``graph.nodes``.
 
     Raises
     ------
@@ -256,8 +254,8 @@ def from_networkx(graph: nx.Graph, name: str = "custom") -> Graph:
 def hardware(topology: Literal["chimera", "pegasus", "zephyr"], n_nodes: int) -> Graph:
     """Connected patch of ``n_nodes`` qubits of a D-Wave topology.
 
-    The patch is taken breadth-first from the middle of the smallest member of the family that holds it, so it
-    is dense and deterministic.
+    The patch grows breadth-first from the middle of the smallest lattice of the family with enough qubits. So it is
+    dense and deterministic.
 
     Raises
     ------
@@ -285,9 +283,9 @@ def hardware(topology: Literal["chimera", "pegasus", "zephyr"], n_nodes: int) ->
 def patch(lattice: nx.Graph, n_nodes: int, name: str | None = None) -> Graph:
     """Connected patch of ``n_nodes`` qubits of a lattice, e.g. of the working graph of a device.
 
-    Taken breadth-first from the middle of the largest connected part, so it is dense and deterministic. As the prior
-    graph of a model, a patch of :attr:`~qbmscvi.samplers.DWaveSampler.working_graph` lacks the qubits and couplers that
-    the device lacks, and needs no chains there.
+    The patch grows breadth-first from the middle of the largest connected part, so it is dense and deterministic. A
+    patch of :attr:`~qbmscvi.samplers.DWaveSampler.working_graph` uses only qubits and couplers that work. As the prior
+    graph of a model it needs no chains on that device.
 
     Parameters
     ----------
@@ -296,7 +294,7 @@ def patch(lattice: nx.Graph, n_nodes: int, name: str | None = None) -> Graph:
     n_nodes
         Number of qubits.
     name
-        Word for messages and plots; None for the family that ``dwave-networkx`` notes in the graph.
+        Name in messages and plots; None for the family that ``dwave-networkx`` stores in the graph.
 
     Raises
     ------
@@ -321,14 +319,13 @@ def patch(lattice: nx.Graph, n_nodes: int, name: str | None = None) -> Graph:
 def build_graph(spec: GraphName | nx.Graph | Graph, n_nodes: int) -> Graph:
     """Turn a graph name, a networkx graph or a :class:`Graph` into a :class:`Graph` over ``n_nodes`` spins.
 
-    ``"bipartite"`` halves the spins into two layers, of which the first has one spin more where their number is odd;
-    ``"independent"`` has no couplings; ``"chimera"``, ``"pegasus"`` and ``"zephyr"`` are patches of D-Wave topologies.
+    ``"bipartite"`` splits the spins into two layers; if their number is odd, the first layer has one spin more.
+    ``"independent"`` has no couplings. ``"chimera"``, ``"pegasus"`` and ``"zephyr"`` are patches of D-Wave topologies.
 
     Raises
     ------
     ValueError
-        If the name is unknown, ``"bipartite"`` is asked for fewer than two spins, or the size of a given graph differs
-        from ``n_nodes``.
+        If the name is unknown, ``"bipartite"`` has fewer than two spins, or a given graph has not ``n_nodes`` nodes.
     TypeError
         If ``spec`` is of another type.
     """

@@ -1,4 +1,4 @@
-r"""Ising problems and their samples: the one place that knows the sign convention.
+r"""Ising problems and their samples; the sign convention of the package.
 
 Energy, in nats at unit inverse temperature:
 
@@ -6,11 +6,11 @@ Energy, in nats at unit inverse temperature:
 
     E(s) = c + \sum_i h_i s_i + \sum_{(i,j)} J_{ij} s_i s_j, \qquad s_i \in \{-1, +1\},
 
-each edge once, no self-loops; :math:`c` is ``offset``. Samplers target :math:`p(s) \propto \exp(-\beta E(s))`. This is
-dimod's convention.
+with each edge once and no self-loops; :math:`c` is ``offset``. Samplers target :math:`p(s) \propto \exp(-\beta E(s))`.
+This is dimod's convention.
 
-Other forms (bits, QUBO, dimod) are converted here and nowhere else, and constants are carried so that energies
-and log Z agree in every form. Higher-order terms are not supported.
+Only this module converts other forms (bits, QUBO, dimod). It keeps constants, so that energies and log Z agree in every
+form. Higher-order terms are not supported.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class IsingModel:
-    r"""Ising problem; see the module's first lines for the energy.
+    r"""Ising problem; the docstring of the module defines the energy.
 
     Parameters
     ----------
@@ -82,7 +82,7 @@ class IsingModel:
     def edge_couplings(self) -> Tensor | None:
         """Couplings of the edges alone as a symmetric matrix with zero diagonal; None without edges.
 
-        Kept as long as ``J`` is the same and has no gradient.
+        The matrix is cached until ``J`` changes, unless ``J`` has a gradient.
         """
         if not self.graph.n_edges:
             return None
@@ -130,7 +130,7 @@ class IsingModel:
         return replace(self, h=self.h * scale, J=self.J * scale, offset=self.offset * scale)
 
     def gauged(self, gauge: Tensor) -> IsingModel:
-        """Flip the sign convention of some spins: the energy of ``gauge * s`` here is that of ``s`` before.
+        """Flip the sign convention of some spins: ``gauge * s`` has the energy that ``s`` has here.
 
         Parameters
         ----------
@@ -142,11 +142,11 @@ class IsingModel:
         return replace(self, h=self.h * gauge, J=self.J * gauge[i] * gauge[j])
 
     def conditioned(self, nodes: Sequence[int], values: Sequence[int] | Tensor) -> IsingModel:
-        r"""Hold some spins fixed: the problem that the others are left with, of the same energies.
+        r"""Hold some spins fixed, and return the problem of the others; energies stay the same.
 
-        With fixed spins :math:`t` the fields become :math:`h + J t`, and what depends on :math:`t` alone
-        goes to the offset. So ``exp(-energy)`` is the conditional distribution up to a constant, and its sum over the
-        other spins is that of the states that agree with ``values``.
+        With fixed spins :math:`t` the fields become :math:`h + J t`. Terms that depend on :math:`t` alone go to the
+        offset. So ``exp(-energy)`` is the conditional distribution up to a constant. Its sum over the other spins is
+        the weight of all states that agree with ``values``.
 
         Parameters
         ----------
@@ -162,7 +162,7 @@ class IsingModel:
         Raises
         ------
         ValueError
-            If a number is no spin or there twice, no spin is left, or the values are not as many spins.
+            If a number is no spin or is repeated, no spin is left, or ``values`` has another length or other values.
         """
         nodes, values = np.asarray(nodes, dtype=np.int64), torch.as_tensor(values, device=self.h.device)
         is_free = np.ones(self.n_spins, dtype=bool)
@@ -194,7 +194,7 @@ class IsingModel:
         """Move all tensors to a device, cast them to a precision, or both."""
 
         def convert(values: Tensor) -> Tensor:
-            # Cast in main memory, before or after the move: some devices (Apple's MPS) have no float64.
+            # Some devices (Apple's MPS) have no float64, so the cast happens in main memory, before or after the move.
             is_on_cpu = values.device.type == "cpu"
             for target in sorted(targets, key=lambda target: isinstance(target, torch.dtype) != is_on_cpu):
                 values = values.to(target)
@@ -207,7 +207,7 @@ class IsingModel:
         return f"IsingModel({self.n_spins} spins, {self.graph.n_edges} couplings, {self.graph.name})"
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and numbers from which the problem can be built again."""
+        """Tensors and numbers from which :meth:`from_state_dict` builds the problem."""
         return {
             "h": self.h,
             "J": self.J,
@@ -234,7 +234,7 @@ class IsingModel:
 
     @classmethod
     def from_bqm(cls, bqm: dimod.BinaryQuadraticModel, dtype: torch.dtype = torch.float32) -> IsingModel:
-        """Take over a dimod problem of either vartype; spins are numbered in the order of ``bqm.variables``."""
+        """Convert a dimod problem of either vartype; spins are numbered in the order of ``bqm.variables``."""
         spin = bqm.change_vartype("SPIN", inplace=False)
         index = {variable: k for k, variable in enumerate(spin.variables)}
         coupling = {tuple(sorted((index[a], index[b]))): value for (a, b), value in spin.quadratic.items()}
@@ -257,17 +257,17 @@ class IsingModel:
 
 @dataclass(frozen=True, eq=False)
 class SampleBatch:
-    """Samples of one problem, all of equal weight, and where they come from.
+    """Samples of one problem, all of equal weight, with their provenance.
 
     Parameters
     ----------
     spins
         Shape ``(n_samples, n_spins)``, int8, values in ``{-1, +1}``.
     energies
-        Shape ``(n_samples,)``: energies under the problem asked for, in nats at ``beta = 1``. Given that problem
-        instead, they are computed.
+        Energies under the requested problem, shape ``(n_samples,)``, in nats at ``beta = 1``. If you pass that problem
+        instead, the energies are computed.
     info
-        Provenance: ``sampler``, ``seed``, ``beta``, ``seconds`` and what the sampler adds.
+        Provenance: ``sampler``, ``seed``, ``beta``, ``seconds``, and entries that the sampler adds.
     """
 
     spins: Tensor
@@ -299,9 +299,9 @@ class SampleBatch:
 
 
 def disjoint_union(problems: Sequence[IsingModel]) -> IsingModel:
-    """Put problems side by side, without couplings between them; spins in the order of the problems.
+    """Join problems without couplings between them; spins are in the order of the problems.
 
-    Samples of the union, cut into columns, are independent samples of the problems.
+    The columns of each problem in samples of the union are samples of that problem, independent of the others.
     """
     starts = np.cumsum([0, *(problem.n_spins for problem in problems)])
     edges = np.concatenate([problem.graph.edges + start for problem, start in zip(problems, starts, strict=False)])
@@ -354,7 +354,7 @@ def edge_products(left: Tensor, right: Tensor, graph: Graph) -> Tensor:
 
 def are_spins(values: Tensor) -> bool:
     """Whether every value is -1 or +1; NaN is neither."""
-    # Least and largest at once: a tenth of the time of comparing each value, and this runs at every training step.
+    # This runs at every training step; `aminmax` takes a tenth of the time of comparing each value.
     least, largest = torch.aminmax(values.abs())
     return least.item() == largest.item() == 1
 

@@ -1,14 +1,15 @@
 r"""A Boltzmann prior over the latent variables and the cell type together.
 
-Each cell type is a spin of the prior, up for the type of the cell and down for all others: a classification restricted
-Boltzmann machine :cite:p:`Larochelle08` whose label units are spins like the others, so that every Ising sampler can
-sample it. With :math:`t^{(y)}` for the label spins of type :math:`y`,
+Each cell type is a spin of the prior: up for the type of the cell, down for all others. This is a classification
+restricted Boltzmann machine :cite:p:`Larochelle08` with spins as label units, so that every Ising sampler can sample
+it. With :math:`t^{(y)}` for the label spins of type :math:`y`,
 
 .. math:: p(z, y) = e^{-E(z, t^{(y)})} / Z, \qquad
           p(y \mid z) \propto e^{-E(z, t^{(y)})}: \text{ a softmax of functions linear in } z,
 
-and Z counts all states of the label spins, also those of no type: training moves their weight to the types. The type of
-an unlabeled cell is summed out, with its best factorial posterior; since the energy is linear in each unit,
+and Z sums over all states of the label spins, including states of no type; training moves the weight of these to the
+types. The type of an unlabeled cell is summed out, with its best factorial posterior. Since the energy is linear in
+each unit,
 
 .. math:: \mathbb E_q[-\log p(z, y)] = E(\mathbb E_q[z], t^{(y)}) + \log Z, \qquad
           \min_{q(y)} \mathbb E_q[\log q(y) - \log p(z, y)] = -\log \sum_y e^{-E(\mathbb E_q[z], t^{(y)})} + \log Z .
@@ -52,17 +53,17 @@ class LabeledPrior(BoltzmannPrior):
         super().__init__(_add_labels(graph, n_labels, n_hidden), n_hidden=n_hidden, n_chains=n_chains)
         self.n_labels = n_labels
         with torch.no_grad():
-            # Types start equally likely, and independent of the rest: one of n_labels spins is up in the mean.
+            # Types start equally likely and independent of other spins: on average one of n_labels spins is up.
             self.h[-n_labels:] = 0.5 * np.log(max(n_labels - 1, 1))
             self.J[torch.from_numpy(self.graph.edges[:, 1] >= graph.n_nodes)] = 0.0
 
     def clamped(self, label: int) -> IsingModel:
-        """Return the Ising problem of the other spins, the label spins held at those of one type."""
+        """Return the Ising problem of the other spins, with the label spins held at one type."""
         n = self.n_spins - self.n_labels
         return self.to_ising().conditioned(range(n, self.n_spins), self._label_spins(label))
 
     def unclamped(self, spins: Tensor, label: int) -> Tensor:
-        """Put the label spins back behind samples of :meth:`clamped`, shape ``(n, n_spins)``."""
+        """Append the label spins to samples of :meth:`clamped`, shape ``(n, n_spins)``."""
         return torch.cat([spins, self._label_spins(label).to(spins).expand(len(spins), -1)], dim=-1)
 
     def _label_spins(self, label: int) -> Tensor:
@@ -70,7 +71,7 @@ class LabeledPrior(BoltzmannPrior):
 
     @torch.no_grad()
     def take_over(self, prior: BoltzmannPrior) -> None:
-        """Take over a prior of the same latent variables without labels; label spins stay independent of the rest.
+        """Copy a prior of the same latent variables without labels; label spins stay independent of all others.
 
         Raises
         ------
@@ -105,7 +106,7 @@ class LabeledPrior(BoltzmannPrior):
     def label_logits(self, s: Tensor) -> Tensor:
         r"""Return :math:`\log p(y \mid s)` up to a constant per row, shape ``(..., n_labels)``.
 
-        Linear in the spins, so that means give means.
+        It is linear in the spins, so mean spins give its mean.
         """
         return -2.0 * self._label_fields(s)
 
@@ -118,14 +119,14 @@ class LabeledPrior(BoltzmannPrior):
         return torch.cat([super()._other_fields(s), self._label_fields(s)], dim=-1)
 
     def classification_error(self, s: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy of the known types given spins, draws or means; mean over the cells that have one."""
+        """Cross-entropy of the known types given drawn or mean spins, averaged over the labeled cells."""
         is_known = (labels >= 0) & (labels < self.n_labels)
         logits = self.label_logits(s)[is_known]
-        # The sum over no cells is a zero with a gradient; their mean would not be a number.
+        # Without labeled cells the sum is a zero with a gradient; the mean would be NaN.
         return cross_entropy(logits, labels[is_known], reduction="sum") / max(len(logits), 1)
 
     def energy(self, s: Tensor) -> Tensor:
-        """Energy of visible spins, hidden ones and the cell type summed out, shape ``(...)``, in nats."""
+        """Energy of visible spins, with hidden spins and the cell type summed out; shape ``(...)``, in nats."""
         fields = self._label_fields(s)
         return super().energy(s) - fields.sum(-1) - (-2.0 * fields).logsumexp(-1)
 
@@ -156,19 +157,19 @@ class LabeledPrior(BoltzmannPrior):
         return super().expected_energy(posterior, n_draws=n_draws) + (of_labels / self.n_visible).unsqueeze(-1)
 
     def distribution(self, labels: Tensor | None = None, *, n_draws: int = 0) -> LabeledDistribution:
-        """Return the prior as a torch distribution over visible spins, given the types of the cells as far as known."""
+        """Return the prior as a torch distribution over visible spins, given the known types of the cells."""
         return LabeledDistribution(self, labels, n_draws)
 
 
 class LabeledDistribution(BoltzmannDistribution):
-    """Face of a :class:`LabeledPrior`, with the types of the cells that a posterior belongs to."""
+    """Adapter of a :class:`LabeledPrior` with the types of the cells of a posterior."""
 
     def __init__(self, prior: LabeledPrior, labels: Tensor | None, n_draws: int = 0) -> None:
         super().__init__(prior, n_draws)
         self.labels = labels
 
     def expected_energy(self, posterior: FactorialPosterior) -> Tensor:
-        """Mean of the energy per spin, unknown types summed out; shape ``(..., n_visible)``."""
+        """Mean energy per spin with unknown types summed out, shape ``(..., n_visible)``."""
         return self.prior.expected_energy(posterior, self.labels, n_draws=self.n_draws)
 
 

@@ -1,12 +1,12 @@
 r"""Log partition function: exact where the graph allows it, annealed importance sampling elsewhere.
 
 Exact values come from enumeration of the spins outside the largest color class, or from the tree decomposition of
-``dwave-samplers``, which takes time and memory of the order of two to the treewidth.
+``dwave-samplers``. The latter takes time and memory of the order of two to the treewidth.
 
-Annealed importance sampling :cite:p:`Neal01` runs from the problem without couplings (``t = 0``, log Z known) to the
-problem itself (``t = 1``), couplings scaled by ``t``. Spins of the largest color class are summed out of the
-weights. Forward runs give a lower bound of log Z in expectation; reverse runs, started from samples of the
-problem, an upper bound :cite:p:`Burda15`, as far as those samples are samples.
+Annealed importance sampling :cite:p:`Neal01` scales the couplings by ``t``, from 0 (log Z is known) to 1 (the problem
+itself). Spins of the largest color class are summed out of the weights. In expectation, forward runs give a lower bound
+of log Z. Reverse runs start from samples of the problem and give an upper bound :cite:p:`Burda15`, provided that these
+follow its distribution.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class LogPartition:
     lower, upper
         Forward and reverse estimates; equal to ``value`` if exact.
     scale
-        Standard error: half the gap of the bounds and the Monte Carlo errors of both, added in quadrature.
+        Standard error: half the gap between the bounds and the Monte Carlo errors of both, added in quadrature.
     """
 
     value: float
@@ -71,8 +71,8 @@ def estimate_log_z(
     problem
         The problem.
     samples
-        Samples of the problem, shape ``(n, n_spins)``, to start the reverse runs from; None lets the end states of
-        the forward runs serve, which then share their error.
+        Samples of the problem, shape ``(n, n_spins)``, from which the reverse runs start. None starts them from the end
+        states of the forward runs; both then share the error of these.
     n_chains
         Number of annealing runs in each direction.
     n_steps
@@ -80,8 +80,8 @@ def estimate_log_z(
     seed
         Seed of the runs.
     method
-        ``"auto"`` enumerates where at most 16 spins have to be, decomposes where the treewidth is at most 20, and
-        anneals otherwise.
+        ``"auto"`` enumerates if at most 16 spins have to be visited, decomposes if the treewidth is at most 20, and
+        anneals otherwise. ``"exact"`` and ``"ais"`` choose one.
 
     Raises
     ------
@@ -99,7 +99,7 @@ def estimate_log_z(
     if method != "ais":
         value = _exact_where_feasible(problem)
         if value is None and method == "exact":
-            value = exact_log_z(problem)  # raises, and says why
+            value = exact_log_z(problem)  # raises if it is too large
         if value is not None:
             return LogPartition(value, value, value, 0.0, "exact")
 
@@ -125,7 +125,7 @@ def _exact_where_feasible(problem: IsingModel) -> float | None:
     # The number of enumerated spins bounds the treewidth.
     if n_rest > _MAX_TREEWIDTH and problem.graph.treewidth > _MAX_TREEWIDTH:
         return None
-    from dwave.samplers import TreeDecompositionSampler  # takes as long to import as the rest of the package
+    from dwave.samplers import TreeDecompositionSampler  # as slow to import as the whole package
 
     bqm = problem.to("cpu", torch.float64).to_bqm()
     return float(TreeDecompositionSampler().sample(bqm, num_reads=1, seed=0).info["log_partition_function"])
@@ -175,7 +175,7 @@ class _AnnealingPath:
         return 0.5 * (rest @ self.within_rest * rest).sum(-1)
 
     def _gain(self, spins: Tensor, drive: Tensor, now: float, following: float) -> Tensor:
-        """Log density at ``following`` minus that at ``now``, summed spins summed out."""
+        """Log density at ``following`` minus log density at ``now``, with the summed class summed out."""
         h = self.h[self.summed]
         after, before = (log_2cosh(h + t * drive).sum(-1) for t in (following, now))
         return after - before - (following - now) * self._pairs(spins)

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 class FactorialPosterior(Distribution):
     r"""Independent spins, as a torch distribution.
 
-    Values have shape ``(..., n_spins)`` and are hard spins in ``{-1, +1}``. ``log_prob`` and ``entropy`` are per spin,
-    so that sums over the last axis are those of the vector, as scvi-tools expects of
-    :class:`torch.distributions.Normal`.
+    Values have shape ``(..., n_spins)`` and are hard spins in ``{-1, +1}``. As scvi-tools expects of
+    :class:`torch.distributions.Normal`, ``log_prob`` and ``entropy`` are per spin; sum over the last axis for the whole
+    vector.
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ class FactorialPosterior(Distribution):
 
     @classmethod
     def from_moments(cls, mean: Tensor, variance: Tensor, smoothing: Smoothing | None = None) -> FactorialPosterior:
-        """Rebuild a posterior from its :attr:`mean` and :attr:`variance`, which come back unchanged.
+        """Rebuild a posterior from its :attr:`mean` and :attr:`variance`, without loss.
 
         Parameters
         ----------
@@ -55,8 +55,8 @@ class FactorialPosterior(Distribution):
         smoothing
             Relaxation used by :meth:`rsample`.
         """
-        # l = log (1 + m) / (1 - m), and 1 - |m| = var / (1 + |m|): the variance still resolves a saturated spin whose
-        # mean is rounded to one. Below the smallest normal number, at |l| = 88 in single precision, it ends too.
+        # l = log (1 + m) / (1 - m), and 1 - |m| = var / (1 + |m|). A saturated spin has a mean that is rounded to one;
+        # its variance still resolves l, up to the smallest normal number (|l| = 88 in single precision).
         magnitude = 2.0 * torch.log1p(mean.abs()) - variance.clamp(min=torch.finfo(variance.dtype).tiny).log()
         is_saturated = mean.abs() > 0.5
         logits = torch.where(is_saturated, mean.sign() * magnitude, 2.0 * torch.atanh(mean.clamp(-0.5, 0.5)))
@@ -77,12 +77,12 @@ class FactorialPosterior(Distribution):
 
     @property
     def loc(self) -> Tensor:
-        """The mean, under the name of :class:`torch.distributions.Normal`."""
+        """The mean, as :class:`torch.distributions.Normal` names it."""
         return self.mean
 
     @property
     def scale(self) -> Tensor:
-        """The standard deviation, under the name of :class:`torch.distributions.Normal`."""
+        """The standard deviation, as :class:`torch.distributions.Normal` names it."""
         return self.variance.sqrt()
 
     def _noise(self, sample_shape: Sequence[int]) -> Tensor:
@@ -112,10 +112,10 @@ class FactorialPosterior(Distribution):
 
 
 class MixtureComponent(FactorialPosterior):
-    r"""Component of an aggregated posterior, continued from hard to mean spins.
+    r"""Component of an aggregated posterior, for hard and for mean spins.
 
-    A product of spin masses is linear in each spin: :math:`q(s) = \prod_i (1 + s_i m_i) / 2`. Put at mean spins, this
-    is the mass expected for independent spins of these means.
+    A product of spin masses is linear in each spin: :math:`q(s) = \prod_i (1 + s_i m_i) / 2`. Its value at mean spins
+    is the expected mass of independent spins with these means.
 
     Parameters
     ----------

@@ -5,18 +5,18 @@ r"""The Boltzmann prior over visible and hidden spins.
     E(s, u) = \sum_i h_i s_i + \sum_j c_j u_j + \sum_{(i,j)} J_{ij} s_i s_j + \sum_{i,j} J_{ij} s_i u_j,
     \qquad p(s, u) = e^{-E(s, u)} / Z .
 
-The decoder sees the visible spins ``s``. Hidden spins ``u`` belong to the prior alone and couple to visible spins only.
+The decoder sees the visible spins ``s``. Only the prior has hidden spins ``u``, which couple to visible spins only.
 Without couplings among visible spins this is a restricted Boltzmann machine. In each case
 
 - hidden spins are summed out exactly: :math:`E(s) = E(s, \cdot) - \sum_j \log 2 \cosh(c_j + \sum_i J_{ij} s_i)`;
-- the rest of the energy is multilinear in the spins, so its mean under a factorial posterior is closed form. The sum
-  over hidden spins is concave in ``s``. At the mean spins it gives an upper bound of ``KL = <E>_q - H(q) + log Z``
-  without variance: the objective of training. Reported numbers use draws of ``s`` for that sum, and are of the model;
-- a sampler sees the Ising problem over visible and hidden spins (:meth:`BoltzmannPrior.to_ising`) and nothing else;
-- the prior's own gradient, ``d log Z / d theta = -<dE/d theta>_p``, needs moments of the spins only. They arrive
-  from outside (:meth:`BoltzmannPrior.set_moments`) and sit in buffers of fixed shape.
+- all other terms of the energy are multilinear in the spins, so their mean under a factorial posterior has a closed
+  form. The sum over hidden spins is concave in ``s``. At the mean spins it gives an upper bound of ``KL = <E>_q - H(q)
+  + log Z`` without variance, the objective of training. Reported numbers use draws of ``s`` for that sum;
+- a sampler sees only the Ising problem over visible and hidden spins (:meth:`BoltzmannPrior.to_ising`);
+- the gradient of the prior, ``d log Z / d theta = -<dE/d theta>_p``, needs only moments of the spins. The caller sets
+  them (:meth:`BoltzmannPrior.set_moments`); they are buffers of fixed shape.
 
-The value of log Z is not learned from those moments; it is a buffer that whoever estimates it fills in.
+The value of log Z does not follow from those moments; it is a buffer that an estimator fills.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ if TYPE_CHECKING:
 
     from qbmscvi.boltzmann.graphs import Graph
 
-# Small enough that the spins start independent (paramagnetic: |J| * sqrt(degree) << 1), large enough to break
-# the symmetry between them.
+# Small enough for spins that start independent (paramagnetic: |J| * sqrt(degree) << 1), large enough to break their
+# symmetry.
 _INITIAL_J_SCALE = 0.01
 
-# One chain in so many tracks log Z and takes no part in the moments: an optimizer step raises the energy of just
-# those states whose moments made it, so log Z tracked on them drifts down (0.1 nats per epoch on 2,500 cells).
+# One chain in so many tracks log Z and does not enter the moments. An optimizer step raises the energy of the very
+# states that gave the moments, so log Z tracked on these would drift down (0.1 nats per epoch on 2,500 cells).
 _TRACKING_SHARE = 8
 
 
@@ -72,14 +72,14 @@ class BoltzmannPrior(nn.Module):
         self.h = nn.Parameter(torch.zeros(n_spins))
         self.J = nn.Parameter(_INITIAL_J_SCALE * torch.randn(n_edges))
 
-        # Moments of the prior, as last delivered by a sampler. At the start the spins are independent and unbiased.
+        # Moments of the last samples. At the start the spins are independent and unbiased.
         self.register_buffer("spin_mean", torch.zeros(n_spins))
         self.register_buffer("edge_mean", torch.zeros(n_edges))
         self.register_buffer("chains", _random_chains(n_chains, n_spins))
         self.register_buffer("tracking_log_weights", torch.zeros(max(1, n_chains // _TRACKING_SHARE)))
         self.register_buffer("n_updates", torch.zeros((), dtype=torch.long))
         self.register_buffer("log_z", torch.tensor(n_spins * math.log(2.0)))
-        # Error and bounds are those of the last full estimate; the flag says whether it is of the current parameters.
+        # Error and bounds of the last full estimate; the flag says whether it belongs to the current parameters.
         self.register_buffer("log_z_scale", torch.zeros(()))
         self.register_buffer("log_z_bounds", torch.zeros(2))
         self.register_buffer("is_log_z_estimated", torch.tensor(False))
@@ -95,21 +95,21 @@ class BoltzmannPrior(nn.Module):
         return self.n_spins - self.n_hidden
 
     def energy(self, s: Tensor) -> Tensor:
-        """Energy of visible spins, shape ``(..., n_visible)``, hidden spins summed out; per configuration, in nats."""
+        """Energy of visible spins of shape ``(..., n_visible)``, with hidden spins summed out, in nats."""
         return self._energy_per_spin(s).sum(-1) - self._log_sum_over_hidden(s)
 
     def expected_energy(self, posterior: FactorialPosterior, *, n_draws: int = 0) -> Tensor:
-        """Mean energy per spin under a factorial posterior, shape ``(..., n_visible)``, hidden spins summed out.
+        """Mean energy per visible spin under a factorial posterior, with hidden spins summed out.
 
-        A term that couples two spins is shared equally between them, the sum over hidden spins between all.
+        Two coupled spins share their term equally; all spins share the sum over hidden spins equally.
 
         Parameters
         ----------
         posterior
             Posterior of the visible spins.
         n_draws
-            Draws of the spins at which the sum over hidden spins is taken; it is unbiased. Zero takes it at the mean
-            spins, an upper bound of the mean energy. Without hidden spins the mean is exact, and nothing is drawn.
+            Draws of the spins for the sum over hidden spins, which is then unbiased. Zero takes the sum at the mean
+            spins, an upper bound of the mean energy. Without hidden spins the mean is exact and nothing is drawn.
         """
         of_hidden = self._mean_over_draws(self._log_sum_over_hidden, posterior, n_draws)
         return self._energy_per_spin(posterior.mean) - (of_hidden / self.n_visible)[..., None]
@@ -123,7 +123,7 @@ class BoltzmannPrior(nn.Module):
         return function(posterior.sample((n_draws,))).mean(0)
 
     def _log_sum_over_hidden(self, s: Tensor) -> Tensor:
-        """Log of the sum over hidden spins of the Boltzmann factors that they are in, shape ``(...)``."""
+        """Log of the sum over hidden spins of their Boltzmann factors, shape ``(...)``."""
         if not self.n_hidden:
             return s.new_zeros(s.shape[:-1])
         return log_2cosh(self.hidden_fields(s)).sum(-1)
@@ -157,9 +157,9 @@ class BoltzmannPrior(nn.Module):
 
     @torch.no_grad()
     def set_moments(self, batch: SampleBatch) -> None:
-        """Take over the moments of samples of :meth:`to_ising` at the current parameters.
+        """Set the moments from samples of :meth:`to_ising` at the current parameters.
 
-        In place of hidden spins their mean given the visible ones counts (Rao and Blackwell): less variance.
+        Hidden spins are replaced by their mean given the visible spins (Rao-Blackwell), which reduces the variance.
         """
         if self.n_hidden:
             spins = batch.spins.to(self.h)
@@ -174,7 +174,7 @@ class BoltzmannPrior(nn.Module):
 
     @torch.no_grad()
     def start_chains(self, s: Tensor) -> None:
-        """Let the chains go on from draws of the visible spins, one row each; all others are drawn given these."""
+        """Continue the chains from draws of the visible spins, one row each; all other spins are drawn given these."""
         up = torch.sigmoid(-2.0 * self._other_fields(s))
         others = torch.where(torch.rand_like(up) < up, 1.0, -1.0)
         self.chains.copy_(torch.cat([s, others], dim=-1))
@@ -186,7 +186,7 @@ class BoltzmannPrior(nn.Module):
 
     @torch.no_grad()
     def set_log_z(self, value: float, lower: float, upper: float, scale: float) -> None:
-        """Take over an estimate of log Z at the current parameters, its bounds and its standard error, in nats."""
+        """Set an estimate of log Z at the current parameters, its bounds and its standard error, in nats."""
         self.log_z.fill_(value)
         self.log_z_bounds[0], self.log_z_bounds[1] = lower, upper
         self.log_z_scale.fill_(scale)
@@ -195,7 +195,7 @@ class BoltzmannPrior(nn.Module):
     def log_partition(self) -> Tensor:
         r"""Scalar with the value of the buffer ``log_z`` and the gradient of log Z at the current moments.
 
-        That is :math:`-\langle \partial E / \partial \theta \rangle_p`.
+        This gradient is :math:`-\langle \partial E / \partial \theta \rangle_p`.
         """
         mean_energy = self.h @ self.spin_mean + self.J @ self.edge_mean
         return self.log_z + (mean_energy.detach() - mean_energy)
@@ -206,9 +206,9 @@ class BoltzmannPrior(nn.Module):
 
 
 class BoltzmannDistribution(Distribution):
-    """Face of a :class:`BoltzmannPrior` towards code that expects a torch distribution for ``p(z)``.
+    """Adapter of a :class:`BoltzmannPrior` for code that expects a torch distribution for ``p(z)``.
 
-    Sampling is the samplers' business: ``sample`` is not implemented.
+    It does not implement ``sample``; use a sampler.
 
     Parameters
     ----------
@@ -231,14 +231,14 @@ class BoltzmannDistribution(Distribution):
         return self.prior.expected_energy(posterior, n_draws=self.n_draws)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log probability of visible spins, shape ``(..., n_visible)``, in nats; as good as the prior's ``log_z``."""
+        """Log probability per visible spin, in nats; it has the error of the prior's ``log_z``."""
         return -self.prior.energy(value) - self.prior.log_partition()
 
 
 @register_kl(FactorialPosterior, BoltzmannDistribution)
 def _kl_factorial_boltzmann(q: FactorialPosterior, p: BoltzmannDistribution) -> Tensor:
-    """KL per spin, shape ``(..., n_visible)``, as good as log Z, which is shared equally between the spins."""
-    # Mixed precision rounds every product to bfloat16 or float16, too coarse for energies of hundreds of nats.
+    """KL per spin, shape ``(..., n_visible)``, with the error of log Z, which the spins share equally."""
+    # Mixed precision would round products to bfloat16 or float16, too coarse for energies of hundreds of nats.
     with torch.autocast(q.logits.device.type, enabled=False):
         return p.expected_energy(q) - q.entropy() + p.prior.log_partition() / p.prior.n_visible
 

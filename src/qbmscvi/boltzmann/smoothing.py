@@ -1,6 +1,6 @@
 r"""Relaxations of spins: what the decoder sees during training in place of a discrete spin.
 
-A gradient reaches the logits through them. None of them changes the KL divergence, which needs the mean spins only.
+They carry a gradient to the logits. They do not change the KL divergence, which needs only the mean spins.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Smoothing(ABC):
 class StraightThrough(Smoothing):
     r"""Hard spins forward, the gradient of the mean spin backward :cite:p:`Bengio13`.
 
-    The generative model is discrete and its ELBO is honest; the gradient to the logits is biased wherever the
-    decoder is not linear in each spin.
+    The generative model is discrete and its ELBO is a true bound. The gradient to the logits is biased unless the
+    decoder is linear in each spin.
     """
 
     def relax(self, logits: Tensor, uniform: Tensor) -> Tensor:
@@ -51,9 +51,9 @@ class StraightThrough(Smoothing):
 class Gumbel(Smoothing):
     r"""Concrete relaxation :math:`\zeta = \tanh((l + \log u - \log(1 - u)) / 2T)` :cite:p:`Maddison17`.
 
-    As in GumBolt :cite:p:`Khoshaman18a` the relaxed spin is used in training only; outside training the decoder
-    sees hard spins. Unbiased for the relaxed objective, biased for the discrete one, less so at low temperature,
-    where its variance grows.
+    As in GumBolt :cite:p:`Khoshaman18a` the decoder sees relaxed spins in training only, and hard spins otherwise. The
+    gradient is unbiased for the relaxed objective and biased for the discrete one. A lower temperature reduces this
+    bias and raises the variance.
     """
 
     temperature: float = 0.5
@@ -72,10 +72,10 @@ class Gumbel(Smoothing):
 class SpikeExponential(Smoothing):
     r"""Spike-and-exponential smoothing of the discrete VAE :cite:p:`Rolfe17`, used by the QBM-VAE.
 
-    On bits: :math:`\zeta = 0` for :math:`b = 0`, and density proportional to :math:`e^{\beta \zeta}` on
-    :math:`[0, 1]` for :math:`b = 1`; here stretched to :math:`[-1, 1]`. It belongs to the generative model, so the
-    decoder sees it outside training too. Unbiased for its own model. ``sharpness`` is :math:`\beta`: the discrete
-    VAE used 4 to 5.
+    On bits: :math:`\zeta = 0` for :math:`b = 0`, and density proportional to :math:`e^{\beta \zeta}` on :math:`[0, 1]`
+    for :math:`b = 1`; here it is stretched to :math:`[-1, 1]`. It belongs to the generative model, so the decoder sees
+    it outside training, too. The gradient is unbiased for this model. ``sharpness`` is :math:`\beta`; the discrete VAE
+    used 4 to 5.
     """
 
     sharpness: float = 4.0
@@ -91,7 +91,7 @@ class SpikeExponential(Smoothing):
     def relax(self, logits: Tensor, uniform: Tensor) -> Tensor:
         """See :meth:`Smoothing.relax`."""
         q = torch.sigmoid(logits)
-        # The inverse CDF of the mixture; the floor keeps 0/0 out of the gradient where q underflows.
+        # Inverse CDF of the mixture; the floor avoids 0/0 in the gradient where q underflows.
         rank = (uniform + q - 1.0).clamp(min=0.0) / q.clamp(min=torch.finfo(q.dtype).tiny ** 0.5)
         return 2.0 * self._inverse(rank) - 1.0
 
