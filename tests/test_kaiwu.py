@@ -147,7 +147,7 @@ def test_the_same_question_finds_its_job_after_a_restart(device, platform, probl
     platform.compute_for(2)
     request = SamplingRequest(problem, 50, seed=1, request_id="refresh-1-20-abc")
     device.timeout = 0.1
-    with pytest.raises(SamplerTimeout, match="Its jobs go on"):
+    with pytest.raises(SamplerTimeout, match="Its jobs continue"):
         device.sample(request)
     again = pickle.loads(pickle.dumps(device))
     again.timeout = 60.0
@@ -252,7 +252,7 @@ FAULTS = [
     ("crash", SamplerUnavailable, r"has ended \(exit code -9\)"),
     ("hang", SamplerTimeout, "did not answer before the deadline"),
     ("short", InvalidSamples, "has 100 states, .* and 200 runs were asked for"),
-    ("deduplicated", InvalidSamples, "repeated ones perhaps"),
+    ("deduplicated", InvalidSamples, "Repeated states may be missing"),
     ("narrow", InvalidSamples, r"shape \(200, 7\); rows of 8 spins"),
     ("empty", InvalidSamples, r"shape \(0, 8\)"),
     ("zeros", InvalidSamples, "not a table of -1 and"),
@@ -358,7 +358,7 @@ def test_another_program_is_not_taken_for_the_worker(tmp_path, line):
     program = tmp_path / "python"
     program.write_text(f"#!/bin/sh\necho '{line}'\nsleep 60\n")
     program.chmod(0o755)
-    with pytest.raises(InvalidSamples, match="something else than what was asked"):
+    with pytest.raises(InvalidSamples, match="did not answer the request that was sent"):
         KaiwuSampler(python=program)
 
 

@@ -493,7 +493,7 @@ def test_a_recording_that_cannot_be_written_costs_the_recording_and_not_the_run(
     recorder = Recorded(ExactSampler(), path)
     assert recorder.sample(requests_of()[0]).info["is_recorded"]
     accident(monkeypatch, path)
-    with pytest.warns(RuntimeWarning, match=rf"Recording to .*tape stopped: .*{match}.* Sampling goes on") as caught:
+    with pytest.warns(RuntimeWarning, match=rf"Recording to .*tape stopped: .*{match}.* Sampling continues") as caught:
         batch = recorder.sample(requests_of()[1])
     assert len(caught) == 1
     assert batch.info["is_recorded"] is False

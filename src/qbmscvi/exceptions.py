@@ -1,8 +1,7 @@
 """Errors of the package.
 
-Wrong arguments raise :class:`ValueError` or :class:`TypeError`. The classes here are for what lies outside
-the caller's hands (samplers, devices, a training run that diverged) and for problems that do not fit a
-sampler.
+Wrong arguments raise :class:`ValueError` or :class:`TypeError`. The classes here are for failures that the caller
+cannot prevent (samplers, devices, a training run that diverged), and for problems that do not fit a sampler.
 """
 
 from __future__ import annotations
@@ -11,17 +10,17 @@ import operator
 
 
 class QBMSCVIError(Exception):
-    """Base class of every error that is particular to this package."""
+    """Base class of the errors of this package."""
 
 
 class GraphMismatchError(QBMSCVIError, ValueError):
-    """A problem does not fit the sampler: too many spins, or edges the sampler does not have."""
+    """A problem does not fit the sampler: too many spins, or edges that the sampler lacks."""
 
 
 class MissingColumnError(QBMSCVIError, ValueError, KeyError):
     """A column of ``adata.obs`` that an argument names does not exist; a :class:`KeyError`, as in scvi-tools, too."""
 
-    __str__ = Exception.__str__  # that of KeyError shows quotes and escapes
+    __str__ = Exception.__str__  # KeyError's shows quotes and escapes
 
 
 class SamplerError(QBMSCVIError, RuntimeError):

@@ -87,7 +87,7 @@ SAMPLER_NAMES = tuple(_BY_NAME)
 def vet(sampler: Sampler) -> Sampler:
     """Wrap a sampler in :class:`Vetted`, unless it is a local Boltzmann sampler of this package, or wrapped already.
 
-    What a sampler declares of itself is no proof; only the classes of this package are tested against enumeration.
+    The traits that a sampler declares prove nothing. Only the classes of this package are tested against enumeration.
     """
     is_own = type(sampler) in _BY_NAME.values() and sampler.traits.target == "boltzmann"
     is_trusted = (is_own and not sampler.traits.is_remote) or isinstance(sampler, Vetted)
@@ -98,8 +98,8 @@ def build_sampler(spec: str | Sampler | dimod.Sampler) -> Sampler:
     """Turn a sampler's name into an instance with default settings, and wrap a dimod sampler in :class:`DimodSampler`.
 
     Names: ``"gibbs"``, ``"parallel_tempering"``, ``"simulated_annealing"``, ``"path_integral_annealing"``,
-    ``"tree_decomposition"``, ``"exact"``, ``"coherent_ising"`` (a simulation; see
-    :func:`build_coherent_ising_sampler`), and with an account ``"dwave"`` (see :func:`build_dwave_sampler`) and
+    ``"tree_decomposition"``, ``"exact"``, and ``"coherent_ising"`` (a simulation, see
+    :func:`build_coherent_ising_sampler`). Two need an account: ``"dwave"`` (see :func:`build_dwave_sampler`) and
     ``"kaiwu"`` (see :func:`build_kaiwu_sampler`).
 
     Raises
@@ -107,7 +107,7 @@ def build_sampler(spec: str | Sampler | dimod.Sampler) -> Sampler:
     ValueError
         If the name is unknown.
     TypeError
-        If ``spec`` is none of these, or a class in place of an instance.
+        If ``spec`` is of another type, or a class instead of an instance.
     SamplerUnavailable
         If ``"dwave"`` or ``"kaiwu"`` is not installed, not configured, or cannot be reached.
     """

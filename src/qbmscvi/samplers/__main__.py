@@ -1,6 +1,6 @@
-"""``python -m qbmscvi.samplers``: the samplers of this machine, what each needs, and a check of one of them.
+"""``python -m qbmscvi.samplers``: list the samplers of this machine with their needs, or check one.
 
-Exit codes of ``--check``: 0 passed, 1 the sampler breaks a law, 2 it is unknown or cannot be built or reached.
+Exit codes of ``--check``: 0 it passed; 1 it breaks the contract; 2 it is unknown, or cannot be built or reached.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ _STATES = {"dwave": _dwave_state, "kaiwu": _kaiwu_state}
 
 
 def describe() -> list[tuple[str, str]]:
-    """Name and state of every sampler that has a name; nothing is contacted."""
+    """Name and state of every sampler with a name; no service is contacted."""
     return [(name, _STATES.get(name, lambda: "ready")()) for name in SAMPLER_NAMES]
 
 
 def check(name: str, n_samples: int) -> int:
-    """Check a sampler end to end on tiny problems, and say what was found."""
+    """Check a sampler end to end on tiny problems, and print the findings."""
     from qbmscvi.samplers.testing import SamplerCheckError, check_sampler
 
     try:

@@ -18,10 +18,9 @@ _threads: WeakSet[threading.Thread] = WeakSet()
 
 
 def call_in_background(function: Callable[..., Any], *arguments: Any) -> Future:
-    """Start a call that cannot hold up anything: not its caller, not the end of the program.
+    """Start a call in a thread that delays neither its caller nor the end of the program.
 
-    (The threads of :mod:`concurrent.futures` are waited for when the interpreter exits: for ever, by a job that never
-    ends.)
+    At its exit the interpreter waits for threads of :mod:`concurrent.futures`, and so would never exit if a job hangs.
     """
     future: Future = Future()
     thread = threading.Thread(target=_fulfil, args=(future, function, arguments), name="qbmscvi-sampler", daemon=True)
@@ -41,7 +40,7 @@ def _fulfil(future: Future, function: Callable[..., Any], arguments: tuple) -> N
 
 @atexit.register
 def _let_finish() -> None:
-    """Give busy threads a moment: one that computes while the interpreter is taken down aborts the program."""
+    """Wait briefly for busy threads: a thread that computes while the interpreter shuts down aborts the program."""
     deadline = time.monotonic() + _GRACE_SECONDS
     for thread in list(_threads):
         thread.join(max(0.0, deadline - time.monotonic()))

@@ -1,9 +1,9 @@
 """The broker between a training run and a sampler.
 
-Requests of one interval are submitted, then dispatched together: those of one problem become one call, and where the
-sampler says so several problems become one. A local sampler answers at once. A remote one works in a thread of its own
-while training goes on. Its answer is used at a fixed age, or, if it is late, at the next multiple of that: nobody ever
-waits, and a run with a fast device depends on seeds alone.
+The broker dispatches all requests of one interval together. It merges requests of one problem into one call, and packs
+several problems into one if the sampler declares that it can. A local sampler answers at once. A remote sampler works
+in another thread while training continues. Its answer is used at a fixed age; a late answer is used at the next
+multiple of that age. So training never waits, and a run with a fast device depends on seeds alone.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ _ADVICE = "Raise `max_staleness` of the schedule, or let training wait for answe
 
 @dataclass
 class Ledger:
-    """What the broker did so far.
+    """Counts of what the broker has done.
 
     Parameters
     ----------
     n_requests, n_trips, n_samples
         Requests submitted, calls made, samples received and used.
     n_failures
-        Calls that raised, or whose answer was too old.
+        Calls that raised, or gave an answer that was too old.
     n_late
-        Answers that were not there when they were due.
+        Answers that had not arrived when they were due.
     n_attempts, device_seconds
         As reported by the sampler in ``info``.
     wait_seconds
         Time that the training thread waited for answers.
     sampler_seconds
-        Time that the sampler took, in whatever thread.
+        Time that the sampler took, in any thread.
     """
 
     n_requests: int = 0
@@ -66,7 +66,7 @@ class Ledger:
 
 @dataclass
 class _Trip:
-    """One dispatch: its requests, when it was made, and when to look for its answers next."""
+    """One dispatch: its requests, the step at which it was sent, and the step at which its answers are due."""
 
     requests: tuple[SamplingRequest, ...]
     step: int
@@ -77,23 +77,24 @@ class _Trip:
     is_given_up: bool = False
 
     def state_dict(self) -> dict[str, Any]:
-        """State from which the trip can be asked for again."""
+        """State from which the trip can be sent again."""
         own = {"step": self.step, "due": self.due, "is_late": self.is_late}
         return {"requests": [request.state_dict() for request in self.requests], **own}
 
 
 class Broker:
-    """Collect, merge and pack requests, and fetch the answers.
+    """Merge and pack requests, send them to a sampler, and fetch the answers.
 
     Parameters
     ----------
     sampler
         Sampler to ask.
+
     latency
-        Steps between dispatch and collection with a remote sampler; zero waits for the answer on the spot. A local
-        sampler always answers on the spot.
+        Steps between dispatch and collection with a remote sampler; zero waits for the answer. A local sampler always
+        answers at once.
     max_staleness
-        Age in steps beyond which an answer is not used any more; may be infinite.
+        Age in steps beyond which an answer is not used; may be infinite.
 
     Raises
     ------
@@ -123,7 +124,7 @@ class Broker:
         self.ledger.n_requests += 1
 
     def dispatch(self, step: int) -> None:
-        """Send what was submitted; one trip is under way at a time.
+        """Send all submitted requests; only one trip is under way at a time.
 
         Raises
         ------
@@ -153,17 +154,17 @@ class Broker:
     def collect(self, step: int) -> list[SampleBatch] | None:
         """Fetch the answers of the trip under way, one per request in the order of submission; never wait.
 
-        ``info`` of each batch gets ``staleness``, the age of its problem in steps.
+        ``info["staleness"]`` of each batch is the age of its problem in steps.
 
         Returns
         -------
-        The answers; None if they are not due or not there yet, or no trip is under way.
+        The answers; None if they are not due, have not arrived, or no trip is under way.
 
         Raises
         ------
         SamplerError
-            If the sampler failed, or (once for a trip) has not answered for ``max_staleness`` steps. No other trip can
-            be dispatched until it does.
+            If the sampler failed, or has not answered for ``max_staleness`` steps (raised once per trip). No other trip
+            can be dispatched until it answers.
         """
         trip = self._trip
         if trip is None:
@@ -189,7 +190,8 @@ class Broker:
             self.ledger.n_failures += 1
             if isinstance(error, SamplerError):
                 raise error
-            # From outside the guarded call, e.g. `check` of a device that is gone, or a client that ends its thread.
+            # From outside the guarded call, e.g. `check` of a device that has gone offline, or a client that ends its
+            # thread.
             msg = f"{self.sampler.name} failed: {type(error).__name__}: {error}"
             raise SamplerError(msg) from error
         batches = trip.future.result()
@@ -222,9 +224,9 @@ class Broker:
         return answers if is_single else [answers[group][rows] for group, rows in places]
 
     def state_dict(self) -> dict[str, Any]:
-        """Ledger, and the trip under way unless it was given up, so that a restarted run can ask for it once more.
+        """Ledger and the trip under way, unless it was given up, so that a restarted run can send it again.
 
-        The state of the sampler is that from which the trip was sent: with it, the device gets the same question.
+        The sampler's state is the one before the trip was sent, so that the device gets the same request again.
         """
         trip = self._trip if self._trip is not None and not self._trip.is_given_up else None
         return {
@@ -234,13 +236,14 @@ class Broker:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state; a trip that was under way is asked for again, exactly once and with its old ids.
+        """Restore a state; a trip that was under way is sent again, exactly once and with its old ids.
 
-        Not so with a local sampler in place of the remote one that was asked: it answers questions of now.
+        If a local sampler has replaced the remote one, the trip is dropped: a local sampler answers only current
+        requests.
         """
         self.ledger = Ledger(**state["ledger"])
         name, sampler_state = state["sampler"]
-        if name == self.sampler.name:  # what was learned of one device says nothing of another
+        if name == self.sampler.name:  # what was learned of one device does not hold for another
             self.sampler.load_state_dict(sampler_state)
         trip = state["trip"]
         if trip is not None and self.sampler.traits.is_remote:
@@ -248,7 +251,7 @@ class Broker:
             self._trip.due, self._trip.is_late = trip["due"], trip["is_late"]
 
     def close(self) -> None:
-        """Drop the trip under way; an answer that comes later is ignored."""
+        """Drop the trip under way; a later answer is ignored."""
         if self._trip is not None:
             if not self._trip.future.done():
                 self._cancel()
@@ -259,15 +262,15 @@ class Broker:
             self.sampler.cancel()
         except Exception as error:  # noqa: BLE001 - a courtesy to the device must not cost the run
             warnings.warn(
-                f"{self.sampler.name} could not cancel its question ({type(error).__name__}: {error}). Training is not "
-                "concerned; a job may still be running on the device.",
+                f"{self.sampler.name} could not cancel its request ({type(error).__name__}: {error}). Training is not "
+                "affected; a job may still be running on the device.",
                 RuntimeWarning,
                 stacklevel=3,
             )
 
 
 def _merge(requests: Sequence[SamplingRequest]) -> tuple[list[SamplingRequest], list[tuple[int, slice | Tensor]]]:
-    """Join requests of one problem and temperature; return them and where each original one finds its rows."""
+    """Join requests of one problem and temperature; return them and the rows of each original request."""
     problems = {id(request.problem): request.problem for request in requests}
     names: dict[int, str] = dict.fromkeys(problems, "the only problem")
     if len(problems) > 1:  # a hash costs as much as a Gibbs sweep
@@ -284,7 +287,7 @@ def _merge(requests: Sequence[SamplingRequest]) -> tuple[list[SamplingRequest], 
 
 
 def _share_out(group: list[SamplingRequest]) -> Sequence[slice | Tensor]:
-    """Rows of each member: those of its chains, or random ones, for some devices sort their answers by energy."""
+    """Rows of each member: its own chains, or random rows, because some devices sort their answers by energy."""
     sizes = [member.n_samples for member in group]
     if len(group) > 1 and group[0].initial_spins is None:
         seed = derive_seed(group[0].seed or 0, "rows of a merged request")

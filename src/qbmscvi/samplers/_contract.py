@@ -1,8 +1,8 @@
 """The contract of every sampler.
 
-A sampler answers :class:`SamplingRequest` with :class:`~qbmscvi.boltzmann.ising.SampleBatch`. The public methods are
-final: they check the request, call the private hook, check the answer and compute the energies themselves, so an
-implementation only has to return spins. Its own exceptions come out as :class:`~qbmscvi.exceptions.SamplerError`.
+A sampler answers each :class:`SamplingRequest` with a :class:`~qbmscvi.boltzmann.ising.SampleBatch`. The public methods
+are final: they check the request, call the private hook, check the answer and compute the energies. So an
+implementation only has to return spins. Its exceptions are raised as :class:`~qbmscvi.exceptions.SamplerError`.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SamplerTraits:
-    r"""What a sampler is.
+    r"""Properties of a sampler.
 
     Parameters
     ----------
     target
-        Law of the samples in the limit of long runs: ``"boltzmann"`` for :math:`\exp(-\beta E)/Z`,
-        ``"approximate"`` for something near it, ``"ground_state"`` for an optimizer.
+        Distribution of the samples in the limit of long runs: ``"boltzmann"`` for :math:`\exp(-\beta E)/Z`,
+        ``"approximate"`` for a distribution near it, ``"ground_state"`` for an optimizer.
     is_exact
-        Samples are independent and exactly distributed.
+        Whether samples are independent and exactly distributed.
     is_persistent
-        Uses ``initial_spins`` of a request as the states of running chains.
+        Whether the sampler continues chains from ``initial_spins`` of a request.
     is_remote
-        Answers come from another machine, and may be slow or fail.
+        Whether answers come from another machine, and so may be slow or fail.
     is_slow
-        Answers take minutes, thousands of training steps.
+        Whether answers take minutes, that is thousands of training steps.
     packs_problems
-        Several small problems may be sent as one problem without couplings between them, to save trips.
+        Whether several small problems may be sent as one problem without couplings between them, to save trips.
     is_replay
-        Answers come from a recording: they are there at once, and are used after the latency of the schedule.
+        Whether answers come from a recording. They arrive at once, but are used after the latency of the schedule.
     max_spins
         Largest problem accepted, or None.
     """
@@ -60,16 +60,16 @@ class SamplerTraits:
 
 @dataclass(frozen=True, eq=False)
 class SamplingRequest:
-    """One question to a sampler.
+    """One request to a sampler.
 
     Parameters
     ----------
     problem
-        What to sample.
+        Problem to sample.
     n_samples
         Number of samples (chains).
     beta
-        Inverse temperature asked for, in inverse units of the energy of ``problem``.
+        Requested inverse temperature, in inverse units of the energy of ``problem``.
     initial_spins
         Chain states to start from, shape ``(n_samples, n_spins)``; None for a fresh start.
     n_sweeps
@@ -77,9 +77,9 @@ class SamplingRequest:
     seed
         Seed of the random numbers; None draws one from torch's global stream.
     purpose
-        Word for logs, e.g. ``"negative_phase"``.
+        Name in logs, e.g. ``"negative_phase"``.
     request_id
-        Name of the question, the same when it is asked again after a restart, so that a device can find the job.
+        Id that stays the same when a restarted run repeats the request, so that a device can find the job.
     """
 
     problem: IsingModel
@@ -109,7 +109,7 @@ class SamplingRequest:
             raise ValueError(msg)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors, numbers and words from which the request can be built again."""
+        """Tensors, numbers and strings from which :meth:`from_state_dict` builds the request."""
         own = {name: getattr(self, name) for name in _PLAIN_FIELDS}
         return {**own, "problem": self.problem.state_dict(), "initial_spins": self.initial_spins}
 
@@ -128,7 +128,7 @@ _PLAIN_FIELDS = ("n_samples", "beta", "n_sweeps", "seed", "purpose", "request_id
 class Draw:
     """Answer of a sampler's private hook: spins ``(n_samples, n_spins)`` and facts about the run.
 
-    Every row counts alike: a sampler that weights its samples resamples them.
+    All rows have equal weight; a sampler of weighted samples has to resample them.
     """
 
     spins: Tensor
@@ -152,7 +152,7 @@ class Sampler:
             raise TypeError(msg)
 
     def __init__(self) -> None:
-        # Not in `__new__`, whose arguments `help` and the site would show for those of every subclass.
+        # Not in `__new__`: `help` and the site would show its arguments for every subclass.
         if type(self) is Sampler:
             msg = "Sampler is abstract. Build one of its subclasses, or write one that implements `_sample`."
             raise TypeError(msg)
@@ -163,14 +163,14 @@ class Sampler:
         return type(self).__name__
 
     def cancel(self) -> None:
-        """Give up the question under way, if that is possible: nobody waits for its answer any more."""
+        """Cancel the call under way, if that is possible; its answer is no longer needed."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What answers depend on beside request and settings: plain values and tensors, for checkpoints."""
+        """State that answers depend on besides request and settings: plain values and tensors, for checkpoints."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state, so that the next answers are those that would have followed it."""
+        """Restore a state, so that the next answers are the same as they were after :meth:`state_dict`."""
 
     def check(self, problem: IsingModel) -> None:
         """Raise if this sampler cannot take a problem of this size and graph.
@@ -246,7 +246,7 @@ class Sampler:
             raise InvalidSamples(msg) from error
         expected = (request.n_samples, problem.n_spins)
         if tuple(spins.shape) != expected:
-            msg = f"{self.name} returned samples of shape {tuple(spins.shape)}; {expected} were asked for."
+            msg = f"{self.name} returned samples of shape {tuple(spins.shape)}; {expected} was requested."
             raise InvalidSamples(msg)
         if not are_spins(spins):
             msg = f"{self.name} returned values other than -1 and +1. Convert bits with `qbmscvi.ising.bits_to_spins`."
@@ -267,12 +267,12 @@ class Sampler:
 
 
 def derive_seed(seed: int, purpose: str) -> int:
-    """Seed of random numbers that are independent of those drawn from ``seed`` itself, or for another purpose."""
+    """Seed whose random numbers are independent of those of ``seed`` and of other purposes."""
     return int.from_bytes(hashlib.sha256(f"{seed} {purpose}".encode()).digest()[:4], "little") % 2**31
 
 
 def _with_numbers(info: dict[str, Any]) -> dict[str, Any]:
-    """Facts whose numbers are numbers; those that are None are unknown, and left out."""
+    """Facts with valid numbers; facts that are None are unknown and left out."""
     numbers = {key: info.pop(key) for key in _NUMBERS if key in info}
     numbers = {key: float(value) for key, value in numbers.items() if value is not None}
     for key in _AMOUNTS:

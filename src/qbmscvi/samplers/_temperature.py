@@ -1,4 +1,4 @@
-"""Estimate of the inverse temperature at which samples were really drawn."""
+"""Estimate of the effective inverse temperature of samples."""
 
 from __future__ import annotations
 
@@ -52,17 +52,18 @@ def effective_beta(
     Parameters
     ----------
     problem
-        Problem as asked for, before any scaling to hardware ranges.
+        Requested problem, before any scaling to hardware ranges.
     batch
         Samples of it, spins of shape ``(n_samples, n_spins)``.
+
     bracket
         Search interval.
 
     Raises
     ------
     ValueError
-        If the number of spins differs, or there is no estimate inside ``bracket``: samples that are all local minima
-        have an infinite one.
+        If the number of spins differs, or no estimate lies inside ``bracket``. For samples that are all local minima
+        the estimate is infinite.
     """
     if batch.spins.shape[1] != problem.n_spins:
         msg = f"The samples have {batch.spins.shape[1]} spins, the problem {problem.n_spins}. Pass the right problem."
@@ -71,7 +72,7 @@ def effective_beta(
     beta = _bisect(lambda value: float(_score(alignment, value).mean()), bracket)
     p = torch.sigmoid(2.0 * beta * alignment)
     curvature = float((4.0 * alignment.square() * p * (1.0 - p)).sum())
-    # Sandwich: flips within a sample are correlated, samples are not.
+    # Sandwich estimate: flips within a sample are correlated, samples are not.
     return BetaEstimate(beta, float(_score(alignment, beta).norm()) / curvature)
 
 
@@ -86,7 +87,7 @@ def pseudo_likelihood_score(problem: IsingModel, batch: SampleBatch, beta: float
 def fits_beta(problem: IsingModel, batch: SampleBatch, beta: float) -> bool:
     """Whether samples are within four standard errors of ``beta``, by the score of the pseudo-likelihood.
 
-    Where the problem is too flat for their number to have a temperature, they fit whatever is asked for.
+    If the problem is too flat to show a temperature with this number of samples, every ``beta`` fits.
     """
     score = pseudo_likelihood_score(problem, batch, beta)
     return abs(float(score.sum())) <= _MAX_Z * float(score.norm())

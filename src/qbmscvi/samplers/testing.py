@@ -1,12 +1,12 @@
-r"""Checks for samplers, our own and third-party: small problems with known answers, and the contract in one call.
+r"""Checks for samplers, also of other packages: small problems with known answers, and the contract in one call.
 
 >>> from qbmscvi.samplers import ExactSampler
 >>> from qbmscvi.samplers.testing import check_sampler
 >>> report = check_sampler(ExactSampler())
 
-The oracle is enumeration in float64. Draws of one request are treated as independent chains: what is tested is the law
-of their end states, at the length of run that the sampler chooses by itself. Time series, effective sample sizes of
-single chains, GPU problems and problems beyond enumeration are not tested here.
+Samples are compared with enumeration in float64. Draws of one request are treated as independent chains. The checks
+test the distribution of their end states, at the length of run that the sampler chooses. They do not test time series,
+effective sample sizes of single chains, GPU problems, or problems beyond enumeration.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ ALPHA = 1e-4
 MAX_TABLE_SPINS = 12
 
 _MIN_SAMPLES = 100  # below, the normal approximation of the mean energy is not worth a p-value
-# Merged cells expect that many (effective) samples. At 10, Pearson's chi-square has the right tail down to 1e-4 within
-# a factor of 1.5 (simulated, 15 to 850 cells).
+# Least expected number of (effective) samples in a merged cell. At 10 the tail of Pearson's chi-square is right down to
+# 1e-4 within a factor of 1.5 (simulated, 15 to 850 cells).
 _MIN_EXPECTED = 10
-_N_CONTRACT = 200  # samples of the requests that test the contract, not the law
+_N_CONTRACT = 200  # samples of the requests that test the contract, not the distribution
 _MAX_ORDER_Z = 5.0
 
 
 class SamplerCheckError(QBMSCVIError, AssertionError):
-    """A sampler breaks the contract; ``report`` is what :func:`check_sampler` would have returned."""
+    """A sampler breaks the contract; ``report`` is the report of :func:`check_sampler`."""
 
     def __init__(self, message: str, report: Report | None = None) -> None:
         super().__init__(message)
@@ -67,12 +67,12 @@ class SamplerCheckError(QBMSCVIError, AssertionError):
 
 
 def tiny_problems(dtype: torch.dtype = torch.float64) -> dict[str, IsingModel]:
-    """Three small problems, by name, whose law can be enumerated.
+    """Three small problems, by name, whose distribution can be enumerated.
 
-    A complete bipartite one with sides of 3 and 5, a complete one of 6 spins, and a sparse one (12 qubits of the
-    Chimera graph, or a ring of 9 with chords where ``dwave-networkx`` is not installed). Every field and coupling is
-    between 0.15 and 0.45 in size, with random signs: large enough that none can be lost unnoticed, small enough that
-    single-spin chains forget a uniform start within 30 sweeps at ``beta = 2`` (total variation below 1e-3).
+    They are complete bipartite with layers of 3 and 5 spins, complete with 6 spins, and sparse. The sparse problem has
+    12 qubits of the Chimera graph, or without ``dwave-networkx`` a ring of 9 spins with chords. Every field and
+    coupling has a random sign and a size between 0.15 and 0.45. A test would notice if one were lost, and single-spin
+    chains still forget a uniform start within 30 sweeps at ``beta = 2`` (total variation below 1e-3).
     """
     chords = [(i, (i + 1) % 9) for i in range(9)] + [(0, 2), (3, 7), (4, 8), (1, 5)]
     has_chimera = find_spec("dwave_networkx") is not None
@@ -94,7 +94,8 @@ def _draw_problem(graph: graphs.Graph, seed: int, dtype: torch.dtype) -> IsingMo
     return IsingModel(h, J, graph, 0.25)
 
 
-# The law -----------------------------------------------------------------------------------------------------------
+# The distribution
+# -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,9 @@ class Verdict:
     worst_moment
         Name of the worst moment.
     distance
-        Total variation distance between the samples and the law; None beyond 12 spins.
+        Total variation distance between the samples and this distribution; None beyond 12 spins.
     distance_by_chance
-        What as many independent draws from the law itself would have in the mean.
+        Mean distance of as many independent draws from the distribution itself.
     """
 
     moments: float
@@ -142,23 +143,24 @@ class Verdict:
 def compare_with_boltzmann(problem: IsingModel, batch: SampleBatch, beta: float) -> Verdict:
     r"""Compare samples with :math:`\exp(-\beta E)/Z`, taking them as independent.
 
-    Every mean spin and every pair product is a binomial count with an exact two-sided p-value
-    (Bonferroni over all :math:`n (n + 1) / 2`); the mean energy, sufficient for :math:`\beta`, has a z-score; and up to
-    12 spins Pearson's chi-square runs over all states, merged from the least likely up until each cell expects 10.
+    There are three tests. Every mean spin and every pair product is a binomial count with an exact two-sided p-value
+    (Bonferroni over all :math:`n (n + 1) / 2`). The mean energy, sufficient for :math:`\beta`, has a z-score. Up to 12
+    spins, Pearson's chi-square covers all states; the least likely states are merged until each cell expects 10
+    samples.
 
     Parameters
     ----------
     problem
-        Problem that was asked; enumerated, see :func:`~qbmscvi.boltzmann.enumeration.exact_moments`.
+        Requested problem; enumerated, see :func:`~qbmscvi.boltzmann.enumeration.exact_moments`.
     batch
         Samples of it, spins of shape ``(n_samples, n_spins)``.
     beta
-        Inverse temperature that was asked for.
+        Requested inverse temperature.
 
     Raises
     ------
     ValueError
-        If there are fewer than 100 samples, or their width is not that of the problem.
+        If there are fewer than 100 samples, or they have another number of spins than the problem.
     GraphMismatchError
         If the problem is too large to enumerate.
     """
@@ -180,7 +182,7 @@ def compare_with_boltzmann(problem: IsingModel, batch: SampleBatch, beta: float)
     mean_energy = float(
         problem.offset + problem.h.numpy() @ mean + problem.J.numpy() @ second[edges[:, 0], edges[:, 1]]
     )
-    # What is compared, one column each: rates of up spins and of equal pairs.
+    # One column per quantity: rates of up spins and of equal pairs.
     rates = np.clip(0.5 * (1.0 + np.concatenate([mean, second[i, j]])), 0.0, 1.0)
     hits = np.concatenate([spins > 0, spins[:, i] == spins[:, j]], axis=1)  # (n_samples, n_moments)
     p_moments = _binomial_p_values(hits.sum(0), batch.n_samples, rates)
@@ -213,7 +215,7 @@ def assert_boltzmann(problem: IsingModel, batch: SampleBatch, beta: float, *, al
     Parameters
     ----------
     problem, batch, beta
-        As in :func:`compare_with_boltzmann`, which says what is tested.
+        As in :func:`compare_with_boltzmann`, which describes the tests.
     alpha
         Probability that correct samples fail, over all tests together.
 
@@ -245,7 +247,7 @@ def _cell_p_value(counts: np.ndarray, law: np.ndarray) -> float:
         filled += n_samples * law[state]
         if filled >= _MIN_EXPECTED:
             n_cells, filled = n_cells + 1, 0.0
-    cell = np.minimum(cell, n_cells - 1)  # what is left over joins the last cell, which holds the likeliest states
+    cell = np.minimum(cell, n_cells - 1)  # the remainder joins the last cell, which holds the likeliest states
     if n_cells < 2:
         return 1.0
     due = n_samples * np.bincount(cell, law, n_cells)
@@ -254,7 +256,7 @@ def _cell_p_value(counts: np.ndarray, law: np.ndarray) -> float:
 
 
 def _mean_distance(law: np.ndarray, n: int) -> float:
-    """Mean total variation distance of ``n`` draws to their law: De Moivre's mean absolute deviation, cell by cell."""
+    """Mean total variation distance of ``n`` draws to their distribution (De Moivre, per cell)."""
     m = np.floor(n * law) + 1.0
     return float((m * (1.0 - law) * stats.binom.pmf(m, n, law)).sum() / n)
 
@@ -264,7 +266,7 @@ def _mean_distance(law: np.ndarray, n: int) -> float:
 
 @dataclass(frozen=True)
 class Failure:
-    """A law that a sampler breaks, the case in which it does, and how."""
+    """A rule that a sampler breaks, the case in which it does, and how."""
 
     law: str
     case: str
@@ -288,7 +290,7 @@ class Report:
         Comparison with the Boltzmann distribution by case, e.g. ``"complete-6, beta=1, float32"``; empty for a sampler
         of ground states.
     failures
-        Broken laws.
+        Broken rules.
     skipped
         Problems that the sampler refused, with its reason.
     """
@@ -301,7 +303,7 @@ class Report:
 
     @property
     def has_passed(self) -> bool:
-        """Whether no law is broken."""
+        """Whether no rule is broken."""
         return not self.failures
 
     @property
@@ -331,27 +333,28 @@ def check_sampler(
     On each of :func:`tiny_problems` and in each precision:
 
     - ``answers``: no exception; spins int8, -1 or +1, of shape ``(n_samples, n_spins)``;
-    - ``energies``: those of the problem, recomputed in float64;
-    - ``seeds``: equal seeds give equal samples bit for bit, and for ``target="boltzmann"`` different seeds different
-      ones; not asked of remote samplers;
-    - ``state``: with ``state_dict`` of an earlier moment the sampler gives the answers that followed it, and that state
-      can be read as plain values and tensors; not asked of remote samplers, and of those that break ``seeds``;
+    - ``energies``: they agree with the energies of the problem in float64;
+    - ``seeds``: equal seeds give equal samples bit for bit; for ``target="boltzmann"`` different seeds give different
+      samples. Remote samplers are exempt;
+    - ``state``: after :meth:`~qbmscvi.samplers.Sampler.load_state_dict` the sampler repeats the answers that followed
+      the state, which holds only plain values and tensors. Remote samplers are exempt, and samplers that break
+      ``seeds``;
     - ``random state``: torch's, numpy's and Python's global streams stay as they were;
     - ``requests``: problems and chain states of a request are not modified;
     - ``order``: several requests in one batch are answered in order;
     - ``distribution``: for ``target="boltzmann"`` samples pass :func:`compare_with_boltzmann` at every ``beta``. For
-      ``"approximate"`` the comparison, with the total variation distance, is put into the report and nothing is
-      demanded; for ``"ground_state"`` nothing is compared.
+      ``"approximate"`` the report has the comparison and the total variation distance, but no result counts as a
+      failure. For ``"ground_state"`` nothing is compared.
 
-    :math:`\alpha = 10^{-4}` over all distribution tests of one call together (Bonferroni): a correct sampler fails once
-    in 10,000 seeds. With 5,000 samples each of the following was seen to fail: couplings of the wrong sign, one of
-    them missing, a temperature off by 10 %, spins in the wrong order.
+    All distribution tests of one call together have :math:`\alpha = 10^{-4}` (Bonferroni), so a correct sampler fails
+    once in 10,000 seeds. With 5,000 samples these faults fail: couplings of the wrong sign, a missing coupling, a
+    temperature off by 10 %, spins in the wrong order.
 
     Parameters
     ----------
     sampler
-        Sampler to check; ``n_sweeps`` of the requests is None, so that it chooses the length of its runs. Wrappers
-        that learn from their answers, such as ``Calibrated``, break ``seeds`` by design.
+        Sampler to check. The requests have ``n_sweeps=None``, so that it chooses the length of its runs. Wrappers that
+        learn from answers, such as ``Calibrated``, break ``seeds`` by design.
     betas
         Inverse temperatures.
     n_samples
@@ -363,14 +366,14 @@ def check_sampler(
 
     Returns
     -------
-    The report of a sampler that keeps the contract.
+    The report, if the sampler keeps the contract.
 
     Raises
     ------
     SamplerCheckError
-        If a law is broken; the message lists every one, ``error.report`` has the details.
+        If a rule is broken. The message lists all of them; ``error.report`` has the details.
     TypeError
-        If ``sampler`` is no sampler, or a class in place of an instance.
+        If ``sampler`` is no sampler, or a class instead of an instance.
     ValueError
         If ``n_samples`` is below 100, or there are no ``betas`` or ``dtypes``.
 
@@ -417,7 +420,7 @@ def check_sampler(
 
 
 class _Examination:
-    """Asks a sampler, watches every call, and keeps what it finds."""
+    """Calls a sampler, checks every call, and collects the findings."""
 
     def __init__(self, sampler: Sampler, seed: int) -> None:
         self.sampler = sampler
@@ -439,7 +442,7 @@ class _Examination:
         return self.seed - 1
 
     def ask(self, case: str, *requests: SamplingRequest) -> list[SampleBatch] | None:
-        """Ask once; None if there is no answer to go on with."""
+        """Request samples once; None if there is no valid answer."""
         before = _global_state()
         originals = [_copy(request) for request in requests]
         try:
@@ -462,7 +465,7 @@ class _Examination:
         expected = (request.n_samples, request.problem.n_spins)
         if tuple(batch.spins.shape) != expected or batch.spins.dtype != torch.int8:
             found = f"{batch.spins.dtype} of shape {tuple(batch.spins.shape)}"
-            self.fail("answers", case, f"spins are {found}; torch.int8 of shape {expected} is due")
+            self.fail("answers", case, f"spins are {found}; torch.int8 of shape {expected} is required")
             return False
         if not bool((batch.spins.abs() == 1).all()):
             self.fail("answers", case, "spins have values other than -1 and +1")
@@ -473,7 +476,7 @@ class _Examination:
         if batch.energies.shape != due.shape or not torch.allclose(
             batch.energies.cpu().double(), due, rtol=tolerance, atol=tolerance
         ):
-            self.fail("energies", case, "energies are not those of the spins under the problem asked for")
+            self.fail("energies", case, "energies are not those of the spins under the requested problem")
         return True
 
     def check_contract(self, case: str, problem: IsingModel) -> None:
@@ -497,7 +500,7 @@ class _Examination:
             self.fail("seeds", case, "two calls with different seeds gave the same samples")
 
     def check_state(self, case: str, request: SamplingRequest) -> None:
-        """Ask, ask something else, go back to the state from before, and ask again."""
+        """Request samples, then others, restore the earlier state, and repeat the first request."""
         file = io.BytesIO()
         torch.save(self.sampler.state_dict(), file)
         file.seek(0)
@@ -511,10 +514,10 @@ class _Examination:
         self.sampler.load_state_dict(state)
         found = self.ask(case, _copy(request))
         if due is not None and found is not None and not torch.equal(due[0].spins, found[0].spins):
-            self.fail("state", case, "another answer followed the same state: something it depends on is not saved")
+            self.fail("state", case, "the same state led to another answer: the state lacks something")
 
     def check_order(self, problems: list[IsingModel]) -> None:
-        """Three requests of one shape, whose spins point in different directions, and a fourth of another shape."""
+        """Three requests of one shape with spins in different directions, and a fourth of another shape."""
         problem, case = problems[0], "several requests in one batch"
         node = torch.arange(problem.n_spins)
         signs = [torch.ones(problem.n_spins), 1.0 - 2.0 * (node % 2), 1.0 - 2.0 * (node // 2 % 2)]
@@ -530,7 +533,7 @@ class _Examination:
             return
         for k, batch in enumerate(batches[:3]):
             for other in (1, 2):
-                # Only an answer that fits another question better is wrong: a poor sampler is none of this law.
+                # Only an answer that fits another request better breaks this rule; a poor sampler does not.
                 excess = batch.spins.cpu().double() @ (fields[(k + other) % 3] - fields[k]).cpu().double()
                 if float(excess.mean()) < -_MAX_ORDER_Z * float(excess.std()) / math.sqrt(len(excess)):
                     self.fail("order", case, f"answer {k + 1} fits another request better than its own")
@@ -553,7 +556,7 @@ class _Examination:
 
 
 def _global_state() -> dict[str, np.ndarray]:
-    """Global random streams, as arrays that can be compared."""
+    """States of the global random streams, as arrays that can be compared."""
     _, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002
     return {
         "torch": torch.get_rng_state().numpy(),
@@ -569,7 +572,7 @@ def _tensors(request: SamplingRequest) -> dict[str, torch.Tensor]:
 
 
 def _copy(request: SamplingRequest) -> SamplingRequest:
-    """Share no tensor with the request: what a sampler does to the one does not reach the other."""
+    """Copy a request with all its tensors, so that a sampler cannot change the original."""
     tensors = {name: value.clone() for name, value in _tensors(request).items()}
     initial_spins = tensors.pop("initial_spins", None)
     return replace(request, problem=replace(request.problem, **tensors), initial_spins=initial_spins)

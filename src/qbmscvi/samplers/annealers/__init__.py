@@ -1,1 +1,1 @@
-"""Samplers with the interface of dimod, those of dwave-samplers among them."""
+"""Samplers with the interface of dimod, including those of dwave-samplers."""

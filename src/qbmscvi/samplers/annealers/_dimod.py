@@ -1,8 +1,8 @@
 """Adapters around dimod samplers.
 
-The wrapped sampler sees the problem multiplied by ``beta``, so that a sampler of the Boltzmann distribution
-at unit temperature answers at the temperature asked for. Its answers are taken as they come: bits or spins,
-variables in any order, rows counted or repeated, more or fewer of them than asked for.
+The dimod sampler gets the problem multiplied by ``beta``, so that a sampler of the Boltzmann distribution at unit
+temperature answers at the requested temperature. The adapter accepts bits or spins, variables in any order, rows with
+counts or repeated rows, and more or fewer rows than requested.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from qbmscvi.samplers._contract import SamplingRequest
 
 
-# Solvers of dimod and dwave-samplers that look for ground states, or list all states; and annealers that end far colder
-# than asked for unless one of these arguments gives them a schedule.
+# Solvers of dimod and dwave-samplers that look for ground states or list all states, and annealers that end far too
+# cold unless one of these arguments sets their schedule.
 _SOLVERS = {
     "ExactSolver",
     "PlanarGraphSolver",
@@ -63,22 +63,22 @@ class _DimodAdapter(Sampler):
             sample_set = self.sampler.sample(bqm, **self._call_arguments(request, n_missing, seed))
             parts.append(_read(sample_set, labels))
             if not len(parts[-1]):
-                msg = f"{self.name} returned no samples; {n_missing} were asked for."
+                msg = f"{self.name} returned no samples; {n_missing} were requested."
                 raise InvalidSamples(msg)
             n_missing -= len(parts[-1])
             seed = derive_seed(seed, "the samples that are missing")
         spins = np.concatenate(parts)
-        if n_missing < 0:  # any of them: some samplers sort by energy
+        if n_missing < 0:  # drop random ones: some samplers sort by energy
             spins = spins[rng.choice(len(spins), request.n_samples, replace=False)]
         facts = {"backend": type(self.sampler).__name__, **self._facts(sample_set)}
         return Draw(torch.from_numpy(spins), info=facts)
 
     def _label(self, problem: IsingModel) -> Sequence[Any]:
-        """What the spins are called at the sampler."""
+        """Names of the spins in the sampler."""
         return range(problem.n_spins)
 
     def _facts(self, sample_set: dimod.SampleSet) -> dict[str, Any]:
-        """Facts that the backend reports and that are worth keeping."""
+        """Facts of the answer that are kept in ``info``."""
         return {}
 
 
@@ -112,9 +112,10 @@ class DimodSampler(_DimodAdapter):
     sample_kwargs
         Keyword arguments of each call. ``num_reads`` and ``seed`` are filled in where the sampler takes them.
     target
-        Distribution of its samples; declare ``"boltzmann"`` only if it is. None is ``"ground_state"`` for solvers of
-        dimod and dwave-samplers, and for their simulated annealing without ``beta_range`` or ``beta_schedule``;
-        ``sampler="simulated_annealing"`` runs that at the right temperature. For all others None is ``"approximate"``.
+        Distribution of its samples; declare ``"boltzmann"`` only if it is true. None means ``"ground_state"`` for
+        solvers of dimod and dwave-samplers, and for their simulated annealing without ``beta_range`` or
+        ``beta_schedule``; for all others ``"approximate"``. Use ``sampler="simulated_annealing"`` to anneal to the
+        right temperature.
     max_spins
         Largest problem it takes, or None.
 
@@ -151,12 +152,12 @@ class DimodSampler(_DimodAdapter):
         return f"DimodSampler[{type(self.sampler).__name__}]"
 
     def check(self, problem: IsingModel) -> None:
-        """Raise :class:`~qbmscvi.exceptions.GraphMismatchError` for too many spins, or couplings it does not have."""
+        """Raise :class:`~qbmscvi.exceptions.GraphMismatchError` if spins or couplings do not fit the sampler."""
         super().check(problem)
         self._label(problem)
 
     def _label(self, problem: IsingModel) -> Sequence[Any]:
-        """Numbers of the spins, or the first names of the sampler's node list, as a graph made of it has them."""
+        """Numbers of the spins, or for a structured sampler the first nodes of its list, in the order of its graph."""
         numbers = range(problem.n_spins)
         if self._structure is None:
             return numbers
@@ -181,12 +182,12 @@ class DimodSampler(_DimodAdapter):
 
 
 def as_sampler(value: Any, allowed: str = "a qbmscvi.samplers.Sampler or a dimod sampler") -> Sampler:
-    """Return a sampler as it is, and a dimod sampler as :class:`DimodSampler`.
+    """Return a sampler unchanged, and a dimod sampler as :class:`DimodSampler`.
 
     Raises
     ------
     TypeError
-        If it is neither, or a class in place of an instance.
+        If it is neither, or a class instead of an instance.
     """
     if isinstance(value, Sampler):
         return value
@@ -208,7 +209,7 @@ def _is_dimod_sampler(value: Any) -> bool:
 
 
 def _layers(sampler: dimod.Sampler) -> list[dimod.Sampler]:
-    """The sampler, and what it wraps as far as the same problem is passed on."""
+    """The sampler, and the samplers that it wraps, as long as each passes on the same problem."""
     layers = [sampler]
     while type(layers[-1]).__module__.startswith(_PASS_PROBLEMS_ON) and getattr(layers[-1], "children", None):
         layers.append(layers[-1].children[0])
@@ -216,7 +217,7 @@ def _layers(sampler: dimod.Sampler) -> list[dimod.Sampler]:
 
 
 def _is_solver(sampler: dimod.Sampler, arguments: dict[str, Any]) -> bool:
-    """Whether the class itself, no subclass of it, is known to find ground states with these arguments."""
+    """Whether this exact class, not a subclass, is known to find ground states with these arguments."""
     kind = type(sampler)
     if not kind.__module__.startswith(("dimod.", "dwave.")):
         return False
@@ -226,17 +227,17 @@ def _is_solver(sampler: dimod.Sampler, arguments: dict[str, Any]) -> bool:
 class SimulatedAnnealingSampler(_DimodAdapter):
     """Simulated annealing of ``dwave-samplers``, run as a Boltzmann sampler.
 
-    A fresh run heats from ``beta / 100`` to the requested ``beta`` in geometric steps during ``n_ramp`` sweeps and
-    stays there for ``n_hold`` sweeps with heat-bath acceptance in random order; that second part is a Markov chain
-    with the Boltzmann distribution as its stationary law. With ``initial_spins`` only the second part runs. The
-    default of dwave-samplers, which goes on to ``beta`` far above the one asked for, finds ground states instead.
+    A fresh run cools from ``beta / 100`` to the requested ``beta`` in geometric steps during ``n_ramp`` sweeps. It then
+    stays there for ``n_hold`` sweeps with heat-bath acceptance in random order. This second part is a Markov chain with
+    the Boltzmann distribution as its stationary distribution. With ``initial_spins`` only the second part runs. The
+    default schedule of dwave-samplers ends far above the requested ``beta`` and finds ground states instead.
 
     Parameters
     ----------
     n_ramp
         Sweeps of the ramp.
     n_hold
-        Sweeps at the requested ``beta``, unless the request says otherwise.
+        Sweeps at the requested ``beta``, unless the request sets them.
 
     Raises
     ------
@@ -310,16 +311,16 @@ class TreeDecompositionSampler(_DimodAdapter):
 class PathIntegralAnnealingSampler(_DimodAdapter):
     """Simulated quantum annealing by path-integral Monte Carlo, from ``dwave-samplers``.
 
-    The transverse field falls linearly to zero while the problem grows to the requested ``beta``; worldlines freeze on
-    the way as spins of an annealer do. Classical sweeps follow at that temperature, a Markov chain with the Boltzmann
-    distribution as its stationary law. Without them (``n_hold=0``) the samples are declared approximate.
+    The transverse field falls linearly to zero while the problem grows to the requested ``beta``. Worldlines freeze on
+    the way, like spins of an annealer. Classical sweeps at that temperature follow, a Markov chain with the Boltzmann
+    distribution as its stationary distribution. Without them (``n_hold=0``) the samples are declared approximate.
 
     Parameters
     ----------
     n_ramp
         Sweeps of the ramp.
     n_hold
-        Sweeps after it.
+        Classical sweeps after the ramp.
     transverse_field
         Transverse field at the start, in units of the problem times ``beta``.
     """

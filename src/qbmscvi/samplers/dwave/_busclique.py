@@ -1,8 +1,8 @@
-"""Clique and biclique embeddings by ``minorminer.busclique``, run as a script in a process of its own.
+"""Clique and biclique embeddings by ``minorminer.busclique``, run as a script in a separate process.
 
-Not imported by the package. On a working graph that lacks couplers busclique can take minutes, and can end its process
-(``std::bad_alloc``); neither may happen to a training run. Reads a question as JSON from standard input, writes the
-chains as a JSON list, null where there are none.
+The package does not import this file. On a working graph that lacks couplers busclique can take minutes, or end its
+process (``std::bad_alloc``); neither may happen to a training run. The script reads a request as JSON from standard
+input and writes the chains as a JSON list, or null if there are none.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ warnings.simplefilter("ignore")  # dwave-networkx announces its successor
 
 
 def main() -> None:
-    """Answer the question on standard input."""
+    """Answer the request on standard input."""
     import dwave_networkx as dnx
     from minorminer.busclique import busgraph_cache
 

@@ -1,6 +1,6 @@
-"""A D-Wave solver: finding and opening it, and what it says of itself.
+"""A D-Wave solver: how it is found and opened, and its properties.
 
-"Device" is the structured dimod sampler that D-Wave's packages give for a solver, or one that stands in for it.
+A "device" is the structured dimod sampler that D-Wave's packages build for a solver, or a substitute for it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     import networkx as nx
 
-# Set by the sampler, or of no use to one.
+# Parameters that the sampler sets, or that make no sense for it.
 _OWN_PARAMETERS = ("answer_mode", "auto_scale", "label", "max_answers", "num_reads", "warnings")
 
 
@@ -29,11 +29,11 @@ def connect(*, solver: str | None, topology: str | None, profile: str | None, ti
     Parameters
     ----------
     solver, topology
-        Name and topology to choose by; None for the configured solver, or the largest.
+        Name and topology of the solver; None for the configured solver, or else the largest.
     profile
         Section of D-Wave's configuration file.
     timeout
-        Seconds to wait, here and for every job later.
+        Seconds to wait for the solver, and later for every job.
 
     Raises
     ------
@@ -54,7 +54,7 @@ def connect(*, solver: str | None, topology: str | None, profile: str | None, ti
     wanted = {key: value for key, value in wanted.items() if value is not None}
     choice = {"solver": {"order_by": "-num_active_qubits", **wanted}} if wanted else {}
     options = {"profile": profile, "http_retry_total": 2}
-    # In a thread of its own: three attempts of every request may take longer than the time there is.
+    # In another thread: three attempts of every request may take longer than the timeout.
     open_device = partial(dwave.system.DWaveSampler, **options, **choice)
     opening = call_in_background(partial(guarded, open_device, profile=profile))
     try:
@@ -82,7 +82,7 @@ def lattice_of(device: Any) -> nx.Graph:
 
 
 def check_parameters(device: Any, parameters: Mapping[str, Any]) -> None:
-    """Refuse solver parameters that the device does not know, or whose values it would refuse.
+    """Refuse solver parameters that the device does not know, or with values that it would refuse.
 
     Raises
     ------
@@ -110,7 +110,7 @@ def check_parameters(device: Any, parameters: Mapping[str, Any]) -> None:
 def read_times(device: Any, n_qubits: int, parameters: Mapping[str, Any]) -> tuple[float, float | None, int]:
     """Access time of a job in microseconds, constant part and per read, and the most reads of a job.
 
-    The second is None where the device has no model of its times.
+    Without a timing model of the device the constant part is zero and the part per read is None.
     """
     most = int(device.properties.get("num_reads_range", (1, 10_000))[1])
     solver = getattr(device, "solver", None)

@@ -1,12 +1,12 @@
-"""Ising problems on the qubits of an annealer: which qubits stand for a spin, and what they are programmed to.
+"""Ising problems on the qubits of an annealer: the qubits of each spin, and their fields and couplings.
 
-A spin is one qubit, or a chain of qubits that are coupled so that they agree. :func:`find_embedding` looks for, in this
+A spin is one qubit, or a chain of qubits with couplings that make them agree. :func:`find_embedding` tries, in this
 order: the graph itself among the working qubits and couplers (Glasgow subgraph solver, exact), a clique or biclique
-embedding if the graph is dense (busclique), and a minor embedding (minorminer). What is found is repeated over the chip
-as often as it fits. Fields are shared out evenly among the qubits of a chain and couplings among the couplers between
-two chains, as by ``dwave.embedding.embed_bqm``.
+embedding if the graph is dense (busclique), and a minor embedding (minorminer). It repeats the embedding over the chip
+as often as it fits. The qubits of a chain share a field equally, and the couplers between two chains share a coupling
+equally, as in ``dwave.embedding.embed_bqm``.
 
-Scaling to ranges, and everything that talks to a device, is elsewhere (``_dwave.py``).
+Other modules scale problems to the ranges of a device (``_program.py``) and communicate with it (``_sampler.py``).
 """
 
 from __future__ import annotations
@@ -32,28 +32,28 @@ if TYPE_CHECKING:
 Kind = Literal["native", "clique", "biclique", "minor"]
 
 _NATIVE_SECONDS = 20
-_COPY_SECONDS = 3  # on a chip of 5,000 qubits a copy is found within two
-_NATIVE_SECONDS_DENSE = 2  # small ones are found at once; that large ones are not there takes long to prove
-_DENSE = 0.5  # share of the (bipartite) pairs that are edges from which on busclique goes first
+_COPY_SECONDS = 3  # on a chip of 5,000 qubits a copy is found within two seconds
+_NATIVE_SECONDS_DENSE = 2  # small ones are found at once; the proof that a large one is absent takes long
+_DENSE = 0.5  # from this share of (bipartite) pairs that are edges, busclique goes first
 _EDGE_OF_CHAIN = -1
 
 
 @dataclass(frozen=True, eq=False)
 class Embedding:
-    """Spins of a problem on the qubits of a working graph, in one copy or several alike.
+    """Spins of a problem on the qubits of a working graph, in one copy or several equal ones.
 
     Parameters
     ----------
     kind
-        How it was found.
+        Method that found it.
     qubits
         Names of the qubits, shape ``(n_copies, n_qubits)``; column ``k`` is *place* ``k`` of every copy.
     spin_of
-        Spin that each place stands for, shape ``(n_qubits,)``.
+        Spin of each place, shape ``(n_qubits,)``.
     couplers
         Pairs of places that are coupled, shape ``(n_couplers, 2)``.
     edge_of
-        Edge of the problem that each coupler carries, shape ``(n_couplers,)``; -1 within a chain.
+        Edge of the problem for each coupler, shape ``(n_couplers,)``; -1 within a chain.
     """
 
     kind: Kind
@@ -83,7 +83,7 @@ class Embedding:
         return self.edge_of == _EDGE_OF_CHAIN
 
     def spread(self, h: np.ndarray, J: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Share fields and couplings out.
+        """Distribute fields and couplings over places and couplers.
 
         Returns
         -------
@@ -96,7 +96,7 @@ class Embedding:
         return fields, couplings
 
     def gather(self, values: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Read spins off the qubits: the majority of each chain, a fair coin where there is none.
+        """Read spins from the qubits: the majority of each chain, or a fair coin for a tie.
 
         Parameters
         ----------
@@ -125,18 +125,18 @@ def find_embedding(graph: Graph, lattice: nx.Graph, *, max_copies: int, seed: in
     graph
         Graph of the problem.
     lattice
-        Working graph as ``dwave-networkx`` builds it, integer qubit names.
+        Working graph as ``dwave-networkx`` builds it, with integer qubit names.
     max_copies
         Largest number of copies.
     seed
-        Seed of the heuristics; equal seeds and graphs give equal embeddings, unless time runs out.
+        Seed of the heuristics. Equal seeds and graphs give equal embeddings, unless time runs out.
     seconds
-        Longest search of each of the heuristics.
+        Longest search of each heuristic, in seconds.
 
     Raises
     ------
     GraphMismatchError
-        If none was found.
+        If no embedding was found.
     """
     source = graph.to_networkx()
     lonely = [node for node, degree in source.degree if degree == 0]
@@ -246,7 +246,7 @@ def _build(kind: Kind, graph: Graph, chains: dict[int, list[int]], lattice: nx.G
 
 
 def _repeat(first: Embedding, lattice: nx.Graph, max_copies: int) -> Embedding:
-    """Find the qubits and couplers of a copy, as they are, in the rest of the chip, again and again."""
+    """Find more copies of these qubits and couplers in the unused part of the chip, one after another."""
     import networkx as nx
 
     copies = [first.qubits[0]]

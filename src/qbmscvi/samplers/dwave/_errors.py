@@ -1,4 +1,4 @@
-"""Faults of D-Wave's client as errors of this package, without the objects that know the token."""
+"""Errors of D-Wave's client as errors of this package, without objects that hold the token."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from qbmscvi.exceptions import BudgetExceeded, InvalidSamples, SamplerError, Sam
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_MAX_WORDS = 300  # of a message from outside
+_MAX_WORDS = 300  # characters of a message of the client
 _CONFIGURE = "Run `dwave config create`, or set DWAVE_API_TOKEN (see docs/dwave.md)."
 
 
 def install_hint() -> str:
-    """What to do without ``dwave-system``."""
+    """Message for a missing ``dwave-system``."""
     return "D-Wave samplers need the package `dwave-system`. Install it with `pip install 'qbmscvi[dwave]'`."
 
 
 def guarded(function: Callable[..., Any], *arguments: Any, profile: str | None) -> tuple[Any, SamplerError | None]:
     """Call a function of D-Wave's client, and return its result or an error of this package.
 
-    The error is returned, not raised: raised here, it would carry the original along as its context, and with it
-    requests whose headers hold the token.
+    The error is returned, not raised. If raised here, it would have the original as its context, with requests that
+    hold the token in their headers.
     """
     try:
         return function(*arguments), None
@@ -58,7 +58,7 @@ def _translate(error: Exception, profile: str | None) -> SamplerError:
 
 
 def _without_token(text: str, profile: str | None) -> str:
-    """Words of an error without the token, should a library have quoted it."""
+    """Message of an error without the token, in case a library has quoted it."""
     from dwave.cloud.config import load_config
 
     try:

@@ -1,4 +1,4 @@
-"""Requests to a D-Wave annealer on their way: jobs, and what came back of them."""
+"""Requests to a D-Wave annealer that are under way: their jobs and answers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from qbmscvi.samplers._contract import SamplingRequest
     from qbmscvi.samplers.dwave._program import Program
 
-_MAX_REFILL = 4  # reads of a trip for what was discarded, over those of the first
+_MAX_REFILL = 4  # reads of a trip that replaces discarded samples, relative to the first trip
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Trip:
     is_canceled: threading.Event = field(default_factory=threading.Event)
 
     def cancel(self) -> None:
-        """Cancel them, on the device too."""
+        """Cancel the jobs, on the device too."""
         self.is_canceled.set()
         for job in self.jobs:
             if hasattr(job, "cancel"):
@@ -34,14 +34,14 @@ class Trip:
 
 
 class Order:
-    """A request on its way: what it is programmed to, and what came back so far.
+    """A request under way: its program, and the samples received so far.
 
     Parameters
     ----------
     request
         The request.
     program
-        What the device gets.
+        Program that the device gets.
     seed
         Seed of the coins for chains without a majority.
     """
@@ -56,22 +56,22 @@ class Order:
 
     @property
     def n_kept(self) -> int:
-        """Samples that are good."""
+        """Number of usable samples."""
         return sum(map(len, self.kept))
 
     @property
     def n_missing(self) -> int:
-        """Samples that are still to come."""
+        """Number of missing samples."""
         return self.request.n_samples - self.n_kept
 
     @property
     def break_rate(self) -> float:
-        """Share of the chains that were broken."""
+        """Share of broken chains."""
         n_chains = self.n_rows * self.request.problem.n_spins
         return self._n_broken / n_chains if n_chains else 0.0
 
     def reads(self, most: int) -> list[int]:
-        """Reads of the jobs that should fill the gap, judged by the share that was kept so far."""
+        """Number of reads that should give the missing samples, from the share kept so far."""
         n_copies = self.program.embedding.n_copies
         share = max(self.n_kept, 1) / self.n_rows if self.n_rows else 1.0
         wanted = math.ceil(self.n_missing / share / n_copies * (1.1 if self.n_rows else 1.0))
@@ -92,12 +92,12 @@ class Order:
 
 
 def read_answer(job: Any, order: Order, n_reads: int) -> tuple[np.ndarray, dict[str, float], str | None]:
-    """Values of the qubits, shape ``(n_reads, n_copies, n_qubits)``, timing and id of a job that is done.
+    """Values of the qubits, shape ``(n_reads, n_copies, n_qubits)``, timing, and id of a finished job.
 
     Raises
     ------
     InvalidSamples
-        If reads or qubits are missing, or values are none of -1 and +1.
+        If reads or qubits are missing, or values are neither -1 nor +1.
     """
     sample_set = getattr(job, "sampleset", job)
     record = sample_set.record

@@ -1,8 +1,8 @@
-"""What an annealer is programmed to: an embedded problem, scaled into the ranges of the device.
+"""The program of an annealer: an embedded problem, scaled into the ranges of the device.
 
-The scale sets the temperature: on a device at inverse temperature ``device_beta`` the energy is multiplied by
-``beta / device_beta``, or by less where the ranges are too narrow. Nothing is clipped. Every limit is symmetric in the
-signs of the problem, so that all gauges of a problem get the same scale, and with it the same temperature.
+The scale sets the temperature. On a device at inverse temperature ``device_beta`` the energy is multiplied by
+``beta / device_beta``, or by less if the ranges are too narrow. Nothing is clipped. Every limit is symmetric in the
+signs of the problem, so that all gauges of a problem have the same scale and temperature.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from qbmscvi.boltzmann.ising import IsingModel
     from qbmscvi.samplers.dwave._embedding import Embedding
 
-# A coupler of this strength, over the device's temperature, is broken with odds of e**-4 in equilibrium.
+# In units of the device's temperature; in equilibrium such a coupler is broken with odds of e**-4.
 _LEAST_CHAIN = 2.0
 _NO_LIMIT = (-np.inf, np.inf)
-_MARGIN = 1.0 - 1e-9  # below the limits, which the service compares in its own arithmetic
+_MARGIN = 1.0 - 1e-9  # stays below the limits, because the service compares them in its own arithmetic
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class Ranges:
     qubit
         Lowest and highest sum of the couplings of a qubit; infinite where the device has no such limit.
     group
-        The same for each of the two groups that the couplers of every qubit are divided into (Advantage2).
+        The same for each of the two groups of couplers of a qubit (Advantage2).
     group_of
-        Number of the group that holds the coupler of a qubit to another, by ``(qubit, other)``.
+        Group of the coupler from a qubit to another, by ``(qubit, other)``.
     """
 
     h: float
@@ -56,7 +56,7 @@ class Ranges:
 
     @classmethod
     def from_properties(cls, properties: Mapping[str, Any], lattice: nx.Graph) -> Ranges:
-        """Read the limits off the properties of a D-Wave solver with this working graph."""
+        """Read the limits from the properties of a D-Wave solver with this working graph."""
         h, J = properties["h_range"], properties["j_range"]
         extended = properties.get("extended_j_range", J)
         qubit, group = (tuple(properties.get(f"per_{part}_coupling_range", _NO_LIMIT)) for part in ("qubit", "group"))
@@ -76,15 +76,15 @@ class Program:
     Parameters
     ----------
     embedding
-        Which qubits.
+        Qubits of each spin.
     h, J
-        Values of places and couplers of a copy, in the units of the device; chains included.
+        Values of places and couplers of a copy, chains included, in the units of the device.
     scale
-        Factor between these and the problem.
+        Factor from the problem to these values.
     chain_strength
         Ferromagnetic coupling within chains.
     is_range_limited
-        Whether the ranges of the device did not allow the scale that the temperature asked for needs.
+        Whether the ranges of the device did not allow the scale for the requested temperature.
     """
 
     embedding: Embedding
@@ -119,21 +119,21 @@ def fit(
     problem
         The problem.
     embedding
-        For its graph.
+        Embedding of its graph.
     ranges
         Limits of the device.
     beta
-        Inverse temperature asked for.
+        Requested inverse temperature.
     device_beta
         Inverse temperature of the device in its own units.
     chain_strength
-        Coupling within chains in the units of the device. None for uniform torque compensation, but no less than
-        ``2 / device_beta``: chains have to hold where couplings are small, too.
+        Coupling within chains in the units of the device. None for uniform torque compensation, with
+        ``2 / device_beta`` as the least value, so that chains hold if couplings are small.
 
     Raises
     ------
     GraphMismatchError
-        If chains of that strength leave no room for the problem.
+        If chains of that strength leave no range for the problem.
     """
     problem = problem.to("cpu", torch.float64)
     h, J = embedding.spread(problem.h.numpy(), problem.J.numpy())
@@ -144,7 +144,7 @@ def fit(
             compensation, least = _torque_compensation(problem), min(_LEAST_CHAIN / device_beta, ranges.chain)
         else:
             least = chain_strength
-    # Pairs (amount at unit scale, room for it); all of them are linear in the scale.
+    # Pairs (amount at unit scale, room for it); all amounts are linear in the scale.
     bounds = [
         (np.abs(h).max(initial=0.0), ranges.h),
         (np.abs(J).max(initial=0.0), ranges.J),
@@ -175,7 +175,7 @@ def fit(
 def _groups(embedding: Embedding, ranges: Ranges) -> np.ndarray:
     """Group of each end of each coupler, shape ``(n_copies, 2, n_couplers)``.
 
-    Copies are alike as graphs, but not in how the chip groups their couplers.
+    Copies are equal as graphs, but the chip groups their couplers differently.
     """
     ends = embedding.qubits[:, embedding.couplers.T]
     pairs = np.stack([ends, ends[:, ::-1]], axis=-1).reshape(-1, 2)
@@ -183,7 +183,7 @@ def _groups(embedding: Embedding, ranges: Ranges) -> np.ndarray:
 
 
 def _loads(ends: np.ndarray, amounts: np.ndarray, is_chain: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Add up, over what the ends of couplers belong to, the amounts of couplings, and the number of those in chains."""
+    """Sum the couplings, and count the chain couplers, for each qubit or group at the ends of couplers."""
     numbers = np.unique(ends, return_inverse=True)[1].reshape(ends.shape)
     n = numbers.max(initial=-1) + 1
     values = [np.broadcast_to(each, numbers.shape).ravel() for each in (np.where(is_chain, 0.0, amounts), is_chain)]

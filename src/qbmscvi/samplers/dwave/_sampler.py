@@ -1,8 +1,8 @@
 """D-Wave quantum annealers.
 
-:class:`DWaveSampler` is the bare device: it embeds, scales, submits, waits and reads the answer. What a device needs
-around it is wrappers; :func:`build_dwave_sampler` puts the usual ones on. Account and endpoint come from D-Wave's own
-configuration file or environment, and are kept by D-Wave's client alone: not here, not in names, states or errors.
+:class:`DWaveSampler` is the device without wrappers: it embeds, scales, submits, waits and reads the answer.
+:func:`build_dwave_sampler` adds the usual wrappers. Account and endpoint come from D-Wave's configuration file or
+environment. Only D-Wave's client holds them; names, states and errors of this package do not.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ if TYPE_CHECKING:
     from qbmscvi.samplers._contract import SamplingRequest
 
 _TICK = 0.05  # seconds between two looks at the clock
-_MAX_TRIPS = 3  # for what was discarded
+_MAX_TRIPS = 3  # at most, to replace discarded samples
 
 
 class DWaveSampler(Sampler):
-    r"""A D-Wave quantum annealer, raw.
+    r"""A D-Wave quantum annealer without wrappers.
 
     The problem is embedded (:class:`~qbmscvi.samplers.dwave._embedding.Embedding`, found once per graph), repeated over
-    the chip, multiplied by ``beta / device_beta`` or by less where the ranges are too narrow, and submitted with
+    the chip, and multiplied by ``beta / device_beta``, or by less if the ranges are too narrow. It is submitted with
     ``auto_scale=False`` and ``answer_mode="raw"``; the requests of a batch are under way together. ``info`` has
 
-    - ``scale``, ``effective_beta`` (``scale * device_beta``: what is believed, see :class:`Calibrated`) and
+    - ``scale``, ``effective_beta`` (the assumed ``scale * device_beta``, see :class:`Calibrated`) and
       ``is_range_limited``;
-    - ``embedding``, ``n_copies``, ``n_qubits`` (of a copy), ``max_chain_length``, ``chain_strength`` and
+    - ``embedding``, ``n_copies``, ``n_qubits`` (per copy), ``max_chain_length``, ``chain_strength`` and
       ``chain_break_rate``, the share of broken chains;
     - ``solver``, ``job_ids``, ``n_reads``, ``timing`` (microseconds, as reported) and ``device_seconds``, the QPU
       access time.
@@ -55,30 +55,30 @@ class DWaveSampler(Sampler):
     Parameters
     ----------
     solver
-        Name of the solver; None for the configured one, or the largest.
+        Name of the solver; None for the configured solver, or else the largest.
     topology
-        Choose among solvers of this topology.
+        Topology of the solver.
     profile
         Section of D-Wave's configuration file.
     device
-        Structured :class:`dimod.Sampler` in place of a solver, e.g. ``dwave.system.testing.MockDWaveSampler`` for a
-        rehearsal.
+        Structured :class:`dimod.Sampler` instead of a solver, e.g. ``dwave.system.testing.MockDWaveSampler`` for a test
+        without an account.
     device_beta
         Inverse temperature of the device in its own units.
     chain_strength
         Coupling within chains in the units of the device; None for uniform torque compensation, see
         :func:`~qbmscvi.samplers.dwave._program.fit`.
     chain_break
-        ``"majority"`` takes the majority of a broken chain. ``"discard"`` drops the sample; what is missing is asked
-        for again, three times in all.
+        ``"majority"`` takes the majority of a broken chain. ``"discard"`` drops the sample and requests missing ones
+        again, in up to three trips in total.
     max_copies
         Largest number of copies of the problem on the chip.
     parameters
         Solver parameters for every job, e.g. ``{"annealing_time": 50}``.
     timeout
-        Seconds for a whole call, the queue included.
+        Seconds for a whole call, including the queue.
     embedding_seconds, embedding_seed
-        Longest search of each embedding heuristic, and its seed.
+        Longest search of each embedding heuristic in seconds, and its seed.
 
     Raises
     ------
@@ -117,7 +117,7 @@ class DWaveSampler(Sampler):
             msg = f"chain_break={chain_break!r} is not known. Use 'majority' or 'discard'."
             raise ValueError(msg)
         if device is not None and (solver or topology or profile):
-            msg = "`device` is given, so `solver`, `topology` and `profile` have nothing to choose. Leave them out."
+            msg = "`device` is given, so `solver`, `topology` and `profile` have no effect. Leave them out."
             raise ValueError(msg)
         self.solver, self.topology, self.profile, self.timeout = solver, topology, profile, timeout
         self.device_beta, self.chain_strength, self.chain_break = device_beta, chain_strength, chain_break
@@ -137,12 +137,12 @@ class DWaveSampler(Sampler):
         self._ranges: Ranges | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Settings only: the connection, which knows the credentials, is opened anew."""
+        """Settings only: the connection holds the credentials and is opened again."""
         dropped = ("_device", "_lock", "_trips", "_lattice", "_ranges")
         return {key: value for key, value in self.__dict__.items() if key not in dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over settings and embeddings."""
+        """Restore settings and embeddings."""
         self._reset()
         self.__dict__.update(state)
 
@@ -155,7 +155,7 @@ class DWaveSampler(Sampler):
 
     @property
     def device(self) -> Any:
-        """The structured dimod sampler behind this one, ``dwave.system.DWaveSampler`` unless another was given."""
+        """The structured dimod sampler in use, ``dwave.system.DWaveSampler`` unless ``device`` was given."""
         with self._lock:
             if self._device is None:
                 choice = {"solver": self.solver, "topology": self.topology, "profile": self.profile}
@@ -187,7 +187,7 @@ class DWaveSampler(Sampler):
             return self._ranges
 
     def close(self) -> None:
-        """Cancel what is under way and close the connection, without waiting for either."""
+        """Cancel all jobs under way and close the connection, without waiting."""
         self.cancel()
         with self._lock:
             device, self._device, self._lattice, self._ranges = self._device, None, None, None
@@ -202,7 +202,7 @@ class DWaveSampler(Sampler):
         self.embedding(problem)
 
     def embedding(self, problem: IsingModel) -> Embedding:
-        """Where the problem goes on the chip; found once for a graph and kept."""
+        """Embedding of the problem on the chip; found once per graph and kept."""
         graph = problem.graph
         with self._lock:
             lattice = self.working_graph
@@ -218,7 +218,7 @@ class DWaveSampler(Sampler):
             return self._embeddings[key]
 
     def program(self, problem: IsingModel, beta: float = 1.0) -> Program:
-        """What the device would be programmed to; nothing is submitted."""
+        """Program that the device would get; nothing is submitted."""
         return fit(
             problem,
             self.embedding(problem),
@@ -337,16 +337,16 @@ class DWaveSampler(Sampler):
 
 
 def build_dwave_sampler(*, n_gauges: int = 4, n_attempts: int = 3, **settings: Any) -> Sampler:
-    """Put the usual wrappers around a :class:`DWaveSampler`; the same as ``sampler="dwave"`` with settings.
+    """Put the usual wrappers around a :class:`DWaveSampler`; like ``sampler="dwave"``, but with settings.
 
-    From the inside out: calls are repeated when they fail (:class:`Retrying`), bias fields are averaged out over gauges
-    (:class:`SpinReversed`), and the temperature is measured and corrected (:class:`Calibrated`). Training goes on from
-    these samples with Gibbs sweeps of its own; use :class:`Polished` elsewhere.
+    From the inside out: :class:`Retrying` repeats calls that fail, :class:`SpinReversed` averages bias fields out over
+    gauges, and :class:`Calibrated` measures and corrects the temperature. Training continues from these samples with
+    local Gibbs sweeps; for other uses add :class:`Polished`.
 
     Parameters
     ----------
     n_gauges, n_attempts
-        Of these wrappers.
+        Arguments of :class:`SpinReversed` and :class:`Retrying`.
     settings
         Arguments of :class:`DWaveSampler`.
     """

@@ -1,13 +1,12 @@
 r"""Ising problems as the matrix of a coherent Ising machine, and its answers as samples.
 
 Such a machine takes one symmetric integer matrix :math:`M` with zero diagonal and looks for spins of low
-:math:`H(s) = -s^\top M s` (both halves of the matrix count). It knows no fields: those of the problem become couplings
-to one more spin, the last, and what a state means is its product with that spin. This is the convention of QBoson's
-Kaiwu SDK; sign, factor two, ancilla, scale and rounding are dealt with here and nowhere else.
+:math:`H(s) = -s^\top M s` (both halves of the matrix count). It has no fields: fields of the problem become couplings
+to an additional last spin, the ancilla. Multiplying a state by its ancilla gives the spins of the problem. This is the
+convention of QBoson's Kaiwu SDK. Only this module handles sign, factor two, ancilla, scale and rounding.
 
-The scale sets the temperature, as on an annealer (:mod:`qbmscvi.samplers.dwave._program`), and is kept: a quantizer
-that maps the largest coupling to the end of the range, whatever it is, would change the temperature from question to
-question.
+The scale sets the temperature, as on an annealer (:mod:`qbmscvi.samplers.dwave._program`). A quantizer that always maps
+the largest coupling to the end of the range would change the temperature between requests.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
     from qbmscvi.boltzmann.ising import IsingModel
 
-_MARGIN = 1.0 - 1e-12  # so that the largest value rounds to the end of the range and not beyond
+_MARGIN = 1.0 - 1e-12  # so that the largest value does not round beyond the end of the range
 _IMPOSSIBLE = -math.log(1e-6)
 
 
@@ -44,9 +43,9 @@ class IsingMatrix:
     scale
         Factor :math:`c`.
     is_range_limited
-        Whether the range did not allow the scale that the temperature asked for needs.
+        Whether the range did not allow the scale for the requested temperature.
     rounding_error
-        Root mean square error of the fields and couplings that are not zero, in the units of the problem.
+        Root mean square error of the non-zero fields and couplings, in the units of the problem.
     """
 
     values: np.ndarray
@@ -56,16 +55,16 @@ class IsingMatrix:
 
     @classmethod
     def from_problem(cls, problem: IsingModel, beta: float, device_beta: float, n_bits: int) -> IsingMatrix:
-        """Scale by ``beta / device_beta``, or by less where that leaves the range, and round.
+        """Scale by ``beta / device_beta``, or by less if that exceeds the range, and round.
 
         Parameters
         ----------
         problem
             The problem.
         beta
-            Inverse temperature asked for.
+            Requested inverse temperature.
         device_beta
-            Inverse temperature of the machine, where the largest coupling that it takes counts as one.
+            Inverse temperature of the machine, in units in which its largest coupling is one.
         n_bits
             Signed precision.
         """
@@ -85,7 +84,7 @@ class IsingMatrix:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """For ``info`` of an answer."""
+        """Facts for ``info`` of an answer."""
         return {
             "scale": self.scale,
             "is_range_limited": self.is_range_limited,
@@ -98,12 +97,12 @@ class IsingMatrix:
         return -((states @ self.values.astype(np.int64)) * states).sum(-1)
 
     def read(self, states: np.ndarray, n_samples: int, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Spins of the problem, shape ``(n_states, n_spins)``, in random order; and what was recognized.
+        """Spins of the problem, shape ``(n_states, n_spins)``, in random order, and facts about the answer.
 
-        Machines sort their answers by energy, some leave repeated states out. The first is undone here; the second
-        cannot be, since how often a state came up is what a sample says. ``is_deduplicated`` is True where no state
-        comes twice and there are fewer of them than the ``n_samples`` that were asked for, or so many that a sample
-        of whatever law would have a repetition (but for one in a million).
+        Machines sort their answers by energy, and some leave repeated states out. This method undoes the order. It
+        cannot restore repetitions, which carry the probabilities. ``is_deduplicated`` is True if no state is repeated
+        and one of two conditions holds. Either there are fewer states than the ``n_samples`` requested, or so many that
+        a sample of any distribution would have a repetition (except for one in a million).
 
         Raises
         ------
@@ -134,6 +133,6 @@ class IsingMatrix:
 
 
 def fill_up(states: torch.Tensor, n_samples: int, rng: np.random.Generator) -> torch.Tensor:
-    """Choose ``n_samples`` of the states at random, none of them more than once more often than another."""
+    """Choose ``n_samples`` states at random, each as often as any other, or once more."""
     rounds = [rng.permutation(len(states)) for _ in range(math.ceil(n_samples / len(states)))]
     return states[torch.from_numpy(np.concatenate(rounds)[:n_samples])]

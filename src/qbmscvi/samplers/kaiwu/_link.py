@@ -1,4 +1,4 @@
-"""The process of ``_worker.py``, and the protocol with it; the protocol is described there."""
+"""The process of ``_worker.py`` and this side of its protocol, which that file describes."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _KINDS: dict[str, type[SamplerError]] = {"budget": BudgetExceeded, "invalid": In
 
 
 class Link:
-    """A running worker. One that hangs, or talks nonsense, is killed: whoever needs it again starts another one.
+    """A running worker. A worker that hangs or breaks the protocol is killed; the next call starts another one.
 
     Parameters
     ----------
     python
         Interpreter.
     folder
-        Where the SDK may keep its files; None for a temporary one.
+        Folder for files of the SDK; None for a temporary one.
     telemetry
         Whether the SDK may report its use.
     deadline
@@ -50,7 +50,7 @@ class Link:
 
     def __init__(self, python: str, folder: str | None, telemetry: bool, deadline: float) -> None:
         self._temporary = tempfile.TemporaryDirectory(prefix="qbmscvi-kaiwu-") if folder is None else None
-        # -E: variables like PYTHONPATH are meant for this interpreter, and not for that one.
+        # -E: variables like PYTHONPATH are meant for this interpreter only.
         command = [python, "-E", str(_SCRIPT)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         try:
@@ -70,7 +70,7 @@ class Link:
 
     @property
     def is_open(self) -> bool:
-        """Whether the worker can be asked."""
+        """Whether the worker can take requests."""
         return self._end.alive and self._process.poll() is None
 
     def close(self) -> None:
@@ -78,12 +78,12 @@ class Link:
         self._end()
 
     def ask(self, question: dict[str, Any], deadline: float) -> dict[str, Any]:
-        """Put a question, and wait for its answer.
+        """Send a request, and wait for its answer.
 
         Raises
         ------
         BudgetExceeded, InvalidSamples, SamplerUnavailable
-            What the worker reports; or if it ends, or answers something else.
+            If the worker reports it, ends, or answers another request.
         SamplerTimeout
             If there is no answer before the deadline.
         """
@@ -97,7 +97,7 @@ class Link:
             self._lock.release()
 
     def _exchange(self, message: dict[str, Any], deadline: float, expected: dict[str, Any]) -> dict[str, Any]:
-        # In a thread of its own: a worker that hangs does not read, either.
+        # In another thread: a worker that hangs does not read, either.
         call_in_background(_write, self._process, json.dumps(message).encode() + b"\n")
         try:
             line = self._lines.get(timeout=max(0.0, deadline - time.monotonic()))
@@ -109,13 +109,13 @@ class Link:
             raise SamplerTimeout(msg)
         if not line:
             self.close()
-            self._lines.put(line)  # for others who wait
+            self._lines.put(line)  # for other threads that wait
             msg = f"The worker of the Kaiwu SDK has ended (exit code {self._process.returncode})."
             raise SamplerUnavailable(msg)
         answer = _parse(line)
         if any(answer.get(key) != value for key, value in expected.items()):
             self.close()
-            msg = "The worker of the Kaiwu SDK answered something else than what was asked."
+            msg = "The worker of the Kaiwu SDK did not answer the request that was sent."
             raise InvalidSamples(msg)
         if "error" in answer:
             kind, words = answer["error"]["kind"], answer["error"]["message"]
@@ -136,7 +136,7 @@ def _write(process: subprocess.Popen, line: bytes) -> None:
         process.stdin.write(line)
         process.stdin.flush()
     except (OSError, ValueError):
-        pass  # it has ended: whoever waits for its answer hears of that
+        pass  # it has ended; the thread that waits for its answer notices
 
 
 def _read(process: subprocess.Popen, lines: queue.Queue) -> None:

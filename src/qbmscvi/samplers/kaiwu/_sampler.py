@@ -1,9 +1,9 @@
 """QBoson's coherent Ising machines, through the Kaiwu SDK.
 
-The SDK needs an interpreter of its own (CPython 3.10), in which ``_worker.py`` runs; this side knows matrices,
-jobs and deadlines. :class:`KaiwuSampler` is the bare device; :func:`build_kaiwu_sampler` puts the usual wrappers around
-it. Credentials are read by the worker from its environment, and are not known here. Splitting of spins into copies for
-more precision (``PrecisionReducer``) and the other solvers of the SDK are left out.
+The SDK needs a separate interpreter (CPython 3.10), which runs ``_worker.py``; this module handles matrices, jobs and
+deadlines. :class:`KaiwuSampler` is the device without wrappers; :func:`build_kaiwu_sampler` adds the usual ones. Only
+the worker reads credentials, from its environment. Splitting of spins into copies for more precision
+(``PrecisionReducer``) and other solvers of the SDK are not supported.
 """
 
 from __future__ import annotations
@@ -33,47 +33,47 @@ if TYPE_CHECKING:
     from qbmscvi.boltzmann.ising import IsingModel
     from qbmscvi.samplers._contract import SamplingRequest
 
-# Of the SDK's documentation: CIMOptimizer(interval, sample_number).
-_INTERVAL = 60.0  # seconds between two looks at a job; the least that it allows
+# From the SDK's documentation: CIMOptimizer(interval, sample_number).
+_INTERVAL = 60.0  # seconds between two queries of a job; the least that the SDK allows
 _LEAST_READS, _MOST_READS = 10, 2_000
 _START_SECONDS = 120.0
 
 
 class KaiwuSampler(Sampler):
-    r"""A coherent Ising machine of QBoson, raw.
+    r"""A coherent Ising machine of QBoson without wrappers.
 
-    The problem becomes an integer matrix with an ancilla for the fields (:mod:`qbmscvi.samplers.kaiwu._ising_matrix`),
-    multiplied by ``beta / device_beta`` or by less where the range is too narrow. Each request becomes one job, or
-    several of at most 2,000 runs; all jobs of a call are under way together. A job is known to the platform by its
-    name, which is made from ``request_id`` and the matrix: the same question asked again, by another process too, finds
-    the job that is under way or done. Without ``request_id`` every call has a name of its own, for the SDK keeps
-    answers and would return the same ones again.
+    The problem becomes an integer matrix with an ancilla for the fields (:mod:`qbmscvi.samplers.kaiwu._ising_matrix`).
+    It is multiplied by ``beta / device_beta``, or by less if the range is too narrow. Each request becomes one job, or
+    several of at most 2,000 runs; all jobs of a call are under way together. The platform identifies a job by its name,
+    which comes from ``request_id`` and the matrix. So a repeated request, also from another process, finds the job that
+    is under way or done. Without ``request_id`` every call has a new name, because the SDK stores answers and would
+    return the same ones again.
 
-    ``info`` has ``scale``, ``effective_beta`` (``scale * device_beta``: what is believed, see :class:`Calibrated`),
+    ``info`` has ``scale``, ``effective_beta`` (the assumed ``scale * device_beta``, see :class:`Calibrated`),
     ``is_range_limited``, ``rounding_error``, ``is_sorted``, ``is_deduplicated``, ``n_distinct``, ``n_candidates``
     (states in the answer), ``mode``, ``task_names`` and ``sdk`` (its version).
 
     Parameters
     ----------
     python
-        Interpreter that has the SDK; None for that of the environment variable ``KAIWU_PYTHON``.
+        Interpreter that has the SDK; None for the path in the environment variable ``KAIWU_PYTHON``.
     mode
         ``"sample"`` returns one state for each run of the machine. ``"quota"`` returns a short list of candidates,
-        which is filled up by repeating them: results of an optimizer, and declared ``target="ground_state"``.
+        which the sampler repeats. These are results of an optimizer, so ``traits.target`` is ``"ground_state"``.
     n_physical_spins
-        Spins of the machine, 550 or 1,000; one is the ancilla.
+        Spins of the machine, 550 or 1,000. One of them is the ancilla.
     n_bits
         Signed precision of the couplings.
     device_beta
-        Inverse temperature of the machine, where its largest coupling counts as one. Nobody has published it: this is
-        that of :class:`CoherentIsingSampler`.
+        Inverse temperature of the machine, in units in which its largest coupling is one. It is not published; the
+        default is the one of :class:`CoherentIsingSampler`.
     timeout
-        Seconds for a whole call, the queue included. The worker is then ended; its jobs go on, and the same question
+        Seconds for a whole call, including the queue. The worker is then ended; its jobs continue, and the same request
         finds them.
     folder
-        Where the SDK keeps matrices and answers; None for a temporary folder of the worker.
+        Folder in which the SDK stores matrices and answers; None for a temporary folder.
     telemetry
-        Let the SDK tell the vendor which of its functions are called, by whom, with how many spins.
+        Whether the SDK may report to the vendor which functions are called, by whom, and with how many spins.
 
     Raises
     ------
@@ -122,7 +122,7 @@ class KaiwuSampler(Sampler):
         self._n_refused: dict[str, int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Settings only: the worker is started anew."""
+        """Settings only: a new worker is started."""
         dropped = ("_link", "_lock", "_calls", "_n_refused")
         return {key: value for key, value in self.__dict__.items() if key not in dropped}
 
@@ -132,7 +132,7 @@ class KaiwuSampler(Sampler):
         self.__dict__.update(state)
 
     def cancel(self) -> None:
-        """Give up the calls under way and end the worker; the platform has no way to cancel a job."""
+        """Cancel the calls under way and end the worker; the platform cannot cancel a job."""
         for canceled in list(self._calls):
             canceled.set()
         self.close()
@@ -144,7 +144,7 @@ class KaiwuSampler(Sampler):
             link.close()
 
     def program(self, problem: IsingModel, beta: float = 1.0) -> IsingMatrix:
-        """What the machine would get; nothing is submitted."""
+        """Matrix that the machine would get; nothing is submitted."""
         return IsingMatrix.from_problem(problem, beta, self.device_beta, self.n_bits)
 
     def _connected(self, deadline: float) -> Link:
@@ -168,8 +168,8 @@ class KaiwuSampler(Sampler):
         program = self.program(request.problem, request.beta)
         digest = hashlib.sha256((request.request_id or uuid.uuid4().hex).encode())
         digest.update(f" {self.mode} {request.n_samples} ".encode() + program.values.tobytes())
-        stem = f"qb-{digest.hexdigest()[:14]}"  # other doors to the machine take 24 characters
-        # An answer that was refused is kept by the SDK, too: a second attempt has to be another job.
+        stem = f"qb-{digest.hexdigest()[:14]}"  # other interfaces of the machine take 24 characters
+        # The SDK stores refused answers, too, so a second attempt has to be another job.
         attempt = self._n_refused.get(stem, 0)
         n_jobs = math.ceil(request.n_samples / _MOST_READS) if self.mode == "sample" else 1
         wanted = request.n_samples if self.mode == "sample" else _LEAST_READS
@@ -188,18 +188,18 @@ class KaiwuSampler(Sampler):
         return order
 
     def _serve(self, jobs: list[_Job], deadline: float, canceled: threading.Event) -> None:
-        """Submit all jobs, and ask after them until all are done."""
+        """Submit all jobs, and query them until all are done."""
         while True:
             for job in jobs:
                 if job.states is None:
                     self._ask(job, deadline, canceled)
             if all(job.states is not None for job in jobs):
                 return
-            due = time.monotonic() + _INTERVAL  # from the last question on, however long the others took
+            due = time.monotonic() + _INTERVAL  # counts from the last query
             if due > deadline:
                 self.close()
                 msg = (
-                    f"{self.name} did not answer within {self.timeout:g} s. Its jobs go on; the same question, with "
+                    f"{self.name} did not answer within {self.timeout:g} s. Its jobs continue; the same request, with "
                     "its `request_id`, finds them."
                 )
                 raise SamplerTimeout(msg)
@@ -223,7 +223,7 @@ class KaiwuSampler(Sampler):
             job.sdk = link.header["sdk"]
 
     def _raise_canceled(self) -> None:
-        msg = f"The question to {self.name} was canceled. Its jobs go on."
+        msg = f"The request to {self.name} was canceled. Its jobs continue."
         raise SamplerUnavailable(msg)
 
     def _draw(self, order: _Order) -> Draw:
@@ -244,8 +244,8 @@ class KaiwuSampler(Sampler):
             if self.mode == "sample" and (len(spins) < n_wanted or found["is_deduplicated"]):
                 msg = (
                     f"The answer to {job.question['task_name']} has {len(spins)} states, {found['n_distinct']} of them "
-                    f"distinct, and {n_wanted} runs were asked for: some are missing, repeated ones perhaps, whose "
-                    "number is what a sample says. Ask again; mode='quota' takes lists of candidates as such."
+                    f"distinct, but {n_wanted} runs were requested. Repeated states may be missing, which carry the "
+                    "probabilities. Repeat the request, or use mode='quota', which accepts lists of candidates."
                 )
                 raise InvalidSamples(msg)
             parts.append(spins)
@@ -266,7 +266,7 @@ class KaiwuSampler(Sampler):
 
 @dataclass
 class _Job:
-    """A question to the worker, and the states that came back."""
+    """A request to the worker, and the states that it returned."""
 
     question: dict[str, Any]
     states: np.ndarray | None = None
@@ -275,7 +275,7 @@ class _Job:
 
 @dataclass
 class _Order:
-    """A request on its way."""
+    """A request under way."""
 
     request: SamplingRequest
     program: IsingMatrix
@@ -290,14 +290,14 @@ def find_python(python: str | os.PathLike[str] | None = None) -> str:
     Raises
     ------
     SamplerUnavailable
-        If none is given, or there is none at that place.
+        If none is given, or the path is no interpreter.
     """
     given = os.fspath(python) if python is not None else os.environ.get("KAIWU_PYTHON", "")
     found = shutil.which(given) if given else None
     if found is None:
         what = f"{given} is not an interpreter" if given else "None is known"
         msg = (
-            f"The Kaiwu SDK needs an interpreter of its own, CPython 3.10. {what}: set KAIWU_PYTHON to one that has "
+            f"The Kaiwu SDK needs a separate interpreter, CPython 3.10. {what}: set KAIWU_PYTHON to one that has "
             "the package `kaiwu` (see docs/kaiwu.md)."
         )
         raise SamplerUnavailable(msg)
@@ -305,16 +305,15 @@ def find_python(python: str | os.PathLike[str] | None = None) -> str:
 
 
 def build_kaiwu_sampler(*, n_attempts: int = 2, **settings: Any) -> Sampler:
-    """Put the usual wrappers around a :class:`KaiwuSampler`; the same as ``sampler="kaiwu"`` with settings.
+    """Put the usual wrappers around a :class:`KaiwuSampler`; like ``sampler="kaiwu"``, but with settings.
 
-    From the inside out: calls are repeated when they fail (:class:`Retrying`), and the temperature is measured and
-    corrected (:class:`Calibrated`). Training goes on from these samples with Gibbs sweeps of its own; use
-    :class:`Polished` elsewhere.
+    :class:`Retrying` repeats calls that fail; :class:`Calibrated`, around it, measures and corrects the temperature.
+    Training continues from these samples with local Gibbs sweeps; for other uses add :class:`Polished`.
 
     Parameters
     ----------
     n_attempts
-        Of :class:`Retrying`.
+        Argument of :class:`Retrying`.
     settings
         Arguments of :class:`KaiwuSampler`.
     """

@@ -8,16 +8,16 @@ Protocol: one JSON object per line, on the standard input and output that the pr
 - The first line says ``{"protocol": "qbmscvi-kaiwu", "version": 1, "folder": ..., "telemetry": ...}``: where the SDK
   may keep its files, and whether it may report its use to the vendor. The answer repeats protocol and version and has
   ``python`` and ``sdk`` (versions), or ``error``.
-- A question has ``id``, ``task_name``, ``mode`` (``"sample"`` or ``"quota"``), ``n_samples``, ``n`` and ``matrix``,
-  int32, row by row, little-endian, base64. One call of the SDK is made, which submits the job or asks after it. The
+- A request has ``id``, ``task_name``, ``mode`` (``"sample"`` or ``"quota"``), ``n_samples``, ``n`` and ``matrix``,
+  int32, row by row, little-endian, base64. The worker calls the SDK once, which submits the job or queries it. The
   answer has ``id`` and ``status``: ``"computing"``; ``"done"`` with ``shape`` and ``states``, int8, base64; or
   ``"error"``.
 - An ``error`` has ``kind`` (``"budget"``, ``"unavailable"``, ``"invalid"``) and ``message``.
 - The end of the input ends the program.
 
-``KAIWU_USER_ID``, ``KAIWU_SDK_CODE`` and ``KAIWU_PROJECT_NO`` are read from the environment here and nowhere else. The
-SDK asks on the standard input for a licence that it does not find, and writes to the standard output; both are put
-aside before it is imported, so that the question fails at once and nothing gets into the protocol.
+Only this file reads ``KAIWU_USER_ID``, ``KAIWU_SDK_CODE`` and ``KAIWU_PROJECT_NO`` from the environment. If the SDK
+finds no licence, it asks for one on the standard input, and it writes to the standard output. The worker replaces both
+before it imports the SDK, so that this prompt fails at once and no output enters the protocol.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ import sys
 
 PROTOCOL = {"protocol": "qbmscvi-kaiwu", "version": 1}
 _SECRETS = ("KAIWU_USER_ID", "KAIWU_SDK_CODE", "KAIWU_PROJECT_NO")
-_MAX_WORDS = 300  # of a message of the SDK
+_MAX_WORDS = 300  # characters of a message of the SDK
 _SECRET_LIKE = re.compile(r"[A-Za-z0-9_\-.=+/%&?:]{25,}")  # tokens, signed addresses, paths
-# Names of the modes in versions 1.4 and 1.3 of the SDK; the second keeps them beside the optimizer only.
+# Names of the modes in versions 1.4 and 1.3 of the SDK; the latter has them in the module of the optimizer only.
 _MODES = {"sample": ("SAMPLING", "SAMPLE"), "quota": ("OPTIMIZATION", "QUOTA")}
 _IS_SPENT = ("资源不足", "quota", "insufficient")
 
@@ -43,7 +43,7 @@ def _error(kind, message):
 
 
 def _clean(error):
-    """Words of an error of the SDK, without credentials and what looks like some."""
+    """Message of an error of the SDK, without credentials or strings that look like credentials."""
     text = f"{type(error).__name__}: {error}"
     for name in _SECRETS:
         if os.environ.get(name):
@@ -60,7 +60,7 @@ def _judge(error):
 
 
 def _take_standard_streams():
-    """Keep standard input and output for the protocol; the SDK finds an empty input, and its output is thrown away."""
+    """Keep standard input and output for the protocol; the SDK gets an empty input, and its output is discarded."""
     requests, replies = os.fdopen(os.dup(0), "r", encoding="utf-8"), os.fdopen(os.dup(1), "w", encoding="utf-8")
     nothing = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
@@ -69,7 +69,7 @@ def _take_standard_streams():
 
 
 def _silence_telemetry():
-    """Keep the SDK from posting what is called, by whom and with how many spins; return whether that was possible."""
+    """Stop the SDK from reporting calls, user and number of spins; return whether that was possible."""
     os.environ["KPP_STATS_ENABLED"] = "false"
     try:
         import kaiwu.license._track_data as tracking
@@ -88,7 +88,7 @@ def _task_mode(kaiwu, mode):
 
 
 def _open(settings):
-    """Import the SDK and see to its licence; return it, or an error."""
+    """Import the SDK and check its licence; return it, or an error."""
     if {key: settings.get(key) for key in PROTOCOL} != PROTOCOL:
         return None, _error("invalid", "The two ends of the protocol are of different versions. Reinstall qbmscvi.")
     try:

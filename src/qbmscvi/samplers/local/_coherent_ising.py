@@ -1,20 +1,21 @@
 r"""A simulated coherent Ising machine.
 
-Degenerate optical parametric oscillators with measured amplitudes :math:`x_i` feel each other through a feedback, while
-the pump :math:`p` rises through their threshold :cite:p:`Wang13`; in units of the decay time of a pulse,
+Degenerate optical parametric oscillators have measured amplitudes :math:`x_i` and are coupled through a feedback, while
+the pump :math:`p` rises through their threshold :cite:p:`Wang13`. In units of the decay time of a pulse,
 
 .. math::
 
     dx_i = \bigl[(p - 1 - x_i^2)\, x_i + \epsilon \textstyle\sum_j M_{ij} x_j\bigr]\,dt + \sigma\, dW_i,
 
-and the signs are the spins. With :math:`M` the matrix of :mod:`qbmscvi.samplers.kaiwu._ising_matrix` over its largest
-level this is a Langevin equation in the potential :math:`\sum_i (1 - p) x_i^2 / 2 + x_i^4 / 4 + \epsilon E(x)`: far
-above the threshold, with amplitudes near :math:`\sqrt{p - 1}`, something like a Boltzmann law of the spins at the
-inverse temperature :math:`2 \epsilon (p - 1) / \sigma^2`, frozen on the way. That the answers of such machines are
-close to a Boltzmann law, at a temperature to be estimated, was seen in a laboratory :cite:p:`Takesue23`.
+and the signs are the spins. :math:`M` is the matrix of :mod:`qbmscvi.samplers.kaiwu._ising_matrix` divided by its
+largest level. This is a Langevin equation in the potential
+:math:`\sum_i (1 - p) x_i^2 / 2 + x_i^4 / 4 + \epsilon E(x)`. Far above the threshold amplitudes are near
+:math:`\sqrt{p - 1}`. The spins then follow roughly a Boltzmann distribution at the inverse temperature
+:math:`2 \epsilon (p - 1) / \sigma^2`, which freezes on the way. A laboratory experiment found answers of such machines
+close to a Boltzmann distribution, at a temperature to be estimated :cite:p:`Takesue23`.
 
-Left out: quantum noise that grows with the amplitude, loss and delay of the feedback, drift, and the machine's own
-rescaling. Nothing here was fitted to a device.
+The simulation leaves out quantum noise that grows with the amplitude, loss and delay of the feedback, drift, and the
+rescaling of the machine. No parameter was fitted to a device.
 """
 
 from __future__ import annotations
@@ -37,27 +38,27 @@ _SATURATION = 3.0  # amplitudes that the detector tells apart, in those of a pum
 
 
 class CoherentIsingSampler(Sampler):
-    r"""A simulated coherent Ising machine, raw, with the limits of the devices that can be rented.
+    r"""A simulated coherent Ising machine without wrappers, with the limits of the devices for rent.
 
     The samples are not Boltzmann: put :class:`Calibrated` and :class:`Polished` around it, as
-    :func:`build_coherent_ising_sampler` does. ``info`` has ``scale``, ``effective_beta`` (``scale * device_beta``: what
-    is believed), ``is_range_limited``, ``rounding_error``, ``is_sorted``, ``is_deduplicated`` and ``n_distinct``.
+    :func:`build_coherent_ising_sampler` does. ``info`` has ``scale``, ``effective_beta`` (the assumed
+    ``scale * device_beta``), ``is_range_limited``, ``rounding_error``, ``is_sorted``, ``is_deduplicated`` and
+    ``n_distinct``.
 
     Parameters
     ----------
     n_physical_spins
-        Spins of the machine, 550 or 1,000 for the devices of QBoson; one is the ancilla.
+        Spins of the machine, 550 or 1,000 for the devices of QBoson. One of them is the ancilla.
     n_bits
         Signed precision of the couplings.
     device_beta
-        Inverse temperature that the machine is believed to have, where its largest coupling counts as one. With the
-        defaults below, 2.3 to 2.6 were measured on problems of 6 to 12 spins.
+        Assumed inverse temperature of the machine, in units in which its largest coupling is one.
     deduplicates
-        Leave repeated states out of the answer, as an optimizer does; it is then filled up by repeating all of them.
+        Leave repeated states out, as an optimizer does. The sampler then repeats all states until there are enough.
     latency
-        Seconds until an answer; above zero the sampler counts as remote, from ten on as slow.
+        Seconds until an answer. Above zero the sampler counts as remote, and from ten seconds as slow.
     pump
-        Pump at the end of the ramp, over the threshold.
+        Pump at the end of the ramp, in units of the threshold.
     feedback
         :math:`\epsilon` for the largest coupling.
     noise
@@ -119,20 +120,20 @@ class CoherentIsingSampler(Sampler):
         self._canceled.set()
 
     def solve(self, matrix: np.ndarray, n_samples: int, seed: int) -> np.ndarray:
-        """What the machine answers: states of low :math:`-s^T M s`, sorted by it, lowest first.
+        """Answer of the machine: states of low :math:`-s^T M s`, sorted by it, lowest first.
 
         Parameters
         ----------
         matrix
             Symmetric, integer, zero diagonal, shape ``(n, n)``; the last spin is the ancilla.
         n_samples
-            Runs.
+            Number of runs.
         seed
             Seed of the noise.
 
         Returns
         -------
-        Shape ``(n_samples, n)``, or with fewer rows if the machine leaves repetitions out; int8, -1 or +1.
+        Shape ``(n_samples, n)``, or fewer rows if the machine leaves repeated states out; int8, -1 or +1.
         """
         n_levels = 2 ** (self.n_bits - 1) - 1
         M = torch.from_numpy(matrix.astype(np.float32)) * (self.feedback / n_levels)
@@ -154,7 +155,7 @@ class CoherentIsingSampler(Sampler):
     def _sample_batch(self, requests: list[SamplingRequest], seeds: list[int]) -> list[Draw]:
         self._canceled.clear()
         if self.latency and self._canceled.wait(self.latency):
-            msg = f"The question to {self.name} was canceled."
+            msg = f"The request to {self.name} was canceled."
             raise SamplerUnavailable(msg)
         return super()._sample_batch(requests, seeds)
 
@@ -169,13 +170,13 @@ class CoherentIsingSampler(Sampler):
 def build_coherent_ising_sampler(*, n_polish_sweeps: int = 20, **settings: object) -> Sampler:
     """Put the usual wrappers around a :class:`CoherentIsingSampler`; ``sampler="coherent_ising"`` with settings.
 
-    Its temperature is measured and corrected (:class:`Calibrated`), and Gibbs sweeps mend what is left
-    (:class:`Polished`).
+    :class:`Calibrated` measures and corrects its temperature; :class:`Polished` reduces the remaining error by Gibbs
+    sweeps.
 
     Parameters
     ----------
     n_polish_sweeps
-        Of the last wrapper.
+        Sweeps of :class:`Polished`.
     settings
         Arguments of :class:`CoherentIsingSampler`.
     """

@@ -1,4 +1,4 @@
-"""Exact independent samples by enumeration: the oracle, and a sampler for small priors."""
+"""Exact independent samples by enumeration, for small priors and for tests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class ExactSampler(Sampler):
     """Draw exactly from the Boltzmann distribution, by enumerating all but the largest color class.
 
-    Takes bipartite problems with at most 20 spins in the smaller layer and dense ones with at most 21 spins.
+    It takes bipartite problems with at most 20 spins in the smaller layer, and complete ones with at most 21 spins.
     """
 
     traits = SamplerTraits(target="boltzmann", is_exact=True)

@@ -1,8 +1,8 @@
 r"""Block Gibbs sampling on the device of the problem.
 
 The color classes of the graph are updated in turn, all spins of a class at once:
-:math:`p(s_i = +1 \mid s_{\setminus i}) = \sigma(-2 \beta f_i)` with :math:`f_i = h_i + \sum_j J_{ij} s_j`.
-Sweeps leave the Boltzmann distribution invariant; the only error is that of finite chains.
+:math:`p(s_i = +1 \mid s_{\setminus i}) = \sigma(-2 \beta f_i)` with :math:`f_i = h_i + \sum_j J_{ij} s_j`. Sweeps leave
+the Boltzmann distribution invariant; the only error comes from the finite length of chains.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class BlockGibbsSampler(Sampler):
     Parameters
     ----------
     n_sweeps
-        Sweeps of a chain that continues from ``initial_spins``, unless the request says otherwise.
+        Sweeps of a chain that continues from ``initial_spins``, unless the request sets them.
     burn_in
-        Sweeps of a chain that starts from random spins, unless the request says otherwise.
+        Sweeps of a chain that starts from random spins, unless the request sets them.
 
     Raises
     ------
@@ -75,11 +75,11 @@ def gibbs_sweeps(
 ) -> Tensor:
     """Run block Gibbs sweeps from ``spins``, shape ``(n_chains, n_spins)``; return the new states.
 
-    Reversible sweeps go through the color classes and back, so that Boltzmann samples before and after them can be
-    exchanged: both orders are equally likely.
+    Reversible sweeps go through the color classes forward and then back. Boltzmann samples before and after them are
+    exchangeable: both orders are equally likely.
     """
     device, dtype = problem.h.device, problem.h.dtype
-    # Nodes are permuted so that each color class is one slice and its neighbors are at most two.
+    # Nodes are sorted by class, so that each class is one slice and its neighbors are at most two slices.
     permutation = problem.graph.color_permutation(device)
     bounds = problem.graph.color_bounds
     field = problem.h
@@ -88,7 +88,7 @@ def gibbs_sweeps(
         state, field = spins.index_select(1, order), field[order]  # a copy; six times as fast as indexing
     else:
         state = spins.clone()
-    scale = -2.0 * beta  # of a field that makes it the logit of s_i = +1
+    scale = -2.0 * beta  # times a field is the logit of s_i = +1
     field = scale * field
     couplings, one = _couplings_of_classes(problem), state.new_ones(())
     order_of_classes = list(range(len(couplings)))

@@ -2,13 +2,12 @@ r"""Parallel tempering over block Gibbs chains.
 
 Replicas of every chain run at a ladder of inverse temperatures that ends at the requested one,
 :math:`\beta_1 < \dots < \beta_T = \beta`; after each sweep neighbors exchange their states with probability
-:math:`\min(1, \exp((\beta_{t+1} - \beta_t)(E_{t+1} - E_t)))`. Hot replicas cross barriers that a cold chain does not,
-so shares of far-apart modes become right.
+:math:`\min(1, \exp((\beta_{t+1} - \beta_t)(E_{t+1} - E_t)))`. Hot replicas cross barriers that a cold chain does not
+cross, so shares of distant modes become right.
 
-The hot replicas are the state of the sampler, kept from one request to the next as long as it is asked for as many
-chains of as many spins. Chains that a new sampler is to continue may be in equilibrium, which replicas of the wrong
-temperature would spoil. So its hot replicas start from these chains, and run by themselves before they exchange with
-them.
+The sampler keeps the hot replicas between requests with equal numbers of chains and spins. A new sampler may have to
+continue chains in equilibrium, which replicas of the wrong temperature would disturb. So its hot replicas start from
+these chains, and run among themselves before they exchange states with them.
 """
 
 from __future__ import annotations
@@ -30,20 +29,20 @@ if TYPE_CHECKING:
 class ParallelTemperingSampler(Sampler):
     """Block Gibbs chains with replicas at higher temperatures.
 
-    ``info["exchange_rate"]`` is the smallest acceptance between neighbors of the ladder: below about 0.2 the ladder
-    needs more rungs.
+    ``info["exchange_rate"]`` is the smallest acceptance rate between neighbors of the ladder. If it is below about 0.2,
+    use more rungs.
 
     Parameters
     ----------
     n_rungs
-        Temperatures, the requested one included.
+        Number of temperatures, including the requested one.
     lowest
         Inverse temperature of the hottest replica, as a share of the requested one.
     n_sweeps
-        Sweeps, and rounds of exchange, of chains that continue, unless the request says otherwise.
+        Sweeps, and rounds of exchange, of chains that continue, unless the request sets them.
     burn_in
-        The same for chains that start from random spins, and of the hot replicas alone for chains that continue without
-        any.
+        The same for chains that start from random spins. If chains continue without hot replicas, new replicas first
+        make these sweeps among themselves.
     """
 
     traits = SamplerTraits(target="boltzmann", is_persistent=True)
@@ -65,7 +64,7 @@ class ParallelTemperingSampler(Sampler):
         return {"hot": self._hot}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the hot replicas."""
+        """Restore the hot replicas."""
         self._hot = state["hot"]
 
     def _sample(self, request: SamplingRequest, seed: int) -> Draw:
@@ -92,7 +91,7 @@ class ParallelTemperingSampler(Sampler):
 def _temper(
     problem: IsingModel, replicas: Tensor, betas: list[float], n_sweeps: int, generator: torch.Generator
 ) -> tuple[Tensor, np.ndarray]:
-    """Sweep the replicas and exchange neighbors, so many times; return them and the share of exchanges, per pair."""
+    """Sweep replicas and exchange neighbors ``n_sweeps`` times; return them and the share of exchanges per pair."""
     accepted = np.zeros(len(betas) - 1)
     for _ in range(n_sweeps):
         replicas = torch.stack(
@@ -103,7 +102,7 @@ def _temper(
 
 
 def _exchange(problem: IsingModel, replicas: Tensor, betas: list[float], generator: torch.Generator) -> np.ndarray:
-    """Exchange neighbors in place, from hot to cold; return the share of chains that did, per pair."""
+    """Exchange neighbors in place, from hot to cold; return the share of chains that exchanged, per pair."""
     energies = problem.energy(replicas)  # (n_rungs, n_chains)
     rates = np.zeros(len(betas) - 1)
     for t in range(len(betas) - 1):

@@ -1,1 +1,1 @@
-"""Samplers around samplers: temperature, ranges, gauges, retries, budgets, recordings, vetting."""
+"""Wrappers of samplers: temperature, ranges, gauges, retries, budgets, recordings, vetting."""

@@ -1,4 +1,4 @@
-"""A limit on what a sampler may cost."""
+"""A limit on the cost of a sampler."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Budgeted(Wrapper):
     child
         The wrapped sampler.
     n_calls, n_samples
-        Trips to the child, and samples, in all; None for no limit.
+        Total number of trips to the child, and of samples; None for no limit.
     device_seconds
-        Device time in all, as the child reports it in ``info["device_seconds"]``, or else the time it took to answer.
-        The call that passes the limit is answered; the next is not made.
+        Total device time, as the child reports it in ``info["device_seconds"]``; without a report, the time of its
+        calls. The call that passes the limit is answered; the next is refused.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Budgeted(Wrapper):
         return {**super().state_dict(), "spent": dict(self.spent)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what was spent."""
+        """Restore the amounts spent."""
         super().load_state_dict(state)
         self.spent = dict(state["spent"])
 
@@ -60,10 +60,10 @@ class Budgeted(Wrapper):
             if is_spent:
                 msg = (
                     f"The budget of {name}={limit:g} for {self.child.name} is spent ({self.spent[name]:g} used, "
-                    f"{price[name]:g} more asked for). Raise it, or let training go on with local samples."
+                    f"{price[name]:g} more requested). Raise it, or let training continue with local samples."
                 )
                 raise BudgetExceeded(msg)
-        # A call that fails may have cost all the same, so it is charged before it is made.
+        # A call that fails may still cost something, so it is charged before it is made.
         self.spent["n_calls"] += 1
         self.spent["n_samples"] += price["n_samples"]
         batches = self.child.sample_batch(asked)

@@ -1,4 +1,4 @@
-"""The temperature of a device, followed from answer to answer."""
+"""The temperature of a device, estimated from each answer."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 
 
 class Calibrated(Wrapper):
-    """Measure the temperature of every answer, and correct the next question by it.
+    """Measure the temperature of every answer, and correct the next request by it.
 
-    The child is taken to answer at ``gain * beta`` when asked for ``beta``. Each answer gives an estimate of the gain;
-    a running mean of its logarithm corrects what the child is asked. ``info`` has ``effective_beta``,
-    ``effective_beta_scale`` (its standard error) and ``gain``. Answers to a problem that is too flat to have a
-    temperature, as at the beginning of training, are passed on without an estimate.
+    The wrapper assumes that the child answers at ``gain * beta`` if ``beta`` is requested. Each answer gives an
+    estimate of the gain; a running mean of its logarithm corrects later requests. ``info`` has ``effective_beta``,
+    ``effective_beta_scale`` (its standard error) and ``gain``. Early in training a problem can be too flat to show a
+    temperature; its answer is passed on without an estimate.
 
     Parameters
     ----------
     child
         The wrapped sampler.
     memory
-        Weight of the past in the running mean, in ``[0, 1)``.
+        Weight of earlier answers in the running mean, in ``[0, 1)``. Raise it if estimates are noisy.
     """
 
     def __init__(self, child: Sampler, *, memory: float = 0.7) -> None:
@@ -40,7 +40,7 @@ class Calibrated(Wrapper):
         self.log_gain: float | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The gain, which decides what the child is asked."""
+        """The gain, which corrects requests to the child."""
         return {**super().state_dict(), "log_gain": self.log_gain}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -63,7 +63,7 @@ class Calibrated(Wrapper):
                     continue
                 msg = f"The answer of {self.child.name} has no temperature: {error}"
                 raise InvalidSamples(msg) from error
-            # A device at the end of its range answers as hot as it can, which says nothing of its gain.
+            # At the end of its range a device answers too hot, whatever its gain.
             if not batch.info.get("is_range_limited", False):
                 observed = float(torch.tensor(estimate.value / question.beta).log())
                 past = observed if self.log_gain is None else self.log_gain

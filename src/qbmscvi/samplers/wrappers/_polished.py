@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class Polished(Wrapper):
     """Run a few Gibbs sweeps at the requested temperature from the states of the answer.
 
-    Sweeps leave the Boltzmann distribution alone and pull everything else towards it, fastest where single spins relax;
-    shares of far-apart modes stay those of the child.
+    Sweeps leave the Boltzmann distribution invariant and bring other distributions closer to it, fastest where single
+    spins relax. They do not change the child's shares of distant modes.
 
     Parameters
     ----------

@@ -1,12 +1,12 @@
-"""Record what a sampler answered, and play it back without the sampler.
+"""Record the answers of a sampler, and replay them without it.
 
-A recording is a text file of JSON lines. First a header with ``"format": "qbmscvi-recording"``, ``"version": 1`` and
-the traits that a training run depends on. Then one line per call, in order, with a checksum: ``"answers"``, a list with
-the fingerprint of each request, its spins (bits packed most significant first, base64) and the facts of ``info`` that
-JSON can hold; or ``"failure"``, the type and words of the error. It can be read by anything and runs nothing when read.
+A recording is a text file of JSON lines. The header has ``"format": "qbmscvi-recording"``, ``"version": 1`` and the
+traits that a training run depends on. One line per call follows, in order, with a checksum. ``"answers"`` lists the
+fingerprint of each request, its spins (bits packed most significant first, base64) and the facts of ``info`` that JSON
+can hold. ``"failure"`` has the type and message of the error. Any JSON reader can read the file; reading runs no code.
 
-When an answer was used is not recorded. A replay uses it after the ``latency`` of the schedule, as a run does whose
-answers come in time; the replay of a run with late answers makes other requests, which fail.
+The recording does not say when an answer was used. A replay uses it after the ``latency`` of the schedule, like a run
+with timely answers. The replay of a run with late answers makes other requests, which fail.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from qbmscvi.boltzmann.ising import IsingModel, SampleBatch
     from qbmscvi.samplers._contract import SamplingRequest
 
-# What a run does depends on these traits, so a replay must have them.
+# A training run depends on these traits, so a replay must have them.
 _RUN_TRAITS = ("is_remote", "is_persistent", "is_slow")
 _HEADER = {"format": "qbmscvi-recording", "version": 1}
 _ERRORS = {kind.__name__: kind for kind in (BudgetExceeded, InvalidSamples, SamplerTimeout, SamplerUnavailable)}
@@ -50,15 +50,15 @@ def problem_fingerprint(problem: IsingModel) -> str:
 
 
 def fingerprint(request: SamplingRequest) -> str:
-    """Hash of what is asked: problem, temperature and number of samples. Seeds and chain states do not count."""
+    """Hash of a request's problem, temperature and number of samples; seeds and chain states do not count."""
     return f"{problem_fingerprint(request.problem)} {request.beta!r} {request.n_samples}"
 
 
 class Recorded(Wrapper):
     """Write every answer of the child to a file, and every failure.
 
-    A recording that cannot be written (disk full, say) costs no run: one warning, and ``info["is_recorded"]`` is False
-    from there on.
+    If the file cannot be written (e.g. the disk is full), the run continues: a warning appears once, and
+    ``info["is_recorded"]`` is False from then on.
 
     Parameters
     ----------
@@ -102,12 +102,14 @@ class Recorded(Wrapper):
         except OSError as error:
             self._is_intact = False
             warnings.warn(
-                f"Recording to {self.path} stopped: {error}. Sampling goes on without it.", RuntimeWarning, stacklevel=3
+                f"Recording to {self.path} stopped: {error}. Sampling continues without it.",
+                RuntimeWarning,
+                stacklevel=3,
             )
 
 
 class Replayed(Sampler):
-    """Play back a recording: the same answers and failures in the same order, if the same is asked.
+    """Replay a recording: the same answers and failures in the same order, for the same requests.
 
     Parameters
     ----------
@@ -119,7 +121,7 @@ class Replayed(Sampler):
     FileNotFoundError
         If there is no such file.
     InvalidSamples
-        If the file is no recording, of a version not known here, or damaged.
+        If the file is no recording, has an unknown version, or is damaged.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -136,11 +138,11 @@ class Replayed(Sampler):
         self.traits = SamplerTraits(**{name: header[name] for name in _RUN_TRAITS}, is_replay=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Number of calls that were replayed, and the checksum of the file that they came from."""
+        """Number of replayed calls, and the checksum of their file."""
         return {"recording": self._checksum, "position": self._position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after these calls; another file is replayed from its start."""
+        """Continue after these calls; another file is replayed from its start."""
         if state["recording"] == self._checksum:
             self._position = state["position"]
 
@@ -155,7 +157,7 @@ class Replayed(Sampler):
         answers = call.get("answers", [])
         if answers and [answer["request"] for answer in answers] != [fingerprint(request) for request in requests]:
             msg = (
-                f"Call {self._position + 1} of {self.path} belongs to another problem than the one asked for. Replay "
+                f"Call {self._position + 1} of {self.path} belongs to another problem than the requested one. Replay "
                 "with the same data, seed and settings as when it was recorded."
             )
             raise InvalidSamples(msg)
@@ -183,7 +185,7 @@ def _decode(entry: dict[str, Any]) -> Draw:
 
 
 def _plain(value: Any) -> Any:
-    """A fact as JSON can hold it: numbers that are not finite become null, other objects are left out."""
+    """Convert a fact to JSON: numbers that are not finite become null, other objects are left out."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items() if _is_plain(item)}
     if isinstance(value, list | tuple):

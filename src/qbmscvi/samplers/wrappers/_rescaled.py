@@ -14,23 +14,23 @@ if TYPE_CHECKING:
 
 
 class Rescaled(Wrapper):
-    r"""Fit problems into the ranges and the precision of a device, and keep account of the temperature.
+    r"""Fit problems into the ranges and the precision of a device, and report the temperature.
 
-    The energy is multiplied by a scale :math:`c`; samples of the scaled problem at :math:`\beta / c` are those asked
-    for. Nothing is clipped: a problem that does not fit is scaled down. On a device of fixed temperature
-    (``device_beta``) the scale sets the temperature, :math:`c = \beta / \beta_\text{dev}`; where the ranges do not
-    allow it the samples are hotter than asked for, and ``info["effective_beta"]`` says so.
+    The wrapper multiplies the energy by a scale :math:`c`; samples of the scaled problem at :math:`\beta / c` follow
+    the requested distribution. It clips nothing: a problem that does not fit is scaled down. On a device of fixed
+    temperature (``device_beta``) the scale sets the temperature, :math:`c = \beta / \beta_\text{dev}`. If the ranges do
+    not allow this scale, the samples are hotter than requested, and ``info["effective_beta"]`` says so.
 
     Parameters
     ----------
     child
         The wrapped sampler.
     h_limit, J_limit
-        Largest absolute field and coupling that it takes; None for no limit.
+        Largest absolute field and coupling that the device takes; None for no limit.
     n_bits
         Signed precision of fields and couplings within the limits; None for no rounding.
     device_beta
-        Inverse temperature of the device in its own units, if it cannot be chosen.
+        Inverse temperature of the device in its own units; None if requests can choose it.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Rescaled(Wrapper):
         problem = request.problem
         largest = [(problem.h, self.h_limit), (problem.J, self.J_limit)]
         room = [limit / float(values.abs().max()) for values, limit in largest if limit and values.any()]
-        # Half a unit in the last place below, or the product may round to just above the limit.
+        # Slightly smaller, because the product could round to just above the limit.
         fills_range = min(room, default=1.0) * (1.0 - torch.finfo(problem.h.dtype).eps if room else 1.0)
         wanted = fills_range if self.device_beta is None else request.beta / self.device_beta
         scale = min(wanted, fills_range) if room else wanted

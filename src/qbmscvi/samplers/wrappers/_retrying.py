@@ -1,4 +1,4 @@
-"""Another try when a sampler fails."""
+"""Repeated calls after failures of a sampler."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 
 class Retrying(Wrapper):
-    """Ask again when the child fails, with growing pauses; not a request that was canceled.
+    """Repeat a call that failed, after growing pauses, unless it was canceled.
 
     Parameters
     ----------
     child
         The wrapped sampler.
     n_attempts
-        Calls in all.
+        Number of calls at most.
     pause
-        Seconds before the second call; doubled before each further one.
+        Seconds before the second call; doubled before each later one.
     """
 
     def __init__(self, child: Sampler, n_attempts: int = 3, *, pause: float = 1.0) -> None:
@@ -37,7 +37,7 @@ class Retrying(Wrapper):
         self._n_canceled = 0
 
     def cancel(self) -> None:
-        """Let the child give up its question, and do not ask it again."""
+        """Cancel the child's call, and do not repeat it."""
         self._n_canceled += 1
         super().cancel()
 

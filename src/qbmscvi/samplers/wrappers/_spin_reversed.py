@@ -1,4 +1,4 @@
-"""Gauges: problems with some spins reversed, and their answers put back."""
+"""Gauges: problems with some spins reversed, and answers with these spins reversed back."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 
 
 class SpinReversed(Wrapper):
-    """Average over random gauges, so that fields that a device adds to its spins cancel.
+    """Average over random gauges, so that bias fields of a device cancel.
 
-    Each gauge flips the sign convention of half the spins at random, in the problem and back in the answer; all gauges
-    of a request travel in one trip.
+    Each gauge flips the sign convention of a random half of the spins in the problem, and flips it back in the answer.
+    All gauges of a request travel in one trip.
 
     Parameters
     ----------
     child
         The wrapped sampler.
     n_gauges
-        Gauges per request; the samples are shared out among them.
+        Gauges per request; they share the samples equally.
     """
 
     def __init__(self, child: Sampler, n_gauges: int = 4) -> None:

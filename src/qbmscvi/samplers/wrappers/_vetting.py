@@ -1,15 +1,14 @@
-r"""A gate for answers that cannot be samples of the problem at the temperature asked for.
+r"""Refusal of answers that cannot be samples of the problem at the requested temperature.
 
-Samples of another temperature (ground states, noise) are refused, and repeated states. Both tests rest on one fact. Let
-:math:`s'` be what reversible Gibbs sweeps at the temperature asked for make of :math:`s`. If :math:`s` is a Boltzmann
-sample, the pair can be exchanged: any function that changes its sign when :math:`s` and :math:`s'` change places is
-positive and negative equally often. For independent samples the signs are coin flips, given everything else, so that
-their sum exceeds :math:`z` of its standard deviations with probability :math:`e^{-z^2/2}` at most (Hoeffding's
-inequality), whatever the problem and however few the samples. An honest answer is refused by each test once in a
-million.
+One test refuses samples of another temperature (ground states, noise), the other refuses repeated states. Both rest on
+one fact. Let reversible Gibbs sweeps at the requested temperature turn :math:`s` into :math:`s'`. If :math:`s` is a
+Boltzmann sample, the pair is exchangeable: a function that changes its sign when :math:`s` and :math:`s'` change places
+is positive and negative equally often. For independent samples these signs are coin flips, given everything else. By
+Hoeffding's inequality their sum exceeds :math:`z` standard deviations with probability :math:`e^{-z^2/2}` at most. This
+holds for every problem and every number of samples. Each test refuses a correct answer once in a million.
 
-Significance alone would refuse what is only nearly right, and is wrong for samples that are not independent. So each
-test asks for a large effect, too.
+Significance alone would refuse answers that are nearly right, and is wrong for dependent samples. So each test also
+requires a large effect.
 """
 
 from __future__ import annotations
@@ -38,25 +37,25 @@ _MAX_LOSS = 0.1
 
 
 class Vetted(Wrapper):
-    r"""Refuse answers that are no samples of the problem at the temperature asked for.
+    r"""Refuse answers that are no samples of the problem at the requested temperature.
 
-    - Ground states are too cold, noise is too hot: Gibbs sweeps at the temperature asked for raise, or lower, the
-      energy of most samples, and the maximum of the pseudo-likelihood lies beyond ``max_ratio`` times the inverse
-      temperature asked for, or below its ``max_ratio``-th part.
-    - Repeated states fall apart: sweeps lead away, in a tenth of the samples and more, from the states that the
-      answer consists of; even at the inverse temperature that it seems to have.
+    - Too cold (ground states) or too hot (noise): Gibbs sweeps at the requested temperature raise, or lower, the energy
+      of most samples. In addition, the maximum of the pseudo-likelihood is more than ``max_ratio`` times, or less than
+      ``1 / max_ratio`` times, the requested inverse temperature.
+    - Repeated states: sweeps lead a tenth of the samples or more away from the states of the answer, even at the
+      inverse temperature that it seems to have.
 
-    What passes may still be wrong: one of several far-apart modes, say, looks like the whole to single spin flips, and
-    fewer than 28 samples prove nothing. ``info`` has ``effective_beta`` (where there is an estimate) and
+    An answer that passes may still be wrong. Single spin flips cannot tell one of several distant modes from all of
+    them, and fewer than 28 samples prove nothing. ``info`` has ``effective_beta`` (if there is an estimate) and
     ``effective_share``: the effective number of distinct states :math:`1 / \sum_k f_k^2` (:math:`f_k`: their shares)
-    over the number of samples.
+    divided by the number of samples.
 
     Parameters
     ----------
     child
         The wrapped sampler.
     max_ratio
-        Largest acceptable factor between the inverse temperature of the samples and the one asked for.
+        Largest acceptable factor between the inverse temperature of the samples and the requested one.
 
     Raises
     ------
@@ -99,7 +98,7 @@ class Vetted(Wrapper):
         if is_cold or is_hot:
             where = f"above {highest:.3g}, as ground states have" if is_cold else f"below {lowest:.3g}, as noise has"
             msg = (
-                f"The answer of {self.child.name} has an inverse temperature {where}; {beta:.3g} was asked for. These "
+                f"The answer of {self.child.name} has an inverse temperature {where}; {beta:.3g} was requested. These "
                 "are no Boltzmann samples of the problem: calibrate the sampler (`qbmscvi.samplers.Calibrated`), or "
                 "choose another."
             )
@@ -113,7 +112,7 @@ class Vetted(Wrapper):
         facts: dict[str, float],
         generator: torch.Generator,
     ) -> None:
-        # Samples that are colder than asked for, within the limits, lose states as well, but not at their own beta.
+        # Samples that are too cold, within the limits, lose states as well, but not at their own beta.
         for beta in (request.beta, facts.get("effective_beta", request.beta)):
             z, loss = _loss_of_states(spins, _sweep(problem, spins, beta, generator), generator)
             if z <= _MAX_Z or loss <= _MAX_LOSS:
@@ -132,9 +131,9 @@ def _sweep(problem: IsingModel, spins: Tensor, beta: float, generator: torch.Gen
 
 
 def _loss_of_states(spins: Tensor, swept: Tensor, generator: torch.Generator) -> tuple[float, float]:
-    """Share of the samples that sweeps lead out of known states, less the share led into them: its z score and size.
+    """Share of the samples that sweeps lead out of known states, minus the share led into them: its z score and size.
 
-    A quarter of the samples says which states are known. The others, which are independent of it, are counted.
+    A quarter of the samples defines the known states. The others are independent of it and are counted.
     """
     n = len(spins)
     _, numbers = torch.cat([spins, swept]).unique(dim=0, return_inverse=True)  # equal states, equal numbers
@@ -146,6 +145,6 @@ def _loss_of_states(spins: Tensor, swept: Tensor, generator: torch.Generator) ->
 
 
 def _z_score(signs: Tensor) -> float:
-    """Sum of -1, 0 and +1 over the standard deviation it has if signs are coin flips."""
+    """Sum of -1, 0 and +1, divided by its standard deviation if signs are coin flips."""
     scale = float(signs.norm())
     return float(signs.sum()) / scale if scale > 0.0 else 0.0

@@ -1,4 +1,4 @@
-"""The base of samplers around samplers."""
+"""The base class of wrappers."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _OWN_FACTS = ("sampler", "seed", "beta", "seconds")
 
 
 class Wrapper(Sampler):
-    """Base of samplers that wrap another one.
+    """Base class of samplers that wrap another sampler.
 
     Parameters
     ----------
     child
-        The wrapped sampler; a dimod sampler is taken as :class:`DimodSampler`.
+        The wrapped sampler; a dimod sampler becomes a :class:`DimodSampler`.
 
     Raises
     ------
     TypeError
-        If ``child`` is no sampler, or a class in place of an instance.
+        If ``child`` is no sampler, or a class instead of an instance.
     """
 
     def __init__(self, child: Sampler) -> None:
@@ -42,15 +42,15 @@ class Wrapper(Sampler):
         return f"{type(self).__name__}({self.child.name})"
 
     def cancel(self) -> None:
-        """Let the child give up its question."""
+        """Cancel the child's call."""
         self.child.cancel()
 
     def state_dict(self) -> dict[str, Any]:
-        """That of the child."""
+        """The state of the child."""
         return {"child": self.child.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Hand it to the child."""
+        """Restore the state of the child."""
         self.child.load_state_dict(state["child"])
 
     def check(self, problem: IsingModel) -> None:
@@ -58,7 +58,7 @@ class Wrapper(Sampler):
         self.child.check(problem)
 
     def _own_seed(self, seed: int) -> int:
-        """Seed of this wrapper, unlike that of the child and of other wrappers of its class."""
+        """Seed of this wrapper; the child and other wrappers of its class have other seeds."""
         depth, child = 0, self.child
         while isinstance(child, Wrapper):
             depth += type(child) is type(self)
@@ -70,6 +70,6 @@ class Wrapper(Sampler):
 
 
 def pass_on(batch: SampleBatch, **facts: Any) -> Draw:
-    """Hand a child's batch upwards, with further facts beside those that it reported."""
+    """Return a child's batch with further facts in ``info``."""
     inherited = {key: value for key, value in batch.info.items() if key not in _OWN_FACTS}
     return Draw(batch.spins, {**inherited, **facts})
