@@ -1,1 +1,1 @@
-"""Training: the plan, its runner, when the prior is sampled, log Z on the way, and the fit of the prior."""
+"""Training: plan, runner, sampling of the prior, log Z during training, and the fit of the prior."""

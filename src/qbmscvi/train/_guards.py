@@ -1,7 +1,4 @@
-"""What keeps a training run whole: its random streams, its last finite state, and the same buffers on every rank.
-
-Knows nothing of samplers.
-"""
+"""Protection of a training run: its random streams, its last finite state, and equal buffers on every rank."""
 
 from __future__ import annotations
 
@@ -18,14 +15,14 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
     from torch import Tensor
 
-_NEVER = 2**31 - 1  # a step that no run comes to
+_NEVER = 2**31 - 1  # a step that no run reaches
 
 
 class StreamKeeper(Callback):
-    """Put torch's random streams into checkpoints: shuffling, dropout and the posterior's draws go on from there.
+    """Put torch's random streams into checkpoints, so that shuffling, dropout and draws of the posterior continue.
 
-    Lightning does not do this. Data order goes on as well where a checkpoint was made between two epochs; Lightning
-    starts an epoch that was cut short with a new order.
+    Lightning does not do this. If a checkpoint was made between two epochs, the order of the data continues as well;
+    Lightning starts an interrupted epoch with a new order.
     """
 
     def __init__(self) -> None:
@@ -43,17 +40,17 @@ class StreamKeeper(Callback):
         self._resumed = state_dict
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Set the generators, before the first cells are drawn and after everything else that draws."""
+        """Set the generators, before the first cells are drawn and after all other draws."""
         self._restore(pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Set them again if the checkpoint was made after the last step of an epoch: Lightning ends that first."""
+        """Set them again after Lightning has ended the epoch of a checkpoint that was made at its last step."""
         self._restore(pl_module)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Forget the states: training goes on."""
+        """Forget the states, because training has started."""
         self._resumed = None
 
     def _restore(self, pl_module: pl.LightningModule) -> None:
@@ -65,10 +62,10 @@ class StreamKeeper(Callback):
 
 
 class FiniteStateGuard(Callback):
-    """Stop a training run that has diverged, and give the module back in its last finite state.
+    """Stop a training run that has diverged, and restore the last finite state of the module.
 
-    The loss of each step is inspected on its own device; it is read, and the state copied, every ``every_n_steps``
-    steps and at the end of an epoch.
+    The loss of each step is checked on its device. Every ``every_n_steps`` steps, and at the end of an epoch, the
+    result is read and the state copied.
 
     Parameters
     ----------
@@ -78,7 +75,7 @@ class FiniteStateGuard(Callback):
     Attributes
     ----------
     diverged_at_step
-        Step at which the run has diverged; None as long as it has not.
+        Step at which the run diverged; None if it has not.
     good_step
         Step of the last copy.
     """
@@ -91,7 +88,7 @@ class FiniteStateGuard(Callback):
         self.good_step = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep the state that training starts from, after a checkpoint has been read in full."""
+        """Keep the initial state of training, after a checkpoint has been read in full."""
         self._first_bad_step = torch.full((), -1, device=pl_module.device)
         self._keep(trainer, pl_module)
 
@@ -110,7 +107,7 @@ class FiniteStateGuard(Callback):
         self._check(trainer, pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Restore the last finite state if the present one is not finite, whatever the exception came from."""
+        """Restore the last finite state if the current one is not finite, for any exception."""
         if self.diverged_at_step is not None or not self._good_state:
             return
         first_bad = int(self._first_bad_step)
@@ -121,7 +118,7 @@ class FiniteStateGuard(Callback):
         bad_step = self._first_bad_step
         if bad_step < 0:
             bad_step = torch.full_like(bad_step, _NEVER if _is_finite(pl_module) else trainer.global_step)
-        # The loss of each rank is its own, and one that stopped alone would leave the others waiting.
+        # Each rank has its own loss, and a rank that stopped alone would leave the others waiting.
         first_bad = int(trainer.strategy.reduce(bad_step, reduce_op="min"))
         if first_bad < _NEVER:
             self._restore(first_bad, pl_module)
@@ -129,7 +126,7 @@ class FiniteStateGuard(Callback):
         self._keep(trainer, pl_module)
 
     def _keep(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        share_buffers(trainer, pl_module.module)  # batch statistics are of each rank's own cells
+        share_buffers(trainer, pl_module.module)  # each rank has batch statistics of its own cells
         self._good_state = {name: value.detach().clone() for name, value in pl_module.module.state_dict().items()}
         self.good_step = trainer.global_step
 
@@ -139,7 +136,7 @@ class FiniteStateGuard(Callback):
 
     @property
     def message(self) -> str:
-        """What happened, for the error."""
+        """Message of the error."""
         what_to_do = (
             "Lower the learning rate (`plan_kwargs={'lr': 1e-4}`), clip gradients (`gradient_clip_val=10`), or check "
             "the data for extreme counts."
@@ -156,14 +153,14 @@ class FiniteStateGuard(Callback):
 
 
 def is_refusal(exception: BaseException) -> bool:
-    """Whether one of torch's distributions refused parameters that are not finite; a finite network can make them."""
+    """Whether one of torch's distributions refused non-finite parameters, which a finite network can produce."""
     return isinstance(exception, ValueError) and "found invalid values" in str(exception)
 
 
 def share_buffers(trainer: pl.Trainer, module: torch.nn.Module) -> None:
     """Give every rank the buffers of rank 0; all ranks must call this.
 
-    DDP does the same before each forward pass, if it is not told otherwise, but not after the last one.
+    By default DDP does the same before each forward pass, but not after the last one.
     """
     _share(trainer, module.buffers())
 

@@ -1,9 +1,9 @@
-"""log Z of a prior while it learns.
+"""log Z of a prior during training.
 
 A change of the parameters does work on the states of chains. By Jarzynski's equality the mean of ``exp(-work)`` over
-Boltzmann samples is the ratio of the partition functions after and before, and weights carry it on from change to
-change :cite:p:`Carbone23`. The chains take no part in the moments: an optimizer step raises the energy of just those
-states whose moments made it.
+Boltzmann samples is the ratio of the partition functions after and before. Weights accumulate it over many changes
+:cite:p:`Carbone23`. These chains do not enter the moments, because an optimizer step raises the energy of the very
+states that gave the moments.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class LogZTracker:
     Parameters
     ----------
     prior
-        The prior; its last chains, and their log weights, are those that log Z is tracked with.
+        The prior; its last chains and their log weights track log Z.
     generator
         Random numbers of the resampling.
     """
@@ -36,15 +36,15 @@ class LogZTracker:
     def __init__(self, prior: BoltzmannPrior, generator: torch.Generator) -> None:
         self.prior = prior
         self.generator = generator
-        self.chains: SampleBatch | None = None  # with their energies at the parameters that log Z is at
+        self.chains: SampleBatch | None = None  # with their energies at the parameters of the current log Z
 
     @property
     def n_chains(self) -> int:
-        """Number of chains that track."""
+        """Number of chains that track log Z."""
         return len(self.prior.tracking_log_weights)
 
     def follow(self, problem: IsingModel) -> None:
-        """Move log Z to new parameters; nothing before the first :meth:`go_on`."""
+        """Update log Z to new parameters; no effect before the first :meth:`go_on`."""
         if self.chains is None:
             return
         work = problem.energy(self.chains.spins) - self.chains.energies
@@ -57,7 +57,7 @@ class LogZTracker:
         self.chains = SampleBatch(self.prior.chains[-self.n_chains :].clone(), problem)
 
     def _resample(self) -> None:
-        """Draw the chains by their weights, which are equal afterwards."""
+        """Resample the chains by their weights, which are equal afterwards."""
         weights = self.prior.tracking_log_weights.exp().cpu()
         rows = torch.multinomial(weights, self.n_chains, replacement=True, generator=self.generator)
         self.prior.chains[-self.n_chains :] = self.chains.spins[rows.to(self.chains.spins.device)]
@@ -66,7 +66,7 @@ class LogZTracker:
     def go_on(self, chains: SampleBatch, *, forget: bool) -> None:
         """Track with new states of the chains, samples of the current problem.
 
-        ``forget`` sets their weights to one: they do not come from the chains of before.
+        ``forget`` sets their weights to one, for states that do not continue the earlier chains.
         """
         if forget:
             self.prior.tracking_log_weights.zero_()
@@ -77,7 +77,7 @@ class LogZTracker:
         return None if self.chains is None else {"spins": self.chains.spins, "energies": self.chains.energies}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """Take over a state, which may lie in main memory."""
+        """Restore a state, which may be in main memory."""
         if state is not None:
             device = self.prior.chains.device
             self.chains = SampleBatch(**{name: value.to(device) for name, value in state.items()})

@@ -1,8 +1,8 @@
-"""Lightning's ``log``, called once an epoch for what holds its own value.
+"""Fewer calls of Lightning's ``log``: once per epoch for metrics and constant numbers.
 
-Each call of ``log`` moves the whole record to the device of the value and looks up the signature of the hook, which
-takes longer than an optimizer step of a small network. A :class:`torchmetrics.Metric` is recorded by reference, and a
-number that has not changed is recorded already. What is reported, when and under which name is not changed. Values that
+Each call of ``log`` moves the whole record to the device of the value and looks up the signature of the hook. This
+takes longer than an optimizer step of a small network. Lightning records a :class:`torchmetrics.Metric` by reference,
+and has already recorded a number that has not changed. The reported values, times and names stay the same. Values that
 are logged at every step pass through.
 """
 
@@ -18,7 +18,7 @@ from torchmetrics import Metric
 
 
 class MeanLoss(Metric):
-    """Mean of the losses of batches, each weighted by its number of cells, as Lightning takes it."""
+    """Mean loss of batches, each weighted by its number of cells, as in Lightning."""
 
     full_state_update = False
 
@@ -38,7 +38,7 @@ class MeanLoss(Metric):
 
 
 class LoggedOncePerEpoch:
-    """Mixin of scVI's training plans: calls of ``log`` that would change nothing are left out."""
+    """Mixin of scVI's training plans that skips calls of ``log`` without effect."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -81,7 +81,7 @@ class LoggedOncePerEpoch:
                 value = self._mean_losses[name]
             record = id(value) if isinstance(value, Metric) else None
         elif on_step and not on_epoch and not (isinstance(value, Tensor) and value.is_cuda):
-            record = float(value)  # of a tensor on a GPU it would make the host wait
+            record = float(value)  # for a tensor on a GPU the host would wait
         if record is None or self._recorded.get(name) != record:
             super().log(name, value, *args, **kwargs)
             self._recorded[name] = record

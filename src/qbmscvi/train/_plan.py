@@ -26,19 +26,19 @@ if TYPE_CHECKING:
     from qbmscvi.samplers import Sampler
 
 _AUTO_WARMUP_SHARE = 0.1
-_ASSUMED_STEPS = 10_000  # where the number of steps is not known
+_ASSUMED_STEPS = 10_000  # if the number of steps is not known
 _PRIOR_LR_SHARE = 0.1
 _SCVIS_DECAY = 1e-6
 _EPOCHS_OF_MEMORY, _MAX_AUTO_DECAY = 50, 1.0
 
 
 def auto_kl_warmup(n_steps: float) -> int:
-    """Length of the KL warm-up, in steps of the optimizer, that ``n_epochs_kl_warmup="auto"`` stands for."""
+    """Length of the KL warm-up in optimizer steps for ``n_epochs_kl_warmup="auto"``."""
     return round(_AUTO_WARMUP_SHARE * (n_steps if 0 < n_steps < math.inf else _ASSUMED_STEPS))
 
 
 def auto_weight_decay(lr: float, n_steps: float) -> float:
-    """Weight decay of AdamW that ``weight_decay="auto"`` stands for, with so many steps an epoch."""
+    """Weight decay of AdamW for ``weight_decay="auto"``, given the number of steps per epoch."""
     if not (lr > 0 and 0 < n_steps < math.inf):
         return 0.0
     return min(1.0 / (_EPOCHS_OF_MEMORY * lr * n_steps), _MAX_AUTO_DECAY)
@@ -47,7 +47,7 @@ def auto_weight_decay(lr: float, n_steps: float) -> float:
 class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
     """scVI's training plan with a sampled prior.
 
-    All arguments are those of :class:`scvi.train.TrainingPlan`, but for the following.
+    Arguments not listed here are those of :class:`scvi.train.TrainingPlan`.
 
     Parameters
     ----------
@@ -58,23 +58,23 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
     schedule
         When to sample; None for :class:`~qbmscvi.SamplingSchedule` with its defaults.
     optimizer
-        As in scVI, where it is ``"Adam"`` unless given.
+        Optimizer; scVI's default is ``"Adam"``.
     lr
-        Learning rate of the networks, twice scVI's.
+        Learning rate of the networks; the default is twice scVI's.
     prior_lr
-        Learning rate of the prior's parameters. None is a tenth of ``lr``; with ``optimizer="Custom"`` it is the
-        learning rate of that optimizer. At the end of training :meth:`~qbmscvi.QBMSCVI.fit_prior` makes up for what the
-        prior has not learned by then.
+        Learning rate of the prior's parameters. None means a tenth of ``lr``, or with ``optimizer="Custom"`` the
+        learning rate of that optimizer. At the end of training :meth:`~qbmscvi.QBMSCVI.fit_prior` completes the fit of
+        the prior.
     weight_decay
-        Weight decay of the networks' linear layers; biases, normalization and dispersions have none. ``"auto"`` is,
-        with ``"AdamW"``, ``1 / (50 lr n)`` at ``n`` steps an epoch, and at most 1: a weight that is not renewed fades
-        within 50 epochs, whatever the number of cells. With ``"Adam"`` it is scVI's 1e-6. It is zero where a part of
+        Weight decay of the networks' linear layers; biases, normalization and dispersions have none. With ``"AdamW"``,
+        ``"auto"`` is ``1 / (50 lr n)`` at ``n`` steps per epoch, and at most 1. A weight without gradient then decays
+        within 50 epochs, for any number of cells. With ``"Adam"``, ``"auto"`` is scVI's 1e-6. It is zero if a part of
         the networks is frozen, as after ``load_query_data``.
     prior_weight_decay
         Weight decay of the prior's parameters; none by default.
     n_epochs_kl_warmup
-        Epochs until the KL weight is reached. ``"auto"`` takes ``n_steps_kl_warmup`` if that is given, and otherwise
-        the first tenth of all steps. scVI's 400 epochs would leave the weight below one in any shorter run.
+        Epochs until the KL weight is reached. ``"auto"`` takes ``n_steps_kl_warmup`` if given, and otherwise the first
+        tenth of all steps. scVI's 400 epochs would keep the weight below one in any shorter run.
     eps
         Adam's epsilon. scVI's 0.01 exceeds the gradients of the prior and would freeze them.
     """
@@ -126,7 +126,7 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
             eps=eps,
             **kwargs,
         )
-        is_custom = self.optimizer_name == "Custom"  # whose learning rate is not known here
+        is_custom = self.optimizer_name == "Custom"  # its learning rate is not known here
         self.prior_lr = _PRIOR_LR_SHARE * self.lr if prior_lr is None and not is_custom else prior_lr
         self.prior_weight_decay = prior_weight_decay
         sampler = build_sampler(sampler)
@@ -135,13 +135,14 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
         self.guard = FiniteStateGuard()
 
     def configure_callbacks(self) -> list[Callback]:
-        """Callbacks that Lightning attaches beside the user's."""
+        """Callbacks that Lightning attaches in addition to the user's."""
         return [self.sampling, self.guard, StreamKeeper()]
 
     def on_fit_start(self) -> None:
-        """Fix the length of the KL warm-up and the weight decay, now that the number of steps is known.
+        """Set the length of the KL warm-up and the weight decay, which depend on the number of steps.
 
-        Not earlier: asking for that number makes the data loaders, which would miss what a checkpoint restores.
+        This number is not available earlier: computing it makes the data loaders, which would miss the states of a
+        checkpoint.
         """
         super().on_fit_start()
         if self._is_auto_warmup:
@@ -155,9 +156,9 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
             self.optimizers().param_groups[0]["weight_decay"] = self.weight_decay
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        """Compute the loss; on several ranks, one that cannot be computed is NaN instead of an error.
+        """Compute the loss; on several ranks a loss that cannot be computed is NaN instead of an error.
 
-        A rank that raised alone would leave the others waiting for its gradient. As NaN it reaches them all, and
+        A rank that raised alone would leave the others waiting for its gradient. A NaN reaches all ranks, and
         :class:`~qbmscvi.train._guards.FiniteStateGuard` stops them together.
         """
         try:
@@ -169,7 +170,7 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
             return float("nan") * sum(trained)
 
     def get_optimizer_creator(self) -> Callable[[Iterable[torch.Tensor]], torch.optim.Optimizer]:
-        """Give the prior and what has no weight decay groups of their own, and Adam its fused kernel."""
+        """Put the prior, and parameters without weight decay, into separate groups, and use Adam's fused kernel."""
         create = super().get_optimizer_creator()
         own = {"lr": self.prior_lr, "weight_decay": self.prior_weight_decay}
         own = {key: value for key, value in own.items() if value is not None}
@@ -185,7 +186,7 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
 
         if self.trainer.precision == "16-mixed":  # Lightning cannot clip gradients that a fused kernel scales back
             self.fused_optimizer = False
-        is_fused = getattr(self, "fused_optimizer", True)  # an argument since scvi-tools 1.5, which heeds it, too
+        is_fused = getattr(self, "fused_optimizer", True)  # an argument of scvi-tools since 1.5
         shared = {"fused": True} if is_fused and self.device.type in ("cpu", "cuda") else {}
         linear_ids = {id(layer.weight) for layer in self.module.modules() if isinstance(layer, Linear)}
 
@@ -207,6 +208,6 @@ def _ids(module: Module) -> set[int]:
 
 
 def _split(parameters: Iterable[torch.Tensor], ids: set[int]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Parameters whose identity is not in ``ids``, and those whose is."""
-    parameters = list(parameters)  # scVI hands over an iterator
+    """Parameters with an identity outside ``ids``, and parameters with an identity in it."""
+    parameters = list(parameters)  # scVI passes an iterator
     return [p for p in parameters if id(p) not in ids], [p for p in parameters if id(p) in ids]

@@ -1,13 +1,13 @@
 r"""The second stage of learning a prior: the networks stay fixed while the prior is fitted to the codes of cells.
 
-Codes are the posteriors of the latent variables. During training they move, and the prior runs after them. Once the
-networks stand still, fitting the prior gains the nats per cell that training left. The networks do not change, and
-neither does any representation of cells, bit for bit.
+Codes are the posteriors of the latent variables. They move during training, and the prior follows with a lag. With
+fixed networks, fitting the prior removes this lag. Networks and representations of cells stay the same, bit for bit.
 
 Each step compares draws of some codes with chains of the prior. The chains start as draws of codes, so each mode has
-its share of them. What is kept is a running mean of the parameters: single steps follow the noise of the chains, most
-of all in the weights of far-apart modes, which chains rarely leave. A sampler that continues chains moves them at every
-step. Any other is asked a hundred times at most; where it is remote, local chains go on from its answers.
+its share of them. The fit keeps a running mean of the parameters, because single steps follow the noise of the chains.
+This noise is largest in the weights of distant modes, which chains rarely leave. A sampler that continues chains moves
+them at every step. Any other sampler gets at most a hundred requests; if it is remote, local chains continue from its
+answers.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ _BETAS = (0.5, 0.999)  # gradients from chains are noisy, and old ones mislead
 _COUPLING_DECAY = 1e-4
 _BATCH_SIZE = 512
 _N_SWEEPS = 2
-_N_ANSWERS = 100  # at most, of a sampler that cannot continue chains
-_N_LOOKS = 3  # at held-out codes, in the second half, where the learning rate falls
+_N_ANSWERS = 100  # at most, from a sampler that cannot continue chains
+_N_LOOKS = 3  # at held-out codes, in the second half, in which the learning rate falls
 _N_DRAWS = 20  # of each held-out code
 _N_SETTLING_SWEEPS = 100
 _N_FOLLOWED, _N_ROUNDS = 64, 50  # chains and their draws, to judge whether they mix
-_SWEEPS_A_ROUND = (10, 50, 200)  # between draws: more if they have not
-_N_DIRECTIONS = 5  # in which most of the chains' variance lies
+_SWEEPS_A_ROUND = (10, 50, 200)  # between draws: more if they have not mixed
+_N_DIRECTIONS = 5  # of the largest variance of the chains
 
 
 @dataclass(frozen=True)
@@ -77,20 +77,20 @@ class Codes:
 
     @property
     def known(self) -> dict[str, Tensor]:
-        """What the prior is told of these cells beside their posteriors."""
+        """Labels as keyword arguments of the prior's methods; empty without labels."""
         return {} if self.labels is None else {"labels": self.labels}
 
 
 @dataclass(frozen=True)
 class PriorFit:
-    """What fitting the prior to codes gave.
+    """Result of fitting the prior to codes.
 
     Parameters
     ----------
     history
-        One row per look at held-out codes: ``step``, ``held_out_kl`` in nats per cell, ``log_z``, its bounds
-        ``log_z_lower`` and ``log_z_upper`` and its standard error ``log_z_scale``. The first row is before any step,
-        the last one of what was kept, with ``log_z`` below.
+        One row per evaluation on held-out codes: ``step``, ``held_out_kl`` in nats per cell, ``log_z``, its bounds
+        ``log_z_lower`` and ``log_z_upper`` and its standard error ``log_z_scale``. The first row is before any step.
+        The last row belongs to the parameters that were kept, with ``log_z`` below.
     log_z
         Log partition function of the fitted prior.
     chains
@@ -98,10 +98,10 @@ class PriorFit:
     n_steps
         Optimizer steps that were made.
     best_step
-        Step whose parameters were kept: the latest whose held-out KL is not above the lowest by more than the error of
-        log Z.
+        Step of the parameters that were kept: the latest with a held-out KL not above the lowest by more than the error
+        of log Z.
     n_requests, n_samples, n_failures
-        Requests to the sampler, samples that it returned, and requests that failed and were answered by local chains.
+        Requests to the sampler, samples that it returned, and failed requests, for which local chains stood in.
     seconds
         Time taken.
     """
@@ -157,8 +157,8 @@ def fit_to_codes(
     sampler
         Sampler of the prior.
     schedule
-        When to request samples; None for every step if the sampler continues chains, and otherwise for 100 requests at
-        most.
+        When to request samples. None requests them at every step if the sampler continues chains, and otherwise at most
+        100 times.
     n_steps
         Optimizer steps.
     seed
@@ -166,7 +166,7 @@ def fit_to_codes(
     memory
         Weight of the past in the running mean of the parameters, per step; zero keeps the parameters of the last step.
     on_step
-        Called with the number of each step that is done.
+        Called with the number of each completed step.
     """
     started = time.perf_counter()
     if schedule is None:
@@ -230,7 +230,7 @@ def fit_to_codes(
 
 
 def _choose(n_codes: int, n: int, device: torch.device) -> Tensor:
-    """Rows of codes, each at most once more often than another."""
+    """Rows of codes, each as often as any other, or once more."""
     return torch.cat([torch.randperm(n_codes) for _ in range(-(-n // n_codes))])[:n].to(device)
 
 
@@ -264,14 +264,14 @@ def _judge(prior: BoltzmannPrior, held_out: Codes, log_z: LogPartition) -> dict[
 
 
 def _is_no_worse(look: dict[str, float], other: dict[str, float]) -> bool:
-    """Whether the held-out KL of a look is not above that of an earlier one by more than two errors of log Z."""
+    """Whether the held-out KL of an evaluation exceeds that of an earlier one by at most two errors of log Z."""
     error = 2.0 * math.hypot(look["log_z_scale"], other["log_z_scale"])
     return look["held_out_kl"] <= other["held_out_kl"] + error
 
 
 @torch.no_grad()
 def _settle(prior: BoltzmannPrior, seed: int) -> tuple[LogPartition, ChainDiagnostics]:
-    """Let the chains run at the fitted parameters, judge some of them, and estimate log Z."""
+    """Run the chains at the fitted parameters, judge some of them, and estimate log Z."""
     problem = prior.to_ising()
 
     def run(spins: Tensor, n_sweeps: int, number: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The runner: what surrounds Lightning's trainer in ``train``."""
+"""The runner of ``train``, around Lightning's trainer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _logger = logging.getLogger(__name__)
 
 
 class QBMTrainRunner(TrainRunner):
-    """scVI's train runner, for models trained before, training that diverges or is stopped, and batches of one cell."""
+    """scVI's train runner; it handles repeated, diverging and interrupted training, and batches of one cell."""
 
     def __call__(self) -> None:
         """Run training.
@@ -29,17 +29,17 @@ class QBMTrainRunner(TrainRunner):
         Raises
         ------
         ValueError
-            If batch normalization would see one cell at a time.
+            If batch normalization would get one cell at a time.
         TrainingDivergedError
             If the loss or a parameter became non-finite; the model is in its last finite state.
         SystemExit
-            If training was stopped by Ctrl-C; the model is in the state of that moment, or its last finite one.
+            If Ctrl-C stopped training; the model is in its state at that moment, or its last finite one.
         """
         model, was_trained = self.model, self.model.is_trained_
         if isinstance(self.data_splitter, DataSplitter):
             _avoid_batches_of_one(self.data_splitter, model.module, self.trainer.world_size)
-        # scVI leaves the module in evaluation mode and Lightning no longer changes that: training a second time would
-        # go on without dropout, batch statistics and, here, without a gradient through the spins.
+        # scVI leaves the module in evaluation mode and Lightning no longer changes it. A second training would run
+        # without dropout, batch statistics and a gradient through the spins.
         model.module.train()
         on_interrupt = signal.getsignal(signal.SIGINT)
         try:
@@ -64,10 +64,10 @@ class QBMTrainRunner(TrainRunner):
             raise TrainingDivergedError(guard.message) from error
 
     def _update_history(self) -> None:
-        """Extend the history; scVI's version needs one that is not empty, as after divergence in the first epoch.
+        """Extend the history; scVI's version fails for an empty one, as after divergence in the first epoch.
 
-        Learning rates have the names that they have in scVI, whose Adam lends its name to AdamW, with ``-prior`` for
-        that of the prior; Lightning numbers the parameter groups.
+        Learning rates keep scVI's names, also for AdamW, and the prior's ends in ``-prior``; Lightning would number the
+        parameter groups.
         """
         if not self.trainer.optimizers:  # stopped before it began
             return
@@ -84,15 +84,15 @@ class QBMTrainRunner(TrainRunner):
 
 
 def _avoid_batches_of_one(splitter: DataSplitter, module: Module, n_ranks: int) -> None:
-    """Leave a cell out of each epoch where batch normalization would see it alone: one value has no variance.
+    """Leave a cell out of each epoch if it would be alone in a batch, because one value has no variance.
 
-    scVI avoids a last batch of one or two cells only where it chooses the number of training cells itself, and then
-    also if there are no others.
+    scVI avoids a last batch of one or two cells only if it chooses the number of training cells, and then also if all
+    cells are in that batch.
 
     Raises
     ------
     ValueError
-        If every batch would be of one cell.
+        If every batch would have one cell.
     """
     if splitter.n_train + splitter.n_val == 0:
         splitter.n_train = splitter.adata_manager.adata.n_obs
@@ -120,7 +120,7 @@ def _avoid_batches_of_one(splitter: DataSplitter, module: Module, n_ranks: int) 
 
 
 def _rename(history: Any, names: dict[str, str]) -> None:
-    """Rename entries of a history and the columns that have their names; it need not have all of them."""
+    """Rename entries of a history and their columns; missing entries are skipped."""
     if not isinstance(history, dict):  # None before the first training; another logger's
         return
     for old, new in names.items():

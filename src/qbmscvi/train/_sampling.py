@@ -1,8 +1,7 @@
-"""What happens between training steps: the sampler is asked, and the prior gets its moments.
+"""Sampling between training steps: the callback requests samples and sets the moments of the prior.
 
-Among several processes (Lightning's ranks) rank 0 samples, and its buffers are those of all. Parameters are equal on
-all ranks, so that what is decided from them alone is decided alike everywhere; what is not goes through a collective
-call that every rank makes.
+With several processes (Lightning's ranks), rank 0 samples and shares its buffers. Parameters are equal on all ranks, so
+decisions from them alone agree. All other decisions need a collective call that every rank makes.
 """
 
 from __future__ import annotations
@@ -31,35 +30,34 @@ if TYPE_CHECKING:
     from qbmscvi.train._schedule import SamplingSchedule
 
 
-_N_WAITS = 20  # of the advice to a run that no answer reached
+_N_WAITS = 20  # that the warning suggests to a run without answers
 _REPORTED_FACTS = ("staleness", "effective_beta", "effective_share", "exchange_rate")
 
 
 class SamplingCallback(Callback):
-    """Ask for samples of the prior between optimizer steps, and hand their moments to the prior.
+    """Request samples of the prior between optimizer steps, and set its moments from them.
 
-    The cadence follows ``trainer.global_step``: with gradient accumulation, too, the schedule counts optimizer
-    steps. A local sampler answers on the spot. A remote one works while training goes on: its answer is used
-    ``schedule.latency`` steps after the question, or when it comes, as new states of chains that local block Gibbs
-    sweeps carry from the parameters of then to those of now; the loss only sees moments of these chains, at every step.
+    The schedule counts optimizer steps (``trainer.global_step``), also with gradient accumulation. A local sampler
+    answers at once. A remote sampler works while training continues. Its answer is used ``schedule.latency`` steps
+    after the request, or when it arrives, as new states of chains. Local block Gibbs sweeps bring these from the
+    requested parameters to the current ones. The loss uses only moments of these chains, at every step.
 
-    If a sampler fails, the chains go on without it: one warning, and a count in the history. Answers that are no
-    samples (ground states, say) count as failures; see :func:`qbmscvi.samplers.vet` for whose are looked at.
+    If a sampler fails, the chains continue without it, with one warning and a count in the history. Answers that are no
+    samples (such as ground states) count as failures; :func:`qbmscvi.samplers.vet` says which samplers are tested. One
+    chain in eight tracks log Z and does not enter the moments. All validation batches see the log Z of the current
+    parameters. At the end of training log Z is estimated again.
 
-    One chain in eight tracks log Z and takes no part in the moments. Validation sees log Z of the parameters it is run
-    with, the same for all its batches. At the end of training log Z is estimated anew.
-
-    Under distributed training only rank 0 samples; the others take over the buffers of its prior. A sampler, local or
-    remote, is asked once for all ranks, and need not give equal answers in two processes.
+    In distributed training only rank 0 samples, and the other ranks copy the buffers of its prior. So a sampler is
+    called once for all ranks, and need not give equal answers in two processes.
 
     Parameters
     ----------
     prior
-        Prior to be sampled.
+        Prior to sample.
     sampler
-        Sampler to ask.
+        Sampler of the prior.
     schedule
-        When to ask.
+        When to request samples.
     """
 
     def __init__(self, prior: BoltzmannPrior, sampler: Sampler, schedule: SamplingSchedule) -> None:
@@ -68,13 +66,13 @@ class SamplingCallback(Callback):
         self.schedule = schedule
         self.broker = Broker(vet(sampler), schedule.latency, schedule.oldest_answer(sampler))
         self.n_fallbacks = 0
-        self._parameters = tuple(prior.parameters())  # to walk the module at each step takes longer than the rest
+        self._parameters = tuple(prior.parameters())  # walking the module at each step takes longer than all else
         self._local = BlockGibbsSampler()
         self._seeds = torch.Generator()
         self._last_step: int | None = None
         self._last_asked: int | None = None
         self.log_z = LogZTracker(prior, self._seeds)
-        self._answer: SampleBatch | float = float("nan")  # of a resumed run only the mean energy is known
+        self._answer: SampleBatch | float = float("nan")  # a resumed run knows only the mean energy
         self._facts: dict[str, float] = {}
         self._epoch_seconds = 0.0
         self._resumed: dict[str, Any] | None = None
@@ -92,7 +90,7 @@ class SamplingCallback(Callback):
             self._resume(state)
 
     def start(self, seed: int) -> None:
-        """Begin anew with a seed, at step zero; the chains are those of the prior."""
+        """Restart with a seed, at step zero, from the chains of the prior."""
         self._seeds.manual_seed(seed)
         self._last_step = self._last_asked = self.log_z.chains = None
 
@@ -104,7 +102,7 @@ class SamplingCallback(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Refresh the moments if the schedule says so."""
+        """Renew the moments if the schedule requires it."""
         step = trainer.global_step
         if step == self._last_step or self._is_frozen:
             return
@@ -117,7 +115,7 @@ class SamplingCallback(Callback):
         share_buffers(trainer, self.prior)
 
     def refresh(self, step: int) -> None:
-        """Bring chains and moments of the prior to its current parameters, if the schedule says so."""
+        """Bring chains and moments of the prior to its current parameters, if the schedule requires it."""
         if self.sampler.traits.is_remote:
             self._refresh_beside_remote(step)
         elif self._is_time_to_ask(step):
@@ -157,7 +155,7 @@ class SamplingCallback(Callback):
 
     @torch.no_grad()
     def _refresh_beside_remote(self, step: int) -> None:
-        """Take the moments from local chains, which get new states whenever an answer of the device is used."""
+        """Take the moments from local chains, which get new states from each answer of the device."""
         problem = self.prior.to_ising()
         self.log_z.follow(problem)
         n_sweeps = self.schedule.n_sweeps
@@ -169,7 +167,7 @@ class SamplingCallback(Callback):
         if not self.broker.is_busy and self._is_time_to_ask(step):
             self._last_asked = step
             seed = self.draw_seed()
-            # Names the problem, too: resumed within an epoch, a run sees other cells and comes with other parameters.
+            # Names the problem, too: a run that resumes within an epoch sees other cells and has other parameters.
             name = f"refresh-{seed}-{step}-{problem_fingerprint(problem)[:16]}"
             n_samples = len(self.prior.chains)
             self.broker.submit(SamplingRequest(problem, n_samples, seed=seed, purpose="refresh", request_id=name))
@@ -177,7 +175,7 @@ class SamplingCallback(Callback):
         self._move_chains(problem, n_sweeps)
 
     def _collect(self, step: int, problem: IsingModel) -> SampleBatch | None:
-        """Answer that is to be used now, if there is one."""
+        """Answer to use now, if there is one."""
         try:
             answers = self.broker.collect(step)
         except SamplerError as error:
@@ -190,7 +188,7 @@ class SamplingCallback(Callback):
         return answer
 
     def _move_chains(self, problem: IsingModel, n_sweeps: int) -> None:
-        """Take the moments from local block Gibbs, which goes on from the chains unless there are none yet."""
+        """Take the moments from local block Gibbs, which continues the chains if there are any."""
         continues = not self._is_first
         self._use(problem, self._local.sample(self._request(problem, continues, n_sweeps)), continues)
 
@@ -205,11 +203,11 @@ class SamplingCallback(Callback):
         )
 
     def _shuffled(self, batch: SampleBatch) -> SampleBatch:
-        """In random order: some devices sort by energy, and the last chains have another task than the others."""
+        """Shuffle the samples: some devices sort by energy, and the last chains track log Z."""
         return batch[torch.randperm(batch.n_samples, generator=self._seeds).to(batch.spins.device)]
 
     def _use(self, problem: IsingModel, answer: SampleBatch, continues: bool) -> None:
-        """Hand samples of the current problem to the prior: most give the moments, the last ones track log Z."""
+        """Pass samples of the current problem to the prior: most give the moments, the last ones track log Z."""
         if self._is_first:
             estimate = estimate_log_z(problem, n_chains=64, n_steps=50, seed=self.draw_seed())
             self.prior.log_z.fill_(estimate.value)
@@ -242,13 +240,13 @@ class SamplingCallback(Callback):
 
     @torch.no_grad()
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Carry log Z over the last update: validation sees one value, that of the parameters it is run with."""
+        """Update log Z after the last step, so that validation uses the value of its parameters."""
         if self.log_z.chains is not None:
             self.log_z.follow(self.prior.to_ising())
         share_buffers(trainer, self.prior)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log what was sampled, the same on every rank."""
+        """Log numbers about the samples, equal on every rank."""
         logged = {}
         if self.log_z.chains is not None:
             logged = {
@@ -258,7 +256,7 @@ class SamplingCallback(Callback):
                 "sampling_fallbacks": float(self.n_fallbacks),
                 **{f"sampling_{key}": value for key, value in self._facts.items()},
             }
-        # a mean of equal values; without it Lightning advises to take one
+        # a mean of equal values; without it Lightning warns
         pl_module.log_dict(trainer.strategy.broadcast(logged), sync_dist=trainer.world_size > 1)
 
     @torch.no_grad()
@@ -273,7 +271,7 @@ class SamplingCallback(Callback):
         share_buffers(trainer, self.prior)
 
     def _warn_if_unanswered(self, n_steps: int) -> None:
-        """Say so if a device was asked and training ended before it answered: nothing else would show it."""
+        """Warn if training ended before the device answered, because nothing else would show it."""
         if self.sampler.traits.is_remote and not self.broker.ledger.n_samples and not self.n_fallbacks:
             warnings.warn(
                 f"{self.sampler.name} has not answered during these {n_steps} steps: the prior was trained on local "
@@ -285,15 +283,15 @@ class SamplingCallback(Callback):
             )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Drop a question that is still under way: Lightning does not call ``teardown`` then."""
+        """Drop a request that is still under way, because Lightning does not call ``teardown`` after an exception."""
         self.broker.close()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Drop a question that is still under way."""
+        """Drop a request that is still under way."""
         self.broker.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """State for a Lightning checkpoint: a resumed run goes on as if it had not stopped."""
+        """State for a Lightning checkpoint, with which a resumed run continues as if it had not stopped."""
         return {
             "seeds": self._seeds.get_state(),
             "steps": (self._last_step, self._last_asked),
@@ -305,7 +303,7 @@ class SamplingCallback(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state; a question to a remote sampler that was under way is asked once more."""
+        """Restore a state; a request to a remote sampler that was under way is sent again."""
         self._resumed = state_dict
 
     def _resume(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""When the prior is sampled during training, and how much."""
+"""When and how much the prior is sampled during training."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ class SamplingSchedule:
     Parameters
     ----------
     every_n_steps
-        Optimizer steps between two requests to the sampler. None for two with a local sampler that continues chains,
-        and for eight otherwise. The moments of a local sampler stay as they are in between; with a remote one, local
+        Optimizer steps between two requests to the sampler. None means two for a local sampler that continues chains,
+        and eight otherwise. Between requests the moments of a local sampler stay the same; with a remote sampler, local
         chains renew them at every step.
     n_sweeps
-        Sweeps of each persistent chain whenever the moments are renewed (the k of PCD-k).
+        Sweeps of each persistent chain per renewal of the moments (the k of PCD-k). Raise it if the chains lag behind.
     burn_in
-        Sweeps of the first request of a model, whose chains start from random spins.
+        Sweeps of the first request of a model, in which chains start from random spins.
     latency
-        Steps between a question to a remote sampler and the use of its answer; a late answer is used at the next
-        multiple. Training never waits, and local samplers answer at once. Zero makes training wait for each answer.
+        Steps between a request to a remote sampler and the use of its answer; a late answer is used at the next
+        multiple. Training does not wait, except with zero, which waits for each answer. Local samplers answer at once.
     max_staleness
-        Age in steps beyond which an answer of a remote sampler is not used. None for 500 (or ``latency``, if that is
-        more), and for no limit with a sampler whose answers take minutes (``traits.is_slow``): such answers are older
-        than that whenever they come.
+        Age in steps beyond which an answer of a remote sampler is not used. None means 500, or ``latency`` if that is
+        more. A sampler with answers that take minutes (``traits.is_slow``) then has no limit, because its answers are
+        always older.
 
     Raises
     ------
