@@ -1,1 +1,1 @@
-"""What users call: QBMSCVI, QBMSCANVI, and the methods that they share."""
+"""The models QBMSCVI and QBMSCANVI, and their common methods."""

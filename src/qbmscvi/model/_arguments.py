@@ -1,4 +1,4 @@
-"""Arguments that come from numpy and pandas, as scvi-tools, torch and Lightning take them."""
+"""Conversion of arguments from numpy and pandas for scvi-tools, torch and Lightning."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def as_rows(indices: Any, adata: AnnData) -> np.ndarray:
     Parameters
     ----------
     indices
-        One or more numbers, a slice, or a mask of all cells; of any kind that numpy or pandas can make an array of. A
-        mask that is a Series with the names of all cells as its index is read by names, in whatever order they are.
+        One or more numbers, a slice, or a mask of all cells, of any type that numpy or pandas converts to an array. A
+        Series with the names of all cells as its index is a mask by names, in any order.
     adata
         The cells.
 
     Raises
     ------
     TypeError
-        If these are neither integers nor a mask.
+        If ``indices`` are neither integers nor a mask.
     ValueError
-        If a mask is not of all cells.
+        If a mask does not cover all cells.
     IndexError
-        If there is no cell of a number.
+        If a number belongs to no cell.
     """
     if isinstance(indices, slice):
         return np.arange(adata.n_obs)[indices]
@@ -65,17 +65,17 @@ def as_rows(indices: Any, adata: AnnData) -> np.ndarray:
 
 
 def as_list(names: Any) -> list:
-    """Return one name, or several of any kind, as a list: a name alone would be taken letter by letter."""
+    """Return one name, or several of any type, as a list; a single name would be read letter by letter."""
     return [names] if isinstance(names, str) else list(names)
 
 
 def as_python(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments with numpy's scalars as Python's, of which Lightning and torch ask the type."""
+    """Return arguments with numpy's scalars converted to Python's, because Lightning and torch check the type."""
     return {name: value.item() if isinstance(value, np.generic) else value for name, value in arguments.items()}
 
 
 class CellLoader(AnnDataLoader):
-    """scvi-tools' loader for whatever :func:`as_rows` takes; arguments as there.
+    """scvi-tools' data loader for any ``indices`` that :func:`as_rows` takes.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Where data come into a model, and what is checked there: at setup, and whenever a method gets an AnnData."""
+"""Checks of data at setup, and whenever a method gets an AnnData."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OF_MINIFIED_DATA = {"_scvi_latent_qzm", "_scvi_latent_qzv"}
 
 
 class CheckedDataMixin(BaseModelClass):
-    """Checks of :class:`~qbmscvi.QBMSCVI` in front of scvi-tools."""
+    """Checks of :class:`~qbmscvi.QBMSCVI` before scvi-tools sees the data."""
 
     @classmethod
     def setup_anndata(
@@ -40,13 +40,13 @@ class CheckedDataMixin(BaseModelClass):
         Parameters
         ----------
         adata
-            AnnData with raw counts. Columns with the codes of the categories are added to it.
+            AnnData with raw counts. Setup adds columns with the codes of the categories.
         layer
             Layer with the counts; None for ``X``.
         batch_key
             Column of ``adata.obs`` with the batch.
         labels_key
-            Column with the cell type, which ``dispersion="gene-label"`` and scores need.
+            Column with the cell type. Set it for ``dispersion="gene-label"`` and for scores.
         size_factor_key
             Column with the size factor of each cell, a positive number.
         categorical_covariate_keys, continuous_covariate_keys
@@ -55,11 +55,11 @@ class CheckedDataMixin(BaseModelClass):
         Raises
         ------
         TypeError
-            If the matrix is of a type that scvi-tools does not read, a column holds values of the wrong type, or a
-            list of columns is no list.
+            If the matrix has a type that scvi-tools does not read, a column holds values of the wrong type, or a list
+            of columns is no list.
         ValueError
-            If a layer or column does not exist, or has missing or not finite values; or, where a model computes on the
-            data, genes or categories are not those of the model.
+            If a layer or column does not exist, or has missing or non-finite values; or if a model computes on the data
+            and its genes or categories differ.
         """
         arguments = {
             "layer": layer,
@@ -73,7 +73,7 @@ class CheckedDataMixin(BaseModelClass):
         super().setup_anndata(adata, **arguments, **kwargs)
 
     def _validate_anndata(self, adata: AnnData | None = None, copy_if_view: bool = True) -> AnnData:
-        """As scvi-tools does, after a look at genes and columns, and before one at the numbers."""
+        """Validate as scvi-tools does, after a check of genes and columns, and before one of the numbers."""
         if adata is None and self.adata is None:
             msg = (
                 f"This {type(self).__name__} has no AnnData. Pass `adata` here, or when the model is loaded: "
@@ -90,7 +90,7 @@ class CheckedDataMixin(BaseModelClass):
         return adata
 
     def _check_numbers(self, adata: AnnData) -> None:
-        """Raise unless counts, size factors and continuous covariates are what the module can compute on."""
+        """Raise unless the module can compute on the counts, size factors and continuous covariates."""
         manager, arguments = self.get_anndata_manager(adata, required=True), self.registry[_SETUP_ARGS_KEY]
         has_size_factor = arguments["size_factor_key"] is not None
         if has_size_factor:
@@ -101,7 +101,7 @@ class CheckedDataMixin(BaseModelClass):
             covariates = manager.get_from_registry(REGISTRY_KEYS.CONT_COVS_KEY)
             check_finite(adata, covariates, "continuous_covariate_keys")
         X = manager.get_from_registry(REGISTRY_KEYS.X_KEY)
-        # Counts were taken out and posteriors put in, which scvi-tools loads before `minify_adata`.
+        # Posteriors have replaced the counts; scvi-tools loads such data before `minify_adata`.
         is_to_be_minified = _OF_MINIFIED_DATA <= set(adata.obsm or ()) and sparse.issparse(X) and X.nnz == 0
         if adata.uns.get(_ADATA_MINIFY_TYPE_UNS_KEY) is None and not is_to_be_minified:
             check_counts(

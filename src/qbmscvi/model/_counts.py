@@ -1,8 +1,8 @@
 """Checks of counts before a model computes on them.
 
-The model reads single precision, so a value counts as the integer that it is closest to there. What is not an integer
-is told apart by its size: corrected counts (ambient RNA removed, expectation maximization) are large and their totals
-differ between cells; normalized values are not.
+The model reads single precision, so a value counts as the closest integer there. The size of other values tells their
+kind. Corrected counts (ambient RNA removed, expectation maximization) are large and their totals differ between cells;
+normalized values are small.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _LEAST_CORRECTED = 50.0  # normalized and log-transformed values stay below
 
 
 def totals_per_cell(X: Any, n_cells: int) -> np.ndarray:
-    """Return row sums, shape ``(n_cells,)``, of whatever :func:`check_counts` reads."""
+    """Return row sums, shape ``(n_cells,)``, of any matrix that :func:`check_counts` reads."""
     return np.concatenate([_totals(rows) for _, rows in _chunks(X, n_cells)])
 
 
@@ -36,17 +36,16 @@ def check_counts(
     is_count_likelihood: bool = True,
     needs_library_size: bool = True,
 ) -> None:
-    """Raise unless the data are something that a model can compute on; reads them in chunks of rows.
+    """Raise unless a model can compute on the data, which are read in chunks of rows.
 
     Parameters
     ----------
     adata
-        Names of cells and genes, and the other layers that the message may point to.
+        Names of cells and genes, and other layers that the message may suggest.
     X
-        Rows are cells, columns genes: dense, sparse, backed, or the matrix of an AnnCollection. None for that of
-        ``layer``.
+        Matrix of cells by genes: dense, sparse, backed, or of an AnnCollection. None for the matrix of ``layer``.
     layer
-        Layer that ``X`` is; None for ``adata.X``.
+        Layer that holds ``X``; None for ``adata.X``.
     is_count_likelihood
         Whether values must be non-negative integers, up to rounding error.
     needs_library_size
@@ -76,8 +75,8 @@ def check_counts(
             if (totals < 0).any():
                 row = int(np.flatnonzero(totals < 0)[0])
                 msg = (
-                    f"{_cell(adata, start + row)} has the negative total {totals[row]:g}, of which scVI takes the "
-                    "logarithm as its library size. Use `use_observed_lib_size=False`, or set the data up with "
+                    f"{_cell(adata, start + row)} has the negative total {totals[row]:g}, but scVI takes the "
+                    "logarithm of this library size. Use `use_observed_lib_size=False`, or set the data up with "
                     "`size_factor_key`."
                 )
                 raise ValueError(msg)
@@ -96,7 +95,7 @@ def _chunks(X: Any, n_cells: int) -> Iterator[tuple[int, Any]]:
         rows = X[start : start + _CHUNK_ROWS]
         if sparse.issparse(rows) and not rows.has_canonical_format:
             rows = rows.copy()  # it may be a view of the user's data
-            rows.sum_duplicates()  # as `toarray` does, by which the model reads
+            rows.sum_duplicates()  # as does `toarray`, with which the model reads
         yield start, rows
 
 
@@ -116,7 +115,7 @@ def _totals(rows: Any) -> np.ndarray:
 
 
 def _fractional(values: np.ndarray) -> np.ndarray:
-    """Whether each value is farther from an integer than rounding brings it."""
+    """Whether each value is farther from an integer than rounding explains."""
     if values.dtype.kind != "f":
         return np.zeros(0, dtype=bool)
     nearest = np.rint(values)
@@ -187,7 +186,7 @@ def _place(layer: str | None) -> str:
 
 
 def _other_layers(adata: AnnData, layer: str | None) -> str:
-    """Where else there are counts, as a sentence; nothing if nowhere."""
+    """Sentence on other places with counts; empty if there are none."""
     found = []
     if layer is not None and _holds_counts(getattr(adata, "X", None), adata.n_obs):
         found.append("`adata.X`, without `layer`")

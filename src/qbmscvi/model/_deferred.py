@@ -1,7 +1,7 @@
-"""Models without data: the networks are built when training brings a data module.
+"""Models without data, with networks built when training gets a data module.
 
-scvi-tools allows this by the name of the class: ``BaseModelClass.__init__`` asks for ``"SCVI"``. Here it is a base
-class that stands behind :class:`~scvi.model.SCVI` in the order of inheritance and hands on an empty registry.
+scvi-tools allows this by the name of the class: ``BaseModelClass.__init__`` tests for ``"SCVI"``. Here a base class
+does it, which comes after :class:`~scvi.model.SCVI` in the order of inheritance and passes on an empty registry.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from torch import nn
 
-_FIELDS = "field_registries"  # of every registry of scvi-tools
+_FIELDS = "field_registries"  # key of every registry of scvi-tools
 
 
 class DeferredInitialization(BaseModelClass):
@@ -43,14 +43,14 @@ class DeferredInitialization(BaseModelClass):
         """
         if not self.registry[_FIELDS]:
             msg = (
-                f"This {type(self).__name__} was built with neither `adata` nor `registry`, so it knows no names of "
+                f"This {type(self).__name__} was built with neither `adata` nor `registry`, so it has no names of "
                 "genes and batches and cannot be saved. Build it with the registry of the data module: "
                 f"{type(self).__name__}(registry=datamodule.registry)."
             )
             raise ValueError(msg)
         return super().get_var_names(*args, **kwargs)
 
-    # Both fail in scvi-tools 1.4, which looks for the registry under a name that it never sets.
+    # Both fail in scvi-tools 1.4, which reads the registry under a name that it never sets.
 
     def view_registry(self, hide_state_registries: bool = False) -> None:
         """Print a summary of the registry; arguments as in scvi-tools."""

@@ -1,4 +1,4 @@
-"""scVI's methods of decoded expression, for every likelihood and whatever kind of argument."""
+"""scVI's methods of decoded expression, for every likelihood and type of argument."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributions import Distribution
 
-_WITHOUT_GAMMA = ("poisson", "normal")  # in which scVI looks for that of the negative binomial
+_WITHOUT_GAMMA = ("poisson", "normal")  # scVI expects the negative binomial's here
 
 
 class ExpressionMixin:
-    """Methods of :class:`~qbmscvi.QBMSCVI` that scVI has, mended where they fail there."""
+    """Methods of scVI for :class:`~qbmscvi.QBMSCVI`, with fixes."""
 
     def get_normalized_expression(
         self,
@@ -52,8 +52,7 @@ class ExpressionMixin:
         Parameters
         ----------
         n_samples_overall
-            Number of draws from the cells together, in place of ``n_samples`` from each: the rows of the answer are
-            draws, not cells.
+            Number of draws from all cells together, instead of ``n_samples`` from each; rows are then draws, not cells.
 
         Returns
         -------
@@ -62,14 +61,14 @@ class ExpressionMixin:
         Raises
         ------
         ValueError
-            If ``n_samples_overall`` draws are to come from no cell, the model has none of the genes or no such batch,
-            or ``library_size`` is neither a positive number nor ``"latent"``.
+            If there are no cells for ``n_samples_overall``, the model has none of the genes or no such batch, or
+            ``library_size`` is neither positive nor ``"latent"``.
 
         Warns
         -----
         UserWarning
-            If the model lacks some of the genes, or ``weights="importance"`` without ``n_samples_overall``, which scVI
-            does not heed.
+            If the model lacks some of the genes, or for ``weights="importance"`` without ``n_samples_overall``, which
+            has no effect.
         """
         if library_size != "latent" and not (isinstance(library_size, Real) and 0 < library_size < np.inf):
             msg = f"library_size={library_size!r} must be a positive number, or 'latent' for that of each cell."
@@ -77,7 +76,7 @@ class ExpressionMixin:
         require_integer("n_samples", n_samples, 1)
         if weights == "importance" and n_samples_overall is None:
             msg = (
-                "weights='importance' weighs draws from the cells together: pass `n_samples_overall`. It is not heeded."
+                "weights='importance' weighs draws from the cells together: pass `n_samples_overall`. It has no effect."
             )
             warnings.warn(msg, UserWarning, stacklevel=2)
         self._check_batches("transform_batch", transform_batch)
@@ -132,10 +131,10 @@ class ExpressionMixin:
         groupby
             Column of ``adata.obs`` with the groups. Categories without cells are left out.
         group1, group2
-            Groups that are compared: by default each with all other cells.
+            Groups to compare; by default each with all other cells.
         idx1, idx2
-            Cells of the groups: row numbers, a mask, or a query of ``adata.obs``. A mask that is a Series with the
-            names of the cells as its index is read by names.
+            Cells of the groups: row numbers, a mask, or a query of ``adata.obs``. A Series with the names of the cells
+            as its index is a mask by names.
 
         Returns
         -------
@@ -223,8 +222,8 @@ class ExpressionMixin:
 
         Returns
         -------
-        As :meth:`scvi.model.SCVI.get_likelihood_parameters`, which fails for two likelihoods: ``"poisson"`` has a
-        ``"mean"``, ``"normal"`` a ``"mean"`` and, as ``"dispersions"``, standard deviations.
+        As :meth:`scvi.model.SCVI.get_likelihood_parameters`. In addition, ``"poisson"`` has a ``"mean"``, and
+        ``"normal"`` a ``"mean"`` and, as ``"dispersions"``, standard deviations.
         """
         if self.module.gene_likelihood not in _WITHOUT_GAMMA:
             return super().get_likelihood_parameters(
@@ -255,8 +254,8 @@ class ExpressionMixin:
     ) -> np.ndarray:
         """Expression as ``get_feature_correlation_matrix`` correlates it, shape ``(n_cells, n_genes[, n_samples])``.
 
-        scVI draws it from the gamma distribution of which the negative binomial is made. A Poisson or normal likelihood
-        has none: its expression is that of the decoder at each draw of the latent variables.
+        scVI draws it from the gamma distribution inside the negative binomial. A Poisson or normal likelihood has none;
+        its expression is the decoder's at each draw of the latent variables.
         """
         if self.module.gene_likelihood not in _WITHOUT_GAMMA:
             settings = (n_samples, batch_size, rna_size_factor, transform_batch)

@@ -1,7 +1,7 @@
-"""Cells on demand: latent variables from the prior, counts from the decoder.
+"""Generated cells: latent variables from the prior, counts from the decoder.
 
-What the prior does not know of a cell, its batch, library size and covariates, is given, or comes from a cell of the
-model's AnnData. Both the library size and the covariates that are not given are those of one and the same cell.
+The prior does not contain a cell's batch, library size and covariates. They are given, or come from one cell of the
+model's AnnData.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 # Sweeps of a chain from random spins; `fit_prior` says after how many sweeps chains have mixed.
 _BURN_IN = 1_000
-_UNKNOWN = -1  # code of a type that is not known
+_UNKNOWN = -1  # code of an unknown type
 
 
 class GenerationMixin:
@@ -46,7 +46,7 @@ class GenerationMixin:
         Parameters
         ----------
         n_samples
-            Number of draws; with the default sampler each is the end of a chain of its own of 1,000 sweeps.
+            Number of draws; with the default sampler each is the end of a separate chain of 1,000 sweeps.
         sampler
             Name or instance, as in :meth:`train`.
         seed
@@ -79,29 +79,28 @@ class GenerationMixin:
     ) -> AnnData:
         """Generate cells: latent variables from the prior, counts from the decoder.
 
-        What is not given is drawn from the cells of the model's AnnData: for each generated cell one of them is drawn,
-        with counts, of the same batch and, where the type is known, of the same type. If there is none, it is one of
-        that type in any batch; if there is none either, one of that batch; and at last any. Its library size and
-        covariates are taken together.
+        For each generated cell, missing values come together from one random cell with counts of the model's AnnData.
+        The choice is the first of these that exists: the same batch and known type, that type in any batch, that batch,
+        any cell.
 
         Parameters
         ----------
         n_cells
             Number of cells.
         batch
-            Category of the batch key. None draws each cell's batch, in the proportions of the cells of the model's
-            AnnData; a model without AnnData does not know them and takes the first batch.
+            Category of the batch key. None draws batches in the proportions of the model's AnnData; a model without
+            AnnData takes the first batch.
         cell_type
-            Label of the cells to generate. :class:`QBMSCANVI` holds its label spins fixed and draws the latent
-            variables of that type; None draws all types in the proportions of the prior. A model with
-            ``dispersion="gene-label"`` takes the dispersion, and draws library sizes and covariates, of that label,
-            but its prior does not know labels; None draws labels like covariates. Other models refuse it.
+            Label of the cells to generate. :class:`QBMSCANVI` holds its label spins fixed and draws latent variables of
+            that type; None draws types in the proportions of the prior. With ``dispersion="gene-label"`` the label sets
+            dispersion, library sizes and covariates, but not the prior; None draws labels like covariates. Other models
+            refuse it.
         covariates
-            Values of the columns that the model was set up with, categorical or continuous: one for all cells, or
-            shape ``(n_cells,)``. Columns that are left out are drawn.
+            Values of the model's covariate columns: one for all cells, or shape ``(n_cells,)``. Missing columns are
+            drawn.
         library_size
-            Total count per cell, or size factor if the data were set up with ``size_factor_key``: a number, or shape
-            ``(n_cells,)``. None draws them.
+            Total count per cell, or size factor with ``size_factor_key``: a number, or shape ``(n_cells,)``. None draws
+            it.
         sampler
             Sampler of the prior.
         seed
@@ -109,17 +108,17 @@ class GenerationMixin:
 
         Returns
         -------
-        Counts in ``X``, latent variables in ``obsm["z"]``, ``obs["library_size"]``, and in ``obs`` the columns of batch
-        key, covariates and, where the model uses labels, labels key. Without ``cell_type`` the label of a cell of
-        :class:`QBMSCANVI` is the most probable one given its latent variables.
+        Counts in ``X``, latent variables in ``obsm["z"]``, and in ``obs`` the ``library_size`` and the columns of
+        batch, covariates and, if the model uses labels, labels. Without ``cell_type``, a :class:`QBMSCANVI` gives each
+        cell its most probable label.
 
         Raises
         ------
         ValueError
-            If the batch, type, a column or a category is unknown, ``library_size`` is not positive, a number is not
-            finite, a length is wrong, the model cannot draw cells of a type, or has no AnnData for what is not given.
+            If a batch, type, column or category is unknown, ``library_size`` is not positive, a number is not finite, a
+            length is wrong, the model cannot draw cells of a type, or has no AnnData for missing values.
         TypeError
-            If ``covariates`` is no mapping, or holds values of a continuous covariate that are no numbers.
+            If ``covariates`` is no mapping, or a continuous covariate has values that are no numbers.
         """
         module, genes = self._require_module(), self.get_var_names()
         prior = module.prior
@@ -140,7 +139,7 @@ class GenerationMixin:
         self._require_cells(library_size is None, missing, draws_labels)
 
         seed = split_seed(None, 1)[0] if seed is None else seed
-        row_seed, count_seed = split_seed(seed, 3)[1:]  # the first is that of the latent variables
+        row_seed, count_seed = split_seed(seed, 3)[1:]  # the first is used for the latent variables
         z = self._draw_latent(n_cells, label if has_label_spins else None, sampler, seed)
         if has_label_spins and label is None:
             label = module.classify(None, z).argmax(-1).cpu().numpy()
@@ -162,7 +161,7 @@ class GenerationMixin:
         log_sizes = _as_column(np.log(library_size))
         given = {
             "library": log_sizes,
-            "size_factor": log_sizes,  # as `_get_generative_input` passes it: the logarithm
+            "size_factor": log_sizes,  # the logarithm, as in `_get_generative_input`
             "batch_index": _as_column(batch_codes),
             "y": _as_column(np.maximum(label_codes, 0)),
             "cat_covs": _as_table([values[c] for c, categories in columns.items() if categories is not None]),
@@ -198,7 +197,7 @@ class GenerationMixin:
         return spins[:, : prior.n_visible].to(prior.h).cpu()
 
     def _draw_counts(self, z: Tensor, given: dict[str, Tensor | None], seed: int) -> np.ndarray:
-        """Counts of cells from their latent variables and all else that the decoder takes; one row per cell."""
+        """Counts of cells from their latent variables and the other inputs of the decoder; one row per cell."""
         module, device = self.module, self.device
         was_training = module.training
         module.eval()
@@ -235,7 +234,7 @@ class GenerationMixin:
         return columns
 
     def _require_cells(self, draws_sizes: bool, missing: Sequence[str], draws_labels: bool) -> None:
-        """Raise if something has to be drawn from cells, but there are none."""
+        """Raise if values have to be drawn from cells, but there are none."""
         wanted = {
             "library sizes": ("`library_size`", draws_sizes),
             f"the covariates {as_typed(missing)}": ("`covariates`", bool(missing)),
@@ -275,7 +274,7 @@ class GenerationMixin:
         return values
 
     def _library_sizes(self) -> np.ndarray:
-        """What the decoder takes for the library sizes of the model's cells."""
+        """Library sizes of the model's cells, as the decoder takes them."""
         key = REGISTRY_KEYS.X_KEY
         if self.module.use_size_factor_key:
             key = REGISTRY_KEYS.SIZE_FACTOR_KEY
@@ -308,7 +307,7 @@ def _code(name: str, value: Any, categories: Sequence[Any]) -> int:
 def _as_covariates(
     covariates: Mapping[str, Any] | None, columns: Mapping[str, np.ndarray | None], n_cells: int
 ) -> dict[str, np.ndarray]:
-    """Codes or numbers of the covariates that are given, each of shape ``(n_cells,)``."""
+    """Codes or numbers of the given covariates, each of shape ``(n_cells,)``."""
     if covariates is not None and not hasattr(covariates, "keys"):
         msg = (
             f"`covariates` is a {type(covariates).__name__}, but a mapping from columns to values is needed, e.g. "

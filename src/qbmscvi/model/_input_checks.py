@@ -1,7 +1,7 @@
 """Checks of an AnnData before a model is set up with it or computes on it.
 
-They stand in front of scvi-tools, which crashes on some of these inputs and computes silently on others. Each raises
-before anything is computed or changed. Counts are checked in :mod:`qbmscvi.model._counts`.
+scvi-tools crashes on some of these inputs and computes silently on others. Each check raises before anything is
+computed or changed. :mod:`qbmscvi.model._counts` checks counts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def as_typed(values: Iterable[Any], n_shown: int | None = None) -> str:
 
 
 def suggest(name: Any, known: Iterable[Any]) -> str:
-    """Sentence on what may have been meant, and what there is."""
+    """Sentence with the closest known value and all known values."""
     known = list(known)
     close = get_close_matches(str(name), list(map(str, known)), n=1)
     meant = f"Did you mean {close[0]!r}? " if close else ""
@@ -63,7 +63,7 @@ def as_column_list(argument: str, keys: Any) -> list[str] | None:
     TypeError
         If ``keys`` is a single name, or has no order.
     ValueError
-        If a name is there twice.
+        If a name is repeated.
     """
     if keys is None:
         return None
@@ -131,7 +131,7 @@ def get_column(obs: pd.DataFrame, argument: str, key: Any) -> pd.Series:
     MissingColumnError
         If there is no such column.
     ValueError
-        If there are several.
+        If several columns have that name.
     """
     if isinstance(key, list | tuple | set | np.ndarray | pd.Series | pd.Index):
         remedy = f"Write {argument}={next(iter(key))!r}." if len(key) == 1 else ""
@@ -150,7 +150,7 @@ def get_column(obs: pd.DataFrame, argument: str, key: Any) -> pd.Series:
 def check_categories(
     obs: pd.DataFrame, argument: str, key: str, *, filler: str = "unknown", may_miss: bool = False
 ) -> None:
-    """Raise unless each cell has a category, and the categories can be told apart and ordered.
+    """Raise unless each cell has a category, and all categories have one type.
 
     Parameters
     ----------
@@ -161,7 +161,7 @@ def check_categories(
     key
         Its name.
     filler
-        What the message proposes to write where nothing stands.
+        Value that the message suggests for missing entries.
     may_miss
         Whether cells may have no value.
 
@@ -206,12 +206,12 @@ def _kind(value: Any) -> str:
 
 
 def check_known_categories(obs: pd.DataFrame, argument: str, key: str, known: Sequence[Any]) -> None:
-    """Raise unless each category is one that the model was trained with.
+    """Raise unless the model was trained with each category.
 
     Raises
     ------
     ValueError
-        If one is not.
+        If a category is unknown.
     """
     unknown = [value for value in pd.unique(get_column(obs, argument, key)) if value not in set(known)]
     if unknown:
@@ -232,9 +232,9 @@ def check_groups(adata: AnnData, groupby: str, group1: Any, group2: Any) -> list
     groupby
         Column with the groups.
     group1
-        Groups, each compared by itself; None for all that have cells.
+        Groups, each in a separate comparison; None for all that have cells.
     group2
-        Group that they are compared with; None for all other cells.
+        Reference group; None for all other cells.
 
     Returns
     -------
@@ -243,7 +243,7 @@ def check_groups(adata: AnnData, groupby: str, group1: Any, group2: Any) -> list
     Raises
     ------
     ValueError
-        If there is no such column, or a group, or the rest of the cells, has no cell.
+        If there is no such column, or a group or its reference has no cell.
     """
     column = get_column(adata.obs, "groupby", groupby)
     present = list(column.astype("category").cat.remove_unused_categories().cat.categories)
@@ -262,12 +262,12 @@ def check_groups(adata: AnnData, groupby: str, group1: Any, group2: Any) -> list
 
 
 def check_numeric(values: pd.Series | pd.DataFrame, argument: str) -> None:
-    """Raise unless one column or several, by their names in ``adata.obs``, hold numbers.
+    """Raise unless each column of ``adata.obs`` holds numbers.
 
     Raises
     ------
     TypeError
-        If one does not.
+        If a column does not.
     """
     for key, column in pd.DataFrame(values).items():
         if not pd.api.types.is_numeric_dtype(column) or pd.api.types.is_complex_dtype(column):
@@ -289,7 +289,7 @@ def check_finite(
     adata
         Names of the cells.
     values
-        One column or several, by their names in ``adata.obs``.
+        One or more columns, by their names in ``adata.obs``.
     argument
         Argument that names the columns.
     must_be_positive
@@ -300,7 +300,7 @@ def check_finite(
     TypeError
         If a column does not hold numbers.
     ValueError
-        If a number is missing, not finite, or not positive where it must be.
+        If a number is missing, not finite, or not positive although ``must_be_positive``.
     """
     check_numeric(values, argument)
     for key, column in pd.DataFrame(values).items():
@@ -319,7 +319,7 @@ def check_finite(
 
 
 def check_genes(adata: AnnData, names: Sequence[str]) -> None:
-    """Raise unless the genes are those of the model, in its order.
+    """Raise unless genes and their order are the model's.
 
     Raises
     ------
@@ -369,20 +369,20 @@ def check_setup(
     layer, batch_key, labels_key, size_factor_key, categorical_covariate_keys, continuous_covariate_keys
         Arguments of ``setup_anndata``.
     unlabeled_category
-        Label of cells of unknown type; None for models without such.
+        Label of cells of unknown type; None for models without it.
     source_registry
-        Registry of the model that the data are to be computed with; None for new data.
+        Registry of the model that will compute on the data; None for new data.
     extend_categories
-        Whether there may be categories that this model does not know.
+        Whether categories may be unknown to this model.
     allow_missing_labels
-        Whether there may be no labels, where ``unlabeled_category`` stands in for them.
+        Whether labels may be missing; ``unlabeled_category`` replaces them.
     others
-        Arguments that scvi-tools judges.
+        Arguments that scvi-tools checks.
 
     Raises
     ------
     TypeError, ValueError
-        If one of them does not fit the data.
+        If an argument does not fit the data.
     """
     require_anndata(adata)
     check_matrix(adata, layer)

@@ -1,6 +1,6 @@
-"""What spins and prior mean: genes that follow a spin, and the modes of the prior with the cells near them.
+"""Meaning of spins and prior: genes that follow a spin, and modes of the prior with the cells near them.
 
-Both read a trained model and change nothing in it. Neither tests a hypothesis: there are no p-values here.
+Both methods leave the trained model unchanged. Neither tests a hypothesis, so there are no p-values.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
     from qbmscvi.boltzmann.posterior import FactorialPosterior
 
-# Entries (decoded cells times genes) of one pass through the decoder: 16 MB in single precision.
+# Decoded cells times genes in one pass through the decoder: 16 MB in single precision.
 _ENTRIES_PER_PASS = 4_000_000
 
 
 class PriorModes(NamedTuple):
-    """Low-energy states of a prior, lowest first, and who descends into which."""
+    """Low-energy states of a prior, lowest first, and the mode of each cell."""
 
     table: pd.DataFrame
     """One row per mode: ``energy`` in nats, ``prior_share``, ``cell_share``; with labels ``label``, ``label_share``."""
@@ -40,7 +40,7 @@ class PriorModes(NamedTuple):
 
 
 class InterpretationMixin:
-    """Methods of :class:`~qbmscvi.QBMSCVI` that say what spins and prior mean."""
+    """Methods of :class:`~qbmscvi.QBMSCVI` that interpret spins and prior."""
 
     @torch.inference_mode()
     def get_spin_programs(
@@ -54,37 +54,37 @@ class InterpretationMixin:
         batch_size: int | None = None,
         seed: int = 0,
     ) -> pd.DataFrame:
-        r"""Genes that follow each spin: what the decoder does when the spin is flipped.
+        r"""Genes that follow each spin: the effect of flipping it on the decoder's output.
 
         For cell :math:`n`, a draw :math:`z_n` of its posterior, and :math:`\rho_g` the decoder's normalized expression
         at the covariates of the cell,
 
         .. math:: \frac1N \sum_n \log_2 \frac{\rho_g(z_n, s_i = +1)}{\rho_g(z_n, s_i = -1)} .
 
-        All other spins stay as they are, also those that the prior couples to this one. Zero inflation is left out, as
-        in :meth:`get_normalized_expression`. The effect of a spin that is not in use (:meth:`get_active_units`) is an
-        extrapolation of the decoder.
+        All other spins stay the same, including spins that the prior couples to this one. Zero inflation is left out,
+        as in :meth:`get_normalized_expression`. For a spin that is not in use (:meth:`get_active_units`) the effect is
+        an extrapolation of the decoder.
 
         Parameters
         ----------
         adata
-            AnnData with the same genes; None for that of the model.
+            AnnData with the same genes; None for the model's.
         indices
-            Rows of the cells to average over, e.g. those of one type; None for all.
+            Rows of the cells to average over, e.g. cells of one type; None for all.
         spins
             Numbers of the spins; None for all.
         n_genes
-            Number of genes to keep for each spin, those with the largest magnitude; None for all.
+            Number of genes with the largest magnitude to keep for each spin; None for all.
         max_cells
-            Number of cells to average over at most; more are drawn at random.
+            Largest number of cells to average over, a random subset if there are more.
         batch_size
             Cells at a time.
         seed
-            Seed of the choice of cells and of the posterior's draws.
+            Seed of the subset and of the posterior's draws.
 
         Returns
         -------
-        One row per spin and gene: ``spin``, ``gene``, ``log2_fold_change`` (up against down) and ``rank``, from 1 by
+        One row per spin and gene: ``spin``, ``gene``, ``log2_fold_change`` (up over down) and ``rank``, from 1 by
         magnitude within the spin; ordered by spin and rank.
 
         Raises
@@ -132,7 +132,7 @@ class InterpretationMixin:
             for number, tensors in enumerate(self._make_data_loader(adata, indices=rows, batch_size=batch_size)):
                 tensors = {name: value.to(device) for name, value in tensors.items() if value is not None}
                 outputs = module.inference(**module._get_inference_input(tensors))
-                torch.manual_seed(seed + number)  # the draws do not depend on which spins are asked for
+                torch.manual_seed(seed + number)  # the draws do not depend on the requested spins
                 z = outputs[MODULE_KEYS.QZ_KEY].sample()
                 given = module._get_generative_input(tensors, {**outputs, MODULE_KEYS.Z_KEY: z})
                 n_at_once = max(1, _ENTRIES_PER_PASS // (2 * len(z) * len(genes)))
@@ -179,21 +179,21 @@ class InterpretationMixin:
     ) -> PriorModes:
         """Low-energy states of the prior, with their share of the prior and the cells near them.
 
-        Samples of the prior (block Gibbs), and the most probable spins of each cell, go downhill in energy, always by
-        the flip that lowers it most, until no single flip lowers it. The states where they end are the modes. Hidden
-        spins are among the spins, those of a cell at their most probable state given its own; so are the label spins of
-        :class:`~qbmscvi.QBMSCANVI`, those of a cell at its predicted type.
+        Each descent starts at a sample of the prior (block Gibbs) or at the most probable spins of a cell. It flips the
+        spin that lowers the energy most, until no flip lowers it; the final states are the modes. States include hidden
+        spins, for a cell at their most probable values, and label spins of :class:`~qbmscvi.QBMSCANVI`, for a cell at
+        its predicted type.
 
-        A mode's share is that of its basin, not its probability: many states of middling energy may lie in it.
+        A mode's share is not its probability but the share of its basin, which may hold many states of higher energy.
 
         Parameters
         ----------
         adata
-            AnnData with the same genes; None for that of the model.
+            AnnData with the same genes; None for the model's.
         indices
             Rows of the cells; None for all.
         label_key
-            Column of ``adata.obs`` whose most frequent value describes the cells of a mode.
+            Column of ``adata.obs``; its most frequent value describes the cells of a mode.
         n_samples
             Number of samples of the prior.
         batch_size
@@ -203,15 +203,14 @@ class InterpretationMixin:
 
         Returns
         -------
-        Table, spins of the modes, and the mode of each cell; modes that only cells descend into have ``prior_share``
-        zero.
+        Table, spins of the modes, and the mode of each cell. Modes that only cells reach have ``prior_share`` zero.
 
         Raises
         ------
         ValueError
             If ``label_key`` is no column, or ``n_samples`` is below one.
         """
-        from dwave.samplers import SteepestDescentSolver  # dimod takes as long to import as the rest of qbmscvi
+        from dwave.samplers import SteepestDescentSolver  # dimod takes as long to import as qbmscvi
 
         self._check_if_trained(warn=False)
         adata = self._validate_anndata(adata)

@@ -1,12 +1,12 @@
-r"""Likelihood numbers of a model: log Z, ELBO, marginal likelihood, KL, importance weights, aggregated posterior.
+r"""Likelihoods of a model: log Z, ELBO, marginal likelihood, KL, importance weights, aggregated posterior.
 
-All of them are those of the Boltzmann model as it generates: hard spins, passed through
-:meth:`~qbmscvi.boltzmann.smoothing.Smoothing.emit` before the decoder sees them. For every smoothing but the
-spike-and-exponential one that is the identity, so training on relaxed spins (Gumbel) does not change what the numbers
-mean. The spike-and-exponential smoothing belongs to the generative model; its density given the spins is the same in
+All numbers describe the generative model: hard spins, passed through
+:meth:`~qbmscvi.boltzmann.smoothing.Smoothing.emit` before the decoder sees them. This is the identity for every
+smoothing except spike-and-exponential, so training on relaxed spins (Gumbel) does not change the meaning of the
+numbers. The spike-and-exponential smoothing belongs to the generative model. Its density given the spins is the same in
 prior and posterior and cancels from every ratio.
 
-Everything that holds log Z holds its error, the same for all cells: see :meth:`LikelihoodMixin.get_log_z`.
+Every number that contains log Z has the error of log Z, equal for all cells: see :meth:`LikelihoodMixin.get_log_z`.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ _CODES_PER_PASS = 512
 
 
 class LikelihoodMixin:
-    """Methods of :class:`~qbmscvi.QBMSCVI` that hold the density of the prior or of the posterior."""
+    """Methods of :class:`~qbmscvi.QBMSCVI` that use the density of the prior or of the posterior."""
 
     def get_log_z(self) -> LogPartition:
         """Log partition function of the prior, as the ELBO and the marginal likelihood use it.
 
-        Training ends with an estimate. Where there is none of the current parameters (before training, or after
-        training that was interrupted), one is made and kept. If you change the prior's parameters by hand, call
+        Training ends with an estimate. Without one for the current parameters (before training, or after interrupted
+        training), this method makes and keeps one. If you change the prior's parameters by hand, call
         :meth:`update_log_z`.
 
         Returns
@@ -68,7 +68,7 @@ class LikelihoodMixin:
         seed: int = 0,
         method: Literal["auto", "exact", "ais"] = "auto",
     ) -> LogPartition:
-        """Estimate log Z anew, for all later numbers; arguments of :func:`qbmscvi.diagnostics.estimate_log_z`.
+        """Estimate log Z again, for all later numbers; arguments of :func:`qbmscvi.diagnostics.estimate_log_z`.
 
         More steps give a narrower interval. The reverse runs start from the persistent chains of training.
 
@@ -103,10 +103,9 @@ class LikelihoodMixin:
     ) -> Tensor:
         """Evidence lower bound of the log likelihood, in nats per cell; higher is better.
 
-        Arguments, sign and reduction are those of :meth:`scvi.model.SCVI.get_elbo`. The reconstruction term is taken at
-        one draw of the posterior. The KL divergence of the latent variables is that of :meth:`get_kl`; that of the
-        library size is added with ``use_observed_lib_size=False``. The expectation is a lower bound of the log
-        likelihood; a single draw may lie above it.
+        Arguments, sign and reduction are those of :meth:`scvi.model.SCVI.get_elbo`. The reconstruction term uses one
+        draw of the posterior, so only its expectation is a lower bound. :meth:`get_kl` gives the KL divergence of the
+        latent variables; ``use_observed_lib_size=False`` adds the KL divergence of the library size.
 
         Returns
         -------
@@ -139,10 +138,10 @@ class LikelihoodMixin:
     ) -> float | Tensor | tuple[float, float] | tuple[Tensor, Tensor]:
         r"""Log likelihood :math:`\log p(x)` by importance sampling, in nats per cell; higher is better.
 
-        The log of the mean of :math:`p(x, z, \ell) / q(z, \ell \mid x)` over draws of the posterior :cite:p:`Burda16`.
-        Its expectation lies between the ELBO and the log likelihood and rises with ``n_mc_samples``. The number is that
-        of the discrete model also where training relaxes the spins (Gumbel); with the spike-and-exponential smoothing,
-        which belongs to the generative model, that of the smoothed one.
+        The estimate is the log of the mean of :math:`p(x, z, \ell) / q(z, \ell \mid x)` over draws of the posterior
+        :cite:p:`Burda16`. Its expectation lies between the ELBO and the log likelihood and rises with ``n_mc_samples``.
+        It describes the discrete model, also if training relaxes the spins (Gumbel). The spike-and-exponential
+        smoothing belongs to the generative model, so the estimate describes the smoothed model.
 
         Parameters
         ----------
@@ -153,8 +152,8 @@ class LikelihoodMixin:
         return_mean
             Whether to average over cells, each with the same weight.
         return_error
-            Whether to return the Monte Carlo standard error as well, by the delta method. It is too small where a few
-            draws carry most of the weight. The error of log Z, common to all cells, is not in it.
+            Whether to return the Monte Carlo standard error (delta method), too. It is too small if a few draws have
+            most of the weight, and does not include the error of log Z, common to all cells.
 
         Returns
         -------
@@ -164,10 +163,10 @@ class LikelihoodMixin:
         ------
         TypeError, ValueError
             If a number of samples is not an integer of at least one (``n_mc_samples``: two with ``return_error``), the
-            data are minified, or both ``adata`` and ``dataloader`` are given.
+            data are minified, or ``adata`` and ``dataloader`` are both given.
         """
         if self.minified_data_type == ADATA_MINIFY_TYPE.LATENT_POSTERIOR:
-            return super().get_marginal_ll()  # refuses, in scVI's words
+            return super().get_marginal_ll()  # refuses with scVI's message
         require_integer("n_mc_samples", n_mc_samples, 2 if return_error else 1)
         require_integer("n_mc_samples_per_pass", n_mc_samples_per_pass, 1)
         self.get_log_z()
@@ -179,7 +178,7 @@ class LikelihoodMixin:
             errors.append(error.cpu())
         value, error = torch.cat(values), torch.cat(errors)
         if return_mean:
-            # As scVI, a scalar of numpy, which is a float.
+            # Like scVI, return a numpy scalar, which is a float.
             value, error = np.float64(value.mean().item()), float(error.square().sum().sqrt()) / len(error)
         return (value, error) if return_error else value
 
@@ -197,24 +196,23 @@ class LikelihoodMixin:
     ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         r"""KL divergence of the posterior of each cell from the prior, in nats.
 
-        Closed form but for log Z. With hidden spins the sum over these is a mean over draws of the posterior, too.
+        It has a closed form except for log Z. With hidden spins, their sum is a mean over draws of the posterior.
 
         Parameters
         ----------
         n_draws
-            Draws of each posterior at which hidden spins are summed out.
+            Draws of each posterior for the sum over hidden spins. Raise it to reduce the error.
         per_unit
-            Whether to split the divergence between the spins. They are coupled, so this is bookkeeping: a term that
-            couples two spins is halved, log Z is shared equally, and a share can be negative. See
-            :meth:`get_active_units` for which units are in use.
+            Whether to split the divergence between the spins. Coupled spins share their term equally, and all spins
+            share log Z equally; a share can be negative. Use :meth:`get_active_units` to find the units in use.
         return_error
-            Whether to return the Monte Carlo standard error of each value as well; it is zero without hidden spins. The
-            error of log Z, common to all cells, is not in it.
+            Whether to return the Monte Carlo standard error of each value, too; it is zero without hidden spins, and
+            does not include the error of log Z, common to all cells.
 
         Returns
         -------
-        Shape ``(n_cells,)``, or ``(n_cells, n_latent)`` with the former as row sums. That of the library size, if it is
-        a latent variable, is not in it. With ``return_error`` a pair of such arrays.
+        Shape ``(n_cells,)``, or ``(n_cells, n_latent)`` with the former as row sums; with ``return_error`` a pair. The
+        KL divergence of a latent library size is not included.
 
         Raises
         ------
@@ -223,7 +221,7 @@ class LikelihoodMixin:
         """
         require_integer("n_draws", n_draws, 2 if return_error else 1)
         self.get_log_z()
-        # All draws at once, or each by itself where their spread is asked for.
+        # All draws at once, or one at a time if their spread is requested.
         n_repeats, n_at_once = (int(n_draws), 1) if return_error else (1, int(n_draws))
         distribution = self.module.prior.distribution(n_draws=n_at_once)
         values, errors = [], []
@@ -252,12 +250,11 @@ class LikelihoodMixin:
         Parameters
         ----------
         threshold
-            Least variance over the cells of the posterior mean of a unit in use; spins are -1 and +1.
+            Least variance over cells of the posterior mean (spins are -1 and +1) for a unit in use.
 
         Returns
         -------
-        One row per spin (``s0``, ...): ``mean_var``, that variance; ``is_active``. ``table["is_active"].sum()`` counts
-        the spins in use.
+        One row per spin (``s0``, ...) with ``mean_var``, this variance, and ``is_active``.
         """
         means = torch.cat([qz.mean.cpu() for qz in self._get_posteriors(adata, indices, batch_size, dataloader)])
         variance = means.double().var(0, correction=0).numpy()
@@ -287,10 +284,9 @@ class LikelihoodMixin:
             w(z) \propto \frac{\sum_n p(z \mid x_n)}{\sum_n q(z \mid x_n)},
             \qquad p(z \mid x_n) = \frac{p(z)\, p(x_n \mid z)}{p(x_n)},
 
-        over anchor cells :math:`n` of the population; ``weights="importance"`` of ``get_normalized_expression`` and
-        ``differential_expression`` uses them. Each :math:`p(x_n \mid z)` is decoded with batch, covariates and library
-        size of its own anchor cell; a latent library size is integrated over its posterior by Gauss-Hermite
-        quadrature.
+        over anchor cells :math:`n` of the population. ``weights="importance"`` of ``get_normalized_expression`` and
+        ``differential_expression`` uses them. Each :math:`p(x_n \mid z)` uses batch, covariates and library size of its
+        anchor cell; a latent library size is integrated by Gauss-Hermite quadrature.
 
         Parameters
         ----------
@@ -299,12 +295,11 @@ class LikelihoodMixin:
         qz
             Posteriors of the cells, aligned with ``indices``.
         px
-            Not used; scVI rescales it to the library sizes of the anchors, which keeps the batch of the cell that
-            ``zs`` was drawn for.
+            Not used. scVI rescales it to the anchors' library sizes, but it keeps the batch of the cell of ``zs``.
         zs
             Draws as the decoder sees them, shape ``(..., n_latent)``.
         max_cells
-            Number of anchor cells at most; drawn from torch's global stream.
+            Largest number of anchor cells; drawn from torch's global stream.
         truncation
             Whether to truncate weights at their mean times the square root of their number :cite:p:`Ionides08`.
         n_mc_samples, n_mc_samples_per_pass
@@ -361,9 +356,9 @@ class LikelihoodMixin:
     ) -> MixtureSameFamily:
         r"""Mixture of the posteriors of some cells, over hard or mean spins.
 
-        At hard spins its ``log_prob`` is that of the mixture. At mean spins :math:`m`, which
-        ``get_latent_representation(representation="mean")`` returns, it is :math:`\log E_s[q(s)]`, the mass that the
-        mixture gives on average to spins drawn with these means.
+        At hard spins ``log_prob`` is the log mass of the mixture. At mean spins, from
+        ``get_latent_representation(representation="mean")``, it is :math:`\log E_s[q(s)]`, the log of the mean mass of
+        spins drawn with these means.
 
         Parameters
         ----------
@@ -379,7 +374,7 @@ class LikelihoodMixin:
         self._check_if_trained(warn=False)
         indices = None if indices is None or np.size(indices) == 0 else indices
         logits = torch.cat([qz.logits for qz in self._get_posteriors(adata, indices, batch_size, None)])
-        # Said outright, because torch.compile turns the default of the whole process off.
+        # Explicit, because torch.compile turns off the default for the whole process.
         return MixtureSameFamily(
             Categorical(logits=torch.zeros(len(logits), device=logits.device)),
             Independent(MixtureComponent(logits), 1),
@@ -400,20 +395,20 @@ class LikelihoodMixin:
     ) -> None:
         """Compare how likely cells are in each sample, by the aggregated posteriors of the samples.
 
-        Each cell has in ``obsm["da_log_probs"]`` a column for each sample: the log of the mass that the mixture of the
-        posteriors of its cells gives to spins with the mean spins of the cell. scvi-tools 1.5 has ``adata_sub`` in the
-        second place; pass all but ``adata`` by name.
+        ``obsm["da_log_probs"]`` gets a column per sample: the ``log_prob`` of each cell's mean spins under
+        :meth:`get_aggregated_posterior` of the sample. Pass all arguments except ``adata`` by name; scvi-tools 1.5 has
+        another order.
 
         Parameters
         ----------
         adata
-            Cells of the samples; None for those of the model.
+            Cells of the samples; None for the model's cells.
         sample_key
             Column of ``adata.obs`` with the samples. Cells without a value belong to none.
         batch_size
             Cells at a time.
         num_cells_posterior
-            Number of cells of a sample at most, drawn from torch's global stream.
+            Largest number of cells per sample, drawn from torch's global stream.
         dof
             Not used: spins have no tails.
         adata_sub
@@ -435,7 +430,7 @@ class LikelihoodMixin:
         adata_sub = adata if adata_sub is None else self._validate_anndata(adata_sub)
         for cells in (adata, adata_sub):
             get_column(cells.obs, "sample_key", sample_key)
-        # Angles, the default representation, are no means: this mixture is over spins.
+        # The mixture is over spins, so it needs mean spins, not the default angles.
         means = torch.from_numpy(
             self.get_latent_representation(adata_sub, batch_size=batch_size, representation="mean")
         )

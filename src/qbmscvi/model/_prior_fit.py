@@ -52,31 +52,30 @@ class PriorFitMixin:
         seed: int | None = None,
         progress: bool = True,
     ) -> PriorFit:
-        """Fit the prior to the codes of cells, the networks and all representations unchanged.
+        """Fit the prior to the codes of cells; networks and representations do not change.
 
-        :meth:`train` ends with this. Call it again with more steps, or with another sampler: a device that takes
-        seconds or money for each request is asked a hundred times at most, not thousands of times as in training.
+        :meth:`train` ends with this. Call it again with more steps, or with a slow or paid device, which gets at most a
+        hundred requests instead of thousands in training.
 
-        Codes of a tenth of these cells are held out; validation cells play no part. The latest parameters are kept
-        whose KL divergence on held-out codes is not above the lowest; they may be those from before. With labels, their
-        cross-entropy is added once to the objective, and ``p(label | z)`` is fitted, too: :meth:`QBMSCANVI.predict` may
-        change.
+        A tenth of these cells is held out; validation cells are not used. The fit keeps the latest parameters with the
+        lowest held-out KL divergence, within the error of log Z. These may be the initial ones. With labels, their
+        cross-entropy is part of the objective, so :meth:`QBMSCANVI.predict` may change.
 
         Parameters
         ----------
         adata, indices
-            Cells whose codes the prior learns; None for the training cells.
+            Cells to fit the prior to; None for the training cells.
         sampler
             Source of the prior's samples: a name or an instance, as in :meth:`train`.
         schedule
-            When to request samples. None for every step if the sampler continues chains, and for 100 requests at most
-            otherwise.
+            When to request samples. None means every step if the sampler continues chains, otherwise at most 100
+            requests.
         n_steps
             Optimizer steps; None for 2,000, or 300 with a local sampler that cannot continue chains.
         dataloader
-            Batches of cells in place of ``adata``.
+            Batches of cells instead of ``adata``.
         batch_size
-            Cells at a time when codes are computed.
+            Cells at a time, for the computation of codes.
         seed
             Seed; None draws one from torch's global stream.
         progress
@@ -84,15 +83,15 @@ class PriorFitMixin:
 
         Returns
         -------
-        Held-out KL before and after, log Z with its bounds, diagnostics of the chains, and what was requested.
+        Held-out KL before and after, log Z with its bounds, diagnostics of the chains, and counts of requests.
 
         Raises
         ------
         RuntimeError
             If the model is not trained.
         ValueError
-            If there are fewer than 20 cells, ``n_steps`` is below one, or the sampler is unknown or finds ground states
-            only.
+            If there are fewer than 20 cells, ``n_steps`` is below one, or the sampler is unknown or finds only ground
+            states.
         GraphMismatchError
             If the prior does not fit the sampler.
 
@@ -105,7 +104,9 @@ class PriorFitMixin:
         sampler = build_prior_sampler(sampler)
         sampler.check(self.module.prior.to_ising())
         if n_steps is None:
-            goes_on = sampler.traits.is_persistent or sampler.traits.is_remote  # local chains beside a remote sampler
+            goes_on = (
+                sampler.traits.is_persistent or sampler.traits.is_remote
+            )  # local chains continue a remote sampler's answers
             n_steps = _N_STEPS if goes_on else _N_STEPS_OF_ANSWERS
         require_integer("n_steps", n_steps, 1)
         seed = split_seed(seed, 1)[0]
@@ -125,7 +126,7 @@ class PriorFitMixin:
         if fit.chains.r_hat > MIXED:
             warnings.warn(
                 f"The prior's chains have not mixed in {fit.chains.n_sweeps} sweeps (R-hat {fit.chains.r_hat:.2f}, "
-                f"above {MIXED}). Shares of far-apart states among its samples may be off: sample it with "
+                f"above {MIXED}). Shares of distant states among its samples may be off: sample it with "
                 "sampler='parallel_tempering'.",
                 RuntimeWarning,
                 stacklevel=2,
@@ -133,7 +134,7 @@ class PriorFitMixin:
         return fit
 
     def _fit_prior_after_training(self, datamodule: LightningDataModule | None, progress: bool) -> None:
-        """Fit the prior to the codes of the cells that were trained on, unless it was frozen or they are too few."""
+        """Fit the prior to the codes of the training cells, unless it is frozen or they are too few."""
         prior, trainer = self.module.prior, self.trainer
         plan, sampling = trainer.lightning_module, trainer.lightning_module.sampling
         n_steps = min(_N_STEPS, trainer.global_step)
@@ -142,7 +143,9 @@ class PriorFitMixin:
             return
         if datamodule is None and len(self.train_indices) < _MIN_CODES:
             return
-        if prior.h.dtype != torch.get_default_dtype():  # with precision="64-true" scVI cannot encode cells afterwards
+        if (
+            prior.h.dtype != torch.get_default_dtype()
+        ):  # with precision="64-true" scVI cannot encode cells after training
             return
         if trainer.is_global_zero:
             self.fit_prior(

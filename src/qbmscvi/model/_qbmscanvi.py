@@ -38,9 +38,9 @@ class QBMSCANVI(QBMSCVI):
     """Annotation of cells with a Boltzmann prior over latent variables and cell types.
 
     Used like :class:`scvi.model.SCANVI`: some cells have a label, the others the ``unlabeled_category``. Each label is
-    one more spin of the prior, as in a classification restricted Boltzmann machine :cite:p:`Larochelle08`, so that
-    samplers, log Z and the closed KL stay as they are in :class:`QBMSCVI`, whose arguments these are. The classifier is
-    the prior's own ``p(label | z)``.
+    an additional spin of the prior, as in a classification restricted Boltzmann machine :cite:p:`Larochelle08`. So
+    samplers, log Z and the closed form of the KL divergence are the same as in :class:`QBMSCVI`, and so are the
+    arguments. The classifier is the prior's ``p(label | z)``.
 
     Examples
     --------
@@ -82,7 +82,7 @@ class QBMSCANVI(QBMSCVI):
         labels_key
             Column of ``adata.obs`` with the cell types.
         unlabeled_category
-            Its value for cells of unknown type.
+            Value of this column for cells of unknown type.
         layer
             Layer with the counts; None for ``X``.
         batch_key, size_factor_key, categorical_covariate_keys, continuous_covariate_keys
@@ -130,9 +130,9 @@ class QBMSCANVI(QBMSCVI):
         unlabeled_category
             Value of cells of unknown type in the column ``labels_key``.
         labels_key
-            Column of ``adata.obs`` with the cell types; None for the one that the model was set up with.
+            Column of ``adata.obs`` with the cell types; None for the model's labels key.
         adata
-            AnnData with the same genes; None for that of the model. It is set up anew.
+            AnnData with the same genes, which is set up again; None for the model's.
 
         Raises
         ------
@@ -163,11 +163,11 @@ class QBMSCANVI(QBMSCVI):
         Parameters
         ----------
         max_epochs
-            None for scVI's number by the size of the data; after :meth:`from_qbmscvi_model` a third of that, between 2
-            and 10, as for :class:`scvi.model.SCANVI`.
+            None for scVI's number, which depends on the size of the data. After :meth:`from_qbmscvi_model` it is a
+            third of that, between 2 and 10, as in :class:`scvi.model.SCANVI`.
         plan_kwargs
-            ``classification_ratio`` (default 50) is the weight of the labels' cross-entropy beside the ELBO. After
-            :meth:`from_qbmscvi_model` there is no KL warm-up unless asked for.
+            ``classification_ratio`` (default 50) is the weight of the labels' cross-entropy relative to the ELBO. After
+            :meth:`from_qbmscvi_model` there is no KL warm-up by default.
         """
         plan_kwargs = plan_arguments(plan_kwargs)
         if self.was_pretrained:
@@ -189,11 +189,11 @@ class QBMSCANVI(QBMSCVI):
         Parameters
         ----------
         adata
-            AnnData with the same genes; None for that of the model.
+            AnnData with the same genes; None for the model's.
         indices
             Rows; None for all.
         soft
-            Return probabilities.
+            Whether to return probabilities.
         batch_size
             Cells at a time.
 

@@ -60,29 +60,26 @@ class QBMSCVI(
     Parameters
     ----------
     adata
-        AnnData registered with :meth:`setup_anndata`. None if the data come as a data module: pass its registry then,
-        or nothing, and the networks are built by ``train(datamodule=...)``.
+        AnnData registered with :meth:`setup_anndata`. None for a data module: pass its registry, or nothing, and
+        ``train(datamodule=...)`` builds the networks.
     registry
         Registry of a data module.
     n_latent
-        Number of spins. Spins that are not needed fall out of use: see :meth:`get_active_units`.
+        Number of spins that the decoder sees. The model does not use more than it needs: see :meth:`get_active_units`.
     latent_distribution
-        Kept for scVI's signature; must be ``"normal"``.
+        Exists for scVI's signature; must be ``"normal"``.
     prior_graph
-        Couplings of the prior. ``"bipartite"``: a restricted Boltzmann machine, whose layers are the spins and the
-        hidden spins. ``"complete"``, ``"chimera"``, ``"pegasus"``, ``"zephyr"`` or
-        any :class:`networkx.Graph`: couplings between the spins, for devices of that graph. ``"independent"``: none,
-        the control that shows what the couplings do.
+        Couplings of the prior. ``"bipartite"``: a restricted Boltzmann machine of spins and hidden spins.
+        ``"complete"``, ``"chimera"``, ``"pegasus"``, ``"zephyr"`` or any :class:`networkx.Graph`: couplings between the
+        spins, for devices with that graph. ``"independent"``: none, as a control for the effect of couplings.
     n_hidden_spins
-        Number of spins that only the prior has; each couples to every spin that the decoder sees. None for as many
-        as there are spins with ``"bipartite"``, and for none with other graphs. With
-        ``"bipartite"`` and zero the layers are two halves of the spins.
+        Number of spins that only the prior has; each couples to all ``n_latent`` spins. None means ``n_latent`` with
+        ``"bipartite"``, and zero with other graphs. ``"bipartite"`` with zero couples two halves of the spins.
     smoothing
-        What the decoder sees of a spin in training: ``"straight-through"``, ``"gumbel"``, ``"spike-exponential"``,
-        or an instance from :mod:`qbmscvi.boltzmann.posterior`.
+        Relaxation of the spins in training: ``"straight-through"``, ``"gumbel"``, ``"spike-exponential"``, or an
+        instance from :mod:`qbmscvi.boltzmann.smoothing`.
     n_chains
-        Persistent chains of the prior. With 512, of which 448 give the moments, the sampling
-        error of a moment is at most 0.05, half of that of the 128 cells of a batch.
+        Number of persistent chains of the prior. More chains reduce the sampling error of its gradient.
 
     Examples
     --------
@@ -182,34 +179,33 @@ class QBMSCVI(
         Parameters
         ----------
         plan_config, plan_kwargs
-            Arguments of :class:`~qbmscvi.QBMTrainingPlan`, e.g. ``prior_lr`` or ``n_epochs_kl_warmup``; the latter win.
-            Fields of a :class:`scvi.train.TrainingPlanConfig` that have its default count as not given, so that they
-            do not bring scVI's ``lr``, ``eps`` and warm-up back.
+            Arguments of :class:`~qbmscvi.QBMTrainingPlan`, e.g. ``prior_lr``; ``plan_kwargs`` take precedence. Defaults
+            in a :class:`scvi.train.TrainingPlanConfig` count as not given, so scVI's ``lr``, ``eps`` and warm-up do not
+            return.
         sampler
-            Source of the prior's samples: a name that :func:`qbmscvi.samplers.build_sampler` knows, or an instance
-            from :mod:`qbmscvi.samplers`.
+            Source of the prior's samples: a name for :func:`qbmscvi.samplers.build_sampler`, or an instance.
         schedule
             When the prior is sampled.
         fit_prior
-            Whether to call :meth:`fit_prior` at the end, with as many steps as were trained at most. It changes no
-            representation. A remote sampler is not asked for it: call :meth:`fit_prior` with it yourself.
+            Whether to call :meth:`fit_prior` at the end, with at most as many steps as training had. It changes no
+            representation and uses no remote sampler; for that, call :meth:`fit_prior` yourself.
 
         Raises
         ------
         ValueError
-            If the data are not counts, a cell is empty, a size factor or covariate is not finite or the counts were
-            minified away, or the sampler is unknown or finds ground states only.
+            If the data are minified or no counts, a cell is empty, a size factor or covariate is not finite, or the
+            sampler is unknown or finds only ground states.
         AttributeError
             If the model has no AnnData and ``datamodule`` is missing.
         GraphMismatchError
             If the prior does not fit the sampler.
         TrainingDivergedError
-            If the loss became non-finite; the model is left in its last finite state.
+            If the loss became non-finite; the model keeps its last finite state.
         """
         sampler = build_prior_sampler(sampler)
         if datamodule is None and self.adata is None:
             msg = "The model has no AnnData to be trained on. Pass `datamodule`, or build the model with `adata`."
-            raise AttributeError(msg)  # as scVI, by accident, does
+            raise AttributeError(msg)  # the same class as scVI's accidental error
         if datamodule is None and self.minified_data_type == ADATA_MINIFY_TYPE.LATENT_POSTERIOR:
             # scVI refuses here, before a pass through the decoder has changed its batch statistics.
             self.module.loss({}, {}, {})
@@ -218,7 +214,7 @@ class QBMSCVI(
         plan_kwargs = {**plan_arguments(plan_config), **plan_arguments(plan_kwargs)}
         for name in ("sampler", "schedule"):
             if name in plan_kwargs:
-                msg = f"`{name}` is an argument of its own: use train({name}=...) instead of plan_kwargs."
+                msg = f"`{name}` is an argument of `train`: use train({name}=...) instead of plan_kwargs."
                 raise TypeError(msg)
         arguments = as_python(
             {
@@ -265,16 +261,15 @@ class QBMSCVI(
         Parameters
         ----------
         give_mean
-            If False, one draw of the posterior instead of a representation of it.
+            If False, return one draw of the posterior.
         mc_samples
-            Not used; all means are closed form.
+            Not used; all means have a closed form.
         return_dist
             Return mean and variance of the spins' posterior, each of shape ``(n_cells, n_latent)``.
         representation
-            ``"angles"`` :math:`\arcsin(m)` of their mean :math:`m`, whose Euclidean distances are Fisher-Rao
-            distances between posteriors; the ``"mean"`` :math:`m = \tanh(l / 2)` in ``[-1, 1]`` itself; ``"logits"``
-            :math:`l`; or most likely ``"bits"`` in ``{0, 1}``, which make many cells identical and so spoil neighbor
-            graphs.
+            ``"angles"`` :math:`\arcsin(m)` (Euclidean distances are Fisher-Rao distances between posteriors);
+            ``"mean"`` spins :math:`m = \tanh(l / 2)`; ``"logits"`` :math:`l`; or most likely ``"bits"`` in ``{0, 1}``,
+            which make many cells identical and so are unfit for neighbor graphs.
 
         Returns
         -------
@@ -304,14 +299,14 @@ class QBMSCVI(
         return torch.cat(parts).numpy()
 
     def _posterior(self, outputs: dict[str, Any]) -> FactorialPosterior:
-        """Posterior of a batch, from a module that may return its moments only, as scvi-tools allows."""
+        """Posterior of a batch; the module may return only its moments, as scvi-tools allows."""
         if MODULE_KEYS.QZ_KEY in outputs:
             return outputs[MODULE_KEYS.QZ_KEY]
         mean, variance = outputs[MODULE_KEYS.QZM_KEY], outputs[MODULE_KEYS.QZV_KEY]
         return FactorialPosterior.from_moments(mean, variance)
 
     def get_ising_model(self) -> IsingModel:
-        """Return the prior's spins, hidden ones last, as an Ising problem.
+        """Return the prior as an Ising problem, with hidden spins last.
 
         ``model.get_ising_model().to_bqm()`` is a :class:`dimod.BinaryQuadraticModel`.
         """
@@ -327,8 +322,8 @@ class QBMSCVI(
     ) -> np.ndarray:
         """Mean energy of each cell's posterior under the prior, in nats: low where the prior expects cells.
 
-        Hidden spins are summed out; with them the mean is over draws of the posterior, otherwise exact. Compare with
-        the energies of prior samples, ``model.module.prior.energy``. Arguments are those of
+        Hidden spins are summed out, and the mean is then over draws of the posterior; otherwise it is exact. Compare
+        with energies of prior samples, ``model.module.prior.energy``. Arguments are those of
         :meth:`get_latent_representation`.
 
         Returns
@@ -352,21 +347,21 @@ class QBMSCVI(
     ) -> QBMSCVI:
         """Map new data onto a trained model (scArches).
 
-        Arguments not listed here are those of :meth:`scvi.model.SCVI.load_query_data`. The prior comes along with its
-        chains and its log Z.
+        Arguments not listed here are those of :meth:`scvi.model.SCVI.load_query_data`. The new model copies the prior
+        with its chains and log Z.
 
         Parameters
         ----------
         freeze_prior
-            Leave the prior as it is, so that the latent space keeps its meaning. False goes on learning it from the new
-            data, as ``unfrozen=True`` does.
+            Whether to keep the prior fixed, so that the latent space keeps its meaning. False, like ``unfrozen=True``,
+            also trains the prior on the new data.
 
         Raises
         ------
         TypeError
             If ``adata`` is no AnnData.
         ValueError
-            If its columns or genes are not those that the model was set up with.
+            If its columns or genes differ from the model's.
         """
         if adata is not None:
             require_anndata(adata)
@@ -381,11 +376,10 @@ class QBMSCVI(
         use_latent_qzm_key: str = "X_latent_qzm",
         use_latent_qzv_key: str = "X_latent_qzv",
     ) -> None:
-        """Keep the posterior of each cell in place of its counts.
+        """Replace the counts of each cell by its posterior.
 
-        Arguments are those of :meth:`scvi.model.SCVI.minify_adata`. Both keys of ``adata.obsm`` take what
-        ``get_latent_representation(return_dist=True)`` returns: mean and variance of the spins. They determine
-        the posterior, logits of saturated spins included.
+        Arguments are those of :meth:`scvi.model.SCVI.minify_adata`. The keys of ``adata.obsm`` name mean and variance
+        of the spins, from ``get_latent_representation(return_dist=True)``. These determine the posterior.
 
         Raises
         ------
@@ -403,7 +397,7 @@ class QBMSCVI(
 
 
 def plan_arguments(config: Any | None) -> dict[str, Any]:
-    """Arguments in a mapping, or in one of scVI's config objects, of which only what differs from its defaults."""
+    """Arguments in a mapping, or those in one of scVI's config objects that differ from its defaults."""
     if not hasattr(config, "to_kwargs"):
         return dict(config or {})
     defaults = type(config)().to_kwargs() if is_dataclass(config) else {}
@@ -423,7 +417,7 @@ def _check_moments(mean: np.ndarray, variance: np.ndarray, n_spins: int) -> None
         if values.ndim != 2 or values.shape[1] != n_spins:
             msg = f"The {name} of the posterior has shape {values.shape}, not (n_cells, {n_spins}). {_HOW_TO_MINIFY}"
             raise ValueError(msg)
-    # Rounding of single precision is 1e-7; logits or standard deviations are off by orders of magnitude more.
+    # Rounding of single precision is 1e-7; logits or standard deviations deviate by orders of magnitude more.
     is_consistent = (
         np.isfinite(mean).all() and (variance >= 0).all() and np.allclose(1.0 - mean**2, variance, atol=1e-5)
     )

@@ -1,4 +1,4 @@
-"""scVI's encoder with spins at its end."""
+"""scVI's encoder with spins as its output."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class BoltzmannEncoder(nn.Module):
     Parameters
     ----------
     host
-        The encoder built by scVI, whose hidden layers are taken over.
+        The encoder built by scVI, which provides the hidden layers.
     n_spins
         Number of spins.
     smoothing
@@ -35,15 +35,15 @@ class BoltzmannEncoder(nn.Module):
         self.logit_encoder = nn.Linear(host.mean_encoder.in_features, n_spins)
 
     def forward(self, x: Tensor, *cat_list: Tensor) -> tuple[FactorialPosterior, Tensor]:
-        """Return the posterior and what the decoder sees of one draw: relaxed in training, hard otherwise."""
+        """Return the posterior and the decoder's input for one draw: relaxed in training, hard otherwise."""
         logits = self.logit_encoder(self.encoder(x, *cat_list))
-        # In the precision of the network's parameters: mixed precision computes in a lower one.
+        # In the precision of the parameters; mixed precision computes in a lower one.
         qz = FactorialPosterior(logits.to(self.logit_encoder.weight.dtype), self.smoothing)
         z = qz.rsample() if self.training else self.z_transformation(qz.sample())
         return qz, z
 
     def z_transformation(self, s: Tensor) -> Tensor:
-        """Turn hard spins into what the decoder sees."""
+        """Convert hard spins to the decoder's input."""
         return self.smoothing.emit(s, torch.rand_like(s))
 
     def recover(self, zeta: Tensor) -> Tensor:

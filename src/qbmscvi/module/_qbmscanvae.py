@@ -22,13 +22,12 @@ if TYPE_CHECKING:
 class QBMSCANVAE(QBMVAE):
     """Variational autoencoder of counts and, for some cells, their types, under one Boltzmann prior.
 
-    All arguments are those of :class:`QBMVAE`; the last of the ``n_labels`` labels stands for an unknown type.
+    Arguments are those of :class:`QBMVAE`; the last of the ``n_labels`` labels stands for an unknown type.
 
     Raises
     ------
     ValueError
-        If there is no type beside the unknown one, or ``dispersion="gene-label"``, which would need the type of every
-        cell.
+        If there is no known type, or ``dispersion="gene-label"``, which would need the type of every cell.
     """
 
     def __init__(self, n_input: int, n_batch: int = 0, n_labels: int = 0, **kwargs: Any) -> None:
@@ -49,7 +48,7 @@ class QBMSCANVAE(QBMVAE):
         return self.prior.distribution(None if y is None else y.squeeze(-1).long(), n_draws=self.n_kl_draws)
 
     def take_over(self, module: QBMVAE) -> None:
-        """Take over the weights and the prior of a module of the same sizes without labels."""
+        """Copy the weights and the prior of a module of the same sizes without labels."""
         own = {name: value for name, value in module.state_dict().items() if not name.startswith("prior.")}
         self.load_state_dict(own, strict=False)
         self.prior.take_over(module.prior)
@@ -69,8 +68,8 @@ class QBMSCANVAE(QBMVAE):
     ) -> LossOutput:
         """Compute the loss of the autoencoder, and ``classification_ratio`` times the cross-entropy of the labels.
 
-        The cross-entropy is the mean over the labeled cells of the batch, at a draw of the posterior in training and at
-        its mean otherwise.
+        The cross-entropy is the mean over the labeled cells of the batch. It uses a draw of the posterior in training,
+        and its mean otherwise.
         """
         losses = super().loss(tensors, inference_outputs, generative_outputs, kl_weight)
         labels = tensors[REGISTRY_KEYS.LABELS_KEY].squeeze(-1).long()

@@ -1,13 +1,13 @@
-r"""scVI's count likelihoods with a log probability whose costly terms are computed at non-zero counts only.
+r"""scVI's count likelihoods, with costly terms of the log probability at non-zero counts only.
 
-Subclasses of :mod:`scvi.distributions` that differ in ``log_prob`` alone, and there in time and rounding but not in
-value. At a zero, :math:`\log p(0) = -\theta \log(1 + \mu / \theta)`; a count :math:`x` adds
+These subclasses of :mod:`scvi.distributions` override ``log_prob`` alone; only its time and rounding differ. At a zero,
+:math:`\log p(0) = -\theta \log(1 + \mu / \theta)`; a count :math:`x` adds
 
 .. math:: x \log\frac{\mu}{\theta + \mu} + \log\Gamma(x + \theta) - \log\Gamma(\theta) - \log\Gamma(x + 1),
 
-whose log gammas and digammas are most of the time of a training step when every entry gets them. The gradient is
-written out, and cannot be differentiated again. scVI's ``eps`` stands where it stands there. Gradients to the counts,
-values that are no counts and Apple's MPS are left to scVI.
+Log gammas and digammas of every entry would take most of the time of a training step. The gradient is explicit and
+cannot be differentiated again. The terms use scVI's ``eps`` as scVI does. scVI's own code handles gradients to the
+counts, values that are no counts, and Apple's MPS.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch.distributions import Distribution
 
 ROUNDING = 1e-3
-"""Distance to an integer, relative to integers above one, that is taken for rounding error of a transformation."""
+"""Largest distance to an integer, relative to integers above one, that counts as rounding error."""
 
 _EPS = 1e-8  # scVI's
 
@@ -38,7 +38,7 @@ class SparseNegativeBinomial(NegativeBinomial):
 
     def __init__(self, *, mu: Tensor, theta: Tensor, **kwargs: Any) -> None:
         super().__init__(mu=mu, theta=theta, **kwargs)
-        self._theta_per_gene = theta  # scVI broadcasts; what belongs to a gene is computed once per gene
+        self._theta_per_gene = theta  # scVI broadcasts it; here terms of a gene are computed once per gene
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log probability of counts, of the shape that ``value`` and the parameters broadcast to."""
@@ -73,7 +73,7 @@ class SparseZeroInflatedNegativeBinomial(SparseNegativeBinomial, ZeroInflatedNeg
         shape = torch.broadcast_shapes(value.shape, self.mu.shape)
         position, counts = _nonzero(value, shape)
         if value.requires_grad or self.on_mps or not _are_counts(counts):
-            # which warns of values that are no counts
+            # warns of values that are no counts
             value = value if value.requires_grad else without_rounding_error(value)
             return ZeroInflatedNegativeBinomial.log_prob(self, value)
         return self._sparse_log_prob(position, counts, shape, torch.result_type(value, self.mu))
@@ -87,7 +87,7 @@ class SparsePoisson(Poisson):
         shape = torch.broadcast_shapes(value.shape, self.rate.shape)
         position, counts = _nonzero(value, shape)
         if value.requires_grad or (self._validate_args and not _are_counts(counts)):
-            # which refuses values that are no counts
+            # refuses values that are no counts
             return super().log_prob(value if value.requires_grad else without_rounding_error(value))
         rate = self.rate.to(torch.result_type(value, self.rate)).expand(shape)
         counts = counts.to(rate)
@@ -97,7 +97,7 @@ class SparsePoisson(Poisson):
 
 
 class RebuildableNormal(Normal):
-    """scVI's normal distribution, built from its parameters as torch names them, by which scvi-tools concatenates."""
+    """scVI's normal distribution, with torch's names of its parameters, which scvi-tools needs to concatenate."""
 
     def __init__(self, loc: Tensor, scale: Tensor, **kwargs: Any) -> None:
         super().__init__(loc, scale, **kwargs)
@@ -146,7 +146,7 @@ class _LogProb(Function):
         if logits is None:
             log_prob.view(-1).index_add_(0, position, gain)
         else:
-            odds = log_prob - logits  # of a zero that is a count against one that is none, log
+            odds = log_prob - logits  # log odds of a zero that is a count
             log_prob_count = softplus(-logits)
             log_prob = softplus(odds) - log_prob_count
             gain += _take(odds, position, mu.shape) - _take(log_prob_count, position, mu.shape)
@@ -162,7 +162,7 @@ class _LogProb(Function):
         grad_mu = grad_theta = grad_logits = None
         grad_there = _take(grad, position, mu.shape)
         if logits is not None:
-            is_count = torch.sigmoid(odds)  # probability that what was seen is a count
+            is_count = torch.sigmoid(odds)  # probability that the zero is a count
             is_count.view(-1).index_fill_(0, position, 1.0)
             if needs_logits:
                 grad_logits = torch.sigmoid(-logits).sub_(is_count).mul_(grad)
@@ -184,7 +184,7 @@ class _LogProb(Function):
 
 
 def without_rounding_error(counts: Tensor) -> Tensor:
-    """Integers in place of what a transformation and its inverse left of them; other values stay."""
+    """Round values that a transformation and its inverse moved off integers; other values stay."""
     nearest = counts.round()
     return torch.where((counts - nearest).abs() <= ROUNDING * nearest.clamp(min=1.0), nearest, counts)
 
