@@ -1,4 +1,4 @@
-"""What can be said about a prior, its samples and its scores: log Z with its error, devices, confounders."""
+"""Diagnostics of a prior, its samples and its scores: log Z with its error, chains, devices, confounders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Have Markov chains mixed? Rank-normalized split R-hat and effective sample size."""
+"""Mixing of Markov chains: rank-normalized split R-hat and effective sample size."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ MIXED = 1.05  # largest R-hat of chains that count as mixed
 
 @dataclass(frozen=True)
 class ChainDiagnostics:
-    """Worst numbers over the quantities that were followed.
+    """Worst numbers over the recorded quantities.
 
     Parameters
     ----------
     r_hat
-        Rank-normalized split R-hat :cite:p:`Vehtari21`: spread of all draws over that within chains. Near one for
-        chains that have mixed; above :data:`MIXED` they have not.
+        Rank-normalized split R-hat :cite:p:`Vehtari21`: spread of all draws over the spread within chains. It is near
+        one for chains that have mixed, and above :data:`MIXED` for chains that have not.
     ess
         Effective sample size of all chains together.
     n_chains, n_draws
-        Number of chains, and of draws of each.
+        Number of chains, and of draws per chain.
     n_sweeps
         Sweeps of each chain from the first draw to the last.
     """
@@ -42,7 +42,7 @@ def chain_diagnostics(values: Tensor, *, n_sweeps: int) -> ChainDiagnostics:
     Parameters
     ----------
     values
-        Shape ``(n_chains, n_draws, n_quantities)``, draws in the order in which they were made.
+        Shape ``(n_chains, n_draws, n_quantities)``, with draws in order of time.
     n_sweeps
         Sweeps that each chain made for these draws.
 
@@ -66,7 +66,7 @@ def chain_diagnostics(values: Tensor, *, n_sweeps: int) -> ChainDiagnostics:
     if not flat.shape[1]:
         return ChainDiagnostics(1.0, float(n_chains * n_draws), n_chains, n_draws, n_sweeps)
     ranks = rankdata(flat.numpy(), axis=0)
-    scores = norm.ppf((ranks - 0.375) / (len(ranks) + 0.25))  # Blom's, as in the source
+    scores = norm.ppf((ranks - 0.375) / (len(ranks) + 0.25))  # Blom's scores, as in the source
     scores = torch.from_numpy(np.ascontiguousarray(scores)).view(n_chains, n_draws, -1)
     r_hat, ess = split_gelman_rubin(scores), effective_sample_size(scores)
     return ChainDiagnostics(float(r_hat.max()), float(ess.min()), n_chains, n_draws, n_sweeps)

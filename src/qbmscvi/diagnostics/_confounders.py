@@ -1,4 +1,4 @@
-"""Whether a score says more than its confounders: partial rank correlation."""
+"""Partial rank correlation of a score and a target, given confounders."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class RankCorrelation(NamedTuple):
-    """Partial rank correlation, and the two-sided p-value of none."""
+    """Partial rank correlation, and its two-sided p-value under no correlation."""
 
     value: float
     p_value: float
@@ -22,11 +22,11 @@ class RankCorrelation(NamedTuple):
 def partial_spearman(score: ArrayLike, target: ArrayLike, confounders: ArrayLike) -> RankCorrelation:
     r"""Rank correlation of two quantities of the same cells, with confounders held fixed.
 
-    Pearson's correlation of what linear regression on the ranks of the confounders leaves of the ranks of both. The
-    p-value is that of Student's :math:`t` with :math:`n - 2 - k` degrees of freedom for :math:`k` confounders; it takes
-    cells for independent, so with cells of few donors it is too small.
+    This is Pearson's correlation of the residuals of both ranks after linear regression on the ranks of the
+    confounders. The p-value comes from Student's :math:`t` with :math:`n - 2 - k` degrees of freedom for :math:`k`
+    confounders. It assumes independent cells, so it is too small for cells of few donors.
 
-    A correlation that is left does not show that the score causes anything, or that no other confounder does.
+    A remaining correlation shows neither that the score causes anything, nor that no other confounder does.
 
     Parameters
     ----------
@@ -37,7 +37,7 @@ def partial_spearman(score: ArrayLike, target: ArrayLike, confounders: ArrayLike
 
     Returns
     -------
-    Correlation in ``[-1, 1]`` and p-value; both NaN if the confounders leave nothing of one of the two.
+    Correlation in ``[-1, 1]`` and p-value; both NaN if the confounders determine the ranks of one of the two.
 
     Raises
     ------
@@ -72,7 +72,7 @@ def partial_spearman(score: ArrayLike, target: ArrayLike, confounders: ArrayLike
     for values in columns:
         ranks = rankdata(values)
         left = ranks - design @ np.linalg.lstsq(design, ranks, rcond=None)[0]
-        if np.linalg.norm(left) < 1e-9 * np.linalg.norm(ranks):  # rounding is all that is left
+        if np.linalg.norm(left) < 1e-9 * np.linalg.norm(ranks):  # only rounding error remains
             return RankCorrelation(float("nan"), float("nan"))
         rest.append(left / np.linalg.norm(left))
     value = float(np.clip(rest[0] @ rest[1], -1.0, 1.0))

@@ -1,8 +1,8 @@
-r"""How far the law that a device is programmed to is from the law of the problem, before anything is submitted.
+r"""Distance between the distribution of a device's program and the distribution of the problem, without a job.
 
-What is counted: ranges that are too narrow (the samples are hotter than asked for), rounding of fields and couplings,
-and broken chains. The device is taken as a Boltzmann sampler of what it is programmed to, at a known temperature;
-noise, bias fields, freeze-out and a wrong temperature come on top.
+It includes ranges that are too narrow (samples are hotter than requested), rounding of fields and couplings, and broken
+chains. The device is assumed to sample its program exactly, at a known temperature; noise, bias fields, freeze-out and
+a wrong temperature add to the distance.
 
 With all chains intact a device samples an Ising problem over the same spins, :math:`q(s) \propto e^{-\beta_d E_d(s)}`,
 so that, with :math:`\Delta = \beta_d E_d - \beta E`,
@@ -10,8 +10,8 @@ so that, with :math:`\Delta = \beta_d E_d - \beta E`,
 .. math:: \mathrm{KL}(p \Vert q) = \langle \Delta \rangle_p + \log \langle e^{-\Delta} \rangle_p ,
 
 exact by enumeration of at most 20 spins outside the largest color class, or an average over Gibbs samples of the
-problem. Majority votes of broken chains are counted in the divergence only where all states of the qubits of a copy
-can be enumerated, too; elsewhere the rate of breaks is estimated chain by chain, given the spins around it.
+problem. The divergence includes majority votes of broken chains only if all states of the qubits of a copy can be
+enumerated, too. Otherwise the rate of breaks is estimated for each chain, given the spins around it.
 """
 
 from __future__ import annotations
@@ -34,31 +34,31 @@ if TYPE_CHECKING:
     from qbmscvi.samplers.dwave._program import Program
 
 _CHUNK = 1 << 16
-_MAX_CHAIN = 12  # qubits of a chain whose states are enumerated
-_N_RATE = 256  # Gibbs samples that the rate of breaks is averaged over
+_MAX_CHAIN = 12  # qubits of a chain, for enumeration of its states
+_N_RATE = 256  # Gibbs samples for the mean rate of breaks
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """What a problem becomes on a device.
+    """Effect of a device on a problem.
 
     Parameters
     ----------
     kl
-        Divergence of the law of the device from that of the problem, in nats.
+        Divergence of the device's distribution from the problem's, in nats.
     kl_scale
         Its standard error; zero if it is exact.
     method
         ``"exact"`` or ``"estimate"``.
     counts_broken_chains
-        Whether ``kl`` is that of the spins after majority votes. Otherwise it is that of intact chains: complete where
-        there are none, or with ``chain_break="discard"``.
+        Whether ``kl`` describes spins after majority votes. Otherwise it describes intact chains; it is then complete
+        without chains, or with ``chain_break="discard"``.
     chain_break_rate
-        Expected share of broken chains; NaN where chains are too long to say.
+        Expected share of broken chains; NaN if chains are too long.
     effective_beta
         Inverse temperature of the samples, in units of the problem.
     is_range_limited
-        Whether ranges make it lower than asked for.
+        Whether ranges make it lower than requested.
     n_qubits, max_chain_length, n_copies, chain_strength
         The embedding: qubits of a copy, longest chain, copies, coupling within chains.
     access_seconds
@@ -90,7 +90,7 @@ def device_fidelity(
     method: Literal["auto", "exact", "estimate"] = "auto",
     seed: int = 0,
 ) -> Fidelity:
-    """Compare the law of a problem with that of what the device would be programmed to.
+    """Compare the distribution of a problem with that of its program on a device.
 
     Parameters
     ----------
@@ -99,15 +99,15 @@ def device_fidelity(
     problem
         The problem.
     beta
-        Inverse temperature asked for.
+        Requested inverse temperature.
     n_samples
-        Size of the request, for its access time; and Gibbs chains of an estimate.
+        Size of the request, for its access time, and number of Gibbs chains of an estimate.
     device_beta
-        Inverse temperature of the device; None for the one that the sampler believes.
+        Inverse temperature of the device; None for the one that the sampler assumes.
     n_bits
         Signed precision of fields and couplings within the ranges; None for no rounding.
     method
-        ``"auto"`` enumerates where at most 20 spins have to be.
+        ``"auto"`` enumerates if at most 20 spins have to be visited.
     seed
         Seed of an estimate.
 
@@ -164,7 +164,7 @@ def device_fidelity(
 
 
 def _intact(problem: IsingModel, program: Program, h: np.ndarray, J: np.ndarray) -> IsingModel:
-    """The problem that qubits and couplers add up to where all chains agree, in the units of the device."""
+    """Problem of the spins if all chains are intact, in the units of the device."""
     embedding = program.embedding
     is_edge = ~embedding.is_chain
     fields = np.bincount(embedding.spin_of, h, minlength=problem.n_spins)
@@ -197,7 +197,7 @@ def _gibbs(problem: IsingModel, beta: float, n_samples: int, seed: int) -> Tenso
 
 
 def _voted_law(program: Program, h: np.ndarray, J: np.ndarray, beta: float) -> tuple[np.ndarray, float]:
-    """Law of the spins after majority votes, over the rows of ``all_states``, and the share of broken chains."""
+    """Distribution of the spins after majority votes, over the rows of ``all_states``, and share of broken chains."""
     embedding = program.embedding
     lengths = embedding.chain_lengths
     n_spins, n_qubits = len(lengths), embedding.n_qubits
@@ -227,7 +227,7 @@ def _voted_law(program: Program, h: np.ndarray, J: np.ndarray, beta: float) -> t
 
 
 def _break_rate(program: Program, h: np.ndarray, J: np.ndarray, beta: float, spins: Tensor) -> float:
-    """Share of broken chains, each by enumeration of its states while the others are intact and as in ``spins``."""
+    """Share of broken chains, each by enumeration of its states, with the others intact and as in ``spins``."""
     embedding = program.embedding
     qubits = spins.double().numpy()[:, embedding.spin_of]  # (n_samples, n_qubits)
     fields = np.tile(h, (len(qubits), 1))
