@@ -2,9 +2,9 @@
 
 Every function draws on one matplotlib Axes and returns it; none computes an embedding, trains or samples. The exception
 is :func:`generated`, which takes cells, embeds them, and draws on one or two Axes. Signatures follow scanpy (``ax``,
-``show``, ``save``) with one difference: ``show=None`` does not open a window, it leaves that to the caller or the
-notebook. The backend is never set. Colors are those of Okabe and Ito, which color-blind readers can tell apart; where
-there are more categories than colors, the marker changes as well.
+``show``, ``save``), except that ``show=None`` does not open a window. No function sets the backend. Colors are those of
+Okabe and Ito, which color-blind readers can tell apart; if there are more categories than colors, the marker changes as
+well.
 """
 
 from __future__ import annotations

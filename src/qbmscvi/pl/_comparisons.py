@@ -34,7 +34,7 @@ def score_table(
     scores
         One row per model, one column per score; NaN where there is none.
     lower_is_better
-        Columns in which the smallest value is the best.
+        Columns in which the smallest value is best.
     cmap
         Sequential color map; the darker end is the better one.
     title
@@ -113,8 +113,8 @@ def difference_forest(
     Parameters
     ----------
     differences
-        By row (a data set, say) and by model: mean, lower and upper end of the interval. An infinite interval is drawn
-        as the point alone.
+        Mean, lower and upper end of the interval, by row (e.g. a data set) and by model. With an infinite interval only
+        the point is drawn.
     xlabel
         Label of the horizontal axis.
     legend
@@ -139,7 +139,7 @@ def difference_forest(
     """
     models = list(dict.fromkeys(name for row in differences.values() for name in row))
     if not models:
-        msg = f"`differences` has {len(differences)} rows and no value, but it needs one. Pass what was compared."
+        msg = f"`differences` has {len(differences)} rows and no value, but it needs one. Pass the differences to draw."
         raise ValueError(msg)
     step = 0.8 / len(models)
     ax = _axes(ax, figsize=(6.4, 1.4 + 0.24 * len(models) * len(differences)))

@@ -42,11 +42,11 @@ def coupling_matrix(
     matrix
         Couplings, of shape ``(n_spins, n_spins)``, or ``(n_rows, n_spins)`` for couplings to another layer.
     order
-        Order of the columns, a permutation; of the rows too if ``matrix`` is square and ``row_order`` is not given.
-        ``"communities"`` orders both axes by groups that are strongly coupled among themselves, whatever the signs,
-        the largest first, and draws lines between them: those of :func:`networkx.community.louvain_communities` on the
-        magnitudes. In a symmetric matrix rows and columns are the same spins; in any other one they are two layers, and
-        a group may hold units of both. Ticks bear the numbers of the units then.
+        Order of the columns, a permutation; also of the rows if ``matrix`` is square and ``row_order`` is not given.
+        ``"communities"`` orders both axes by groups with strong couplings of any sign, the largest first, with lines
+        between them. The groups come from :func:`networkx.community.louvain_communities` on the magnitudes. In a
+        symmetric matrix rows and columns are the same spins; otherwise they are two layers, and a group may hold units
+        of both. Ticks then show the numbers of the units.
     row_order
         Order of the rows, a permutation.
     xlabel
@@ -76,7 +76,7 @@ def coupling_matrix(
     ------
     ValueError
         If ``matrix`` is not a non-empty finite table, ``order`` or ``row_order`` is not a permutation of its axis,
-        ``row_order`` is given beside ``"communities"``, or ``limit`` is not positive.
+        ``row_order`` is given with ``"communities"``, or ``limit`` is not positive.
     """
     matrix = np.asarray(matrix, dtype=np.float64)
     if matrix.ndim != 2 or matrix.size == 0 or not np.isfinite(matrix).all():
@@ -114,7 +114,7 @@ def coupling_matrix(
         interpolation="nearest",
         aspect="equal" if n_rows == n_columns else "auto",
     )
-    # An inset is as tall as the image whatever its shape.
+    # An inset is as tall as an image of any shape.
     bar = ax.figure.colorbar(image, cax=ax.inset_axes((1.03, 0.0, 0.04, 1.0)), label=colorbar_label)
     bar.outline.set_visible(False)
     if borders:
@@ -138,7 +138,7 @@ def _communities(matrix: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]
     is_one_layer = n_rows == n_columns and np.array_equal(matrix, matrix.T)
     if is_one_layer:
         np.fill_diagonal(weights, 0.0)
-    offset = 0 if is_one_layer else n_rows  # columns are nodes of their own behind the rows
+    offset = 0 if is_one_layer else n_rows  # columns are separate nodes after the rows
     graph = nx.Graph()
     graph.add_nodes_from(range(n_columns + offset))
     graph.add_weighted_edges_from((i, j + offset, weights[i, j]) for i, j in zip(*weights.nonzero(), strict=True))
@@ -154,7 +154,7 @@ def _communities(matrix: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]
 
 
 def _name_ticks(axis: Axis, order: Sequence[int] | np.ndarray | None) -> None:
-    """Mark places by whole numbers; where the order is another, by the numbers of the units that stand there."""
+    """Mark places by whole numbers; if units are reordered, by the numbers of the units."""
     if order is None:
         from matplotlib.ticker import MaxNLocator
 

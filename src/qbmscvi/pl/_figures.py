@@ -1,4 +1,4 @@
-"""Cells, training and energies, and what all figures share."""
+"""Cells, training and energies, and common helpers of all figures."""
 
 from __future__ import annotations
 
@@ -162,8 +162,8 @@ def training_curves(
     skip
         Number of recorded values to leave out at the start, where the first epochs would dwarf the rest.
     errors
-        By name of the run, how far below and above its curve the value may lie; drawn as a band. For the negative ELBO
-        that is the interval of log Z, ``low - value`` and ``high - value``: it shifts the whole curve, not each point.
+        Distances below and above the curve of a run, by its name; drawn as a band. For the negative ELBO they are the
+        interval of log Z, ``low - value`` and ``high - value``, which shifts the whole curve, not each point.
     ax
         Axes to draw on; a new figure by default.
     show
@@ -328,7 +328,7 @@ def _finish(ax: Axes, title: str | None, show: bool | None, save: str | os.PathL
     if title is not None:
         ax.set_title(title)
     if save is not None:
-        # by way of the canvas, because the axes may sit in a subfigure, which cannot be saved
+        # through the canvas, because the axes may be in a subfigure, which cannot be saved
         ax.figure.canvas.figure.savefig(save, dpi=150, bbox_inches="tight")
     if show:
         import matplotlib.pyplot as plt

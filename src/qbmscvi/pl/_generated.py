@@ -1,4 +1,4 @@
-"""Generated cells beside real ones: one embedding of both, and shares of types."""
+"""Generated and real cells: one embedding of both, and shares of types."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ def generated(
     """Draw real and generated cells in one embedding and, with ``label_key``, their shares of types.
 
     The embedding is scanpy's UMAP of 20 principal components of both kinds of cells together, log-normalized. Both
-    panels show equal numbers of both, 5000 at most, so that neither kind hides the other.
+    panels show equal numbers of both, at most 5000, so that neither kind hides the other.
 
     Parameters
     ----------
     real
-        Counts of real cells, at best of those that the model was not trained on.
+        Counts of real cells, preferably cells that the model was not trained on.
     generated
         Generated counts of the same genes, as :meth:`qbmscvi.QBMSCVI.generate` returns them.
     label_key
         Column of ``real.obs`` with the type of each cell. Types of generated cells are read from the same column of
         ``generated.obs``; if there is none, a logistic regression on the components of the real cells predicts them. It
-        gives cells that lie off all real ones a type as well, often a rare one: look at the embedding first.
+        also gives cells far from all real ones a type, often a rare one: look at the embedding first.
     layer
         Layer with the counts; None for ``X``. Generated cells without this layer have their counts in ``X``.
     size
@@ -79,7 +79,7 @@ def generated(
 
     See Also
     --------
-    qbmscvi.benchmark.score_generated : numbers for what the figure shows.
+    qbmscvi.benchmark.score_generated : scores of generated cells.
     """
     _check(real, generated, label_key, layer, axes)
     rng = np.random.default_rng(seed)

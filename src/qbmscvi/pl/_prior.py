@@ -1,4 +1,4 @@
-"""What a prior and its chains do: modes, activity of spins by group, energies of chains, effective temperature."""
+"""Figures of a prior and its chains: modes, activity of spins by group, energies of chains, effective temperature."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def prior_modes(
     show: bool | None = None,
     save: str | os.PathLike[str] | None = None,
 ) -> Axes:
-    """Draw the modes of a prior: their share of the prior beside that of the cells, and who the cells are.
+    """Draw the modes of a prior: their shares of the prior and of the cells, and the label of these cells.
 
     Parameters
     ----------
@@ -36,7 +36,7 @@ def prior_modes(
         Table of :meth:`qbmscvi.QBMSCVI.get_prior_modes`: columns ``energy`` in nats, ``prior_share`` and
         ``cell_share``; with ``label`` and ``label_share`` the most frequent label of the cells is named.
     n_modes
-        Number of modes to draw at most, those with the largest share of prior and cells together; lowest energy on top.
+        Largest number of modes to draw: the largest shares of prior and cells together, lowest energy on top.
     title
         Title of the axes.
     ax
@@ -115,7 +115,7 @@ def spin_activity(
         Group of each cell, shape ``(n_cells,)``. A pandas categorical keeps the order of its categories; cells without
         a group are left out.
     is_clustered
-        Whether spins that are active in the same groups stand beside each other (average linkage); else in their order.
+        Whether spins with similar activity are placed next to each other (average linkage), or in their own order.
     cmap
         Diverging color map.
     title
@@ -199,8 +199,7 @@ def cell_scores(
     cmap
         Sequential color map.
     quantile
-        Share of the cells at either end of the scale that share the color of that end, so that few cells do not take
-        the scale for themselves.
+        Share of the cells at each end that get the color of that end, so that few cells do not stretch the scale.
     size
         Area of a point in square points. By default it falls with the number of cells.
     axis_name
@@ -262,7 +261,7 @@ def chain_energies(
 ) -> Axes:
     """Draw the energies of groups of chains over sweeps: median, and the middle half as a band.
 
-    Groups that started apart and lie on each other have forgotten where they started.
+    If groups from different starts overlap, their chains have forgotten the start.
 
     Parameters
     ----------
@@ -321,14 +320,14 @@ def effective_beta(
     show: bool | None = None,
     save: str | os.PathLike[str] | None = None,
 ) -> Axes:
-    """Draw the inverse temperature of a sampler's answers over epochs, beside the one that was asked for.
+    """Draw the inverse temperature of a sampler's answers over epochs, and the requested one.
 
     Parameters
     ----------
     history
         History of a model trained with a sampler that measures it: ``model.history``.
     requested
-        Inverse temperature that was asked for; training asks for 1.
+        Requested inverse temperature; training requests 1.
     title
         Title of the axes.
     ax
@@ -359,7 +358,7 @@ def effective_beta(
     ax.axhline(requested, color="#888888", linewidth=1.0, zorder=0)
     epochs = values.index.to_numpy(dtype=np.float64)
     ax.plot(epochs, values.to_numpy(dtype=np.float64), color=_COLORS[0], marker="o", markersize=3.5, linewidth=1.5)
-    # The line asked for stays in the middle third, whatever the answers do.
+    # The requested line stays in the middle third for any answers.
     reach = 1.5 * max(0.1, float(np.nanmax(np.abs(values - requested), initial=0.0)))
     ax.set_ylim(requested - reach, requested + reach)
     ax.text(1.01, requested, "asked\nfor", transform=ax.get_yaxis_transform(), va="center", color="#666666")
