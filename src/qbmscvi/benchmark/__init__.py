@@ -1,4 +1,4 @@
-"""Comparisons of latent representations, of generated cells, and of the models that make them."""
+"""Comparisons of models by their latent representations and generated cells."""
 
 from __future__ import annotations
 

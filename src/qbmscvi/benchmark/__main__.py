@@ -1,8 +1,8 @@
 """Compare QBMSCVI with scVI and other models on your own counts.
 
-Trains every model with every seed, adds one record per run to OUT/comparison.jsonl, and writes tables and figures to
-OUT. Runs that the file has are not repeated, so the command goes on where it was stopped. ``--cell MODEL SEED`` runs a
-single one again and says how far its scores are from those in the file.
+The command trains every model with every seed, adds one record per run to OUT/comparison.jsonl, and writes tables and
+figures to OUT. It skips runs that the file has, so it continues where it was stopped. ``--cell MODEL SEED`` repeats a
+single run and compares its scores with those in the file.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _OPTIONS = {
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Options of the comparison itself, whatever the data."""
+    """Options of the comparison that do not depend on the data."""
     parser.add_argument("--models", nargs="+", metavar="MODEL", help="; ".join(MODEL_NAMES) + " (default: all)")
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds (default 5)")
     parser.add_argument("--first-seed", type=int, default=0)
@@ -70,14 +70,14 @@ def arguments(options: argparse.Namespace) -> dict:
 
 
 def name_options(message: object, options: Mapping[str, str] = _OPTIONS) -> str:
-    """Text of an error, with the options of a command in place of the Python arguments that it names."""
+    """Text of an error, with command-line options in place of Python arguments."""
     names = "|".join(options)
     pattern = rf"(?<=`)({names})(?=`)|(?<=\()({names})(?=\))|\b({names})="
     return re.sub(pattern, lambda found: options[found[0].rstrip("=")] + " " * found[0].endswith("="), str(message))
 
 
 def rerun_cell(adata: AnnData, cell: Sequence[str], given: dict, records: Path) -> float | None:
-    """Run one model with one seed again; print its scores beside those in the file and return the largest distance."""
+    """Repeat one run; print its scores and those in the file, and return the largest distance."""
     model, seed = cell
     again = {"models": [model], "n_seeds": 1, "first_seed": int(seed), "records": None, "save_latents": False}
     (new,) = compare(adata, **{**given, **again})

@@ -29,7 +29,7 @@ _TEXT = (
 
 
 def cell_lines(table: pd.DataFrame, differences: pd.DataFrame) -> list[str]:
-    """Lines of the section, a part for each schedule that has scores of cells or of the prior; else none."""
+    """Lines of the section, with a part for each schedule that has scores of cells or of the prior."""
     lines = []
     for schedule, part in table.groupby("schedule", sort=False):
         part = part.dropna(subset="value")

@@ -1,13 +1,12 @@
 """Cells from the prior of a trained model, and from other densities over its codes in place of the prior.
 
-The networks stay as they are, and only what the codes are drawn from changes: the model's own prior, codes of training
-cells (what the decoder allows), and controls. For each held-out cell the same number of cells is generated, some 2,000
-in all, with the library sizes, batch and covariates of training cells of the same batch. All models of a seed get the
-same training cells for it.
-Counts are drawn, and scored by :func:`~qbmscvi.benchmark.score_generated` against the held-out cells.
+The networks stay the same; only the source of codes changes: the model's own prior, codes of training cells (the limit
+of the decoder), and controls. For each held-out cell the same number of cells is generated, some 2,000 in total, with
+library size, batch and covariates of training cells of the same batch. All models of a seed use the same training cells
+for this. Counts are drawn, and scored by :func:`~qbmscvi.benchmark.score_generated` against the held-out cells.
 
-All KL divergences of one model are taken at the same draws of its held-out posteriors, so that the error of the draws
-largely cancels from their differences. The ELBO of a control is that of the model with another KL divergence.
+All KL divergences of one model use the same draws of its held-out posteriors, so that the error of the draws largely
+cancels from differences. The ELBO of a control is the model's ELBO with another KL divergence.
 """
 
 from __future__ import annotations
@@ -92,7 +91,7 @@ class StandardNormal(Density):
 
 @dataclass(frozen=True)
 class BoltzmannDensity(Density):
-    """A Boltzmann prior as it is now; what is later done to the model does not change it.
+    """Copy of a Boltzmann prior, which later changes of the model do not affect.
 
     Parameters
     ----------
@@ -125,17 +124,17 @@ class BoltzmannDensity(Density):
 
     @torch.no_grad()
     def log_prob(self, z: Tensor) -> Tensor:
-        """See :meth:`Density.log_prob`; as good as log Z."""
+        """See :meth:`Density.log_prob`; it has the error of log Z."""
         return self.prior.distribution().log_prob(z)
 
     def sample(self, n_samples: int, generator: torch.Generator) -> Tensor:
-        """Ends of chains of their own, as :meth:`qbmscvi.QBMSCVI.generate` draws by default."""
+        """Ends of separate chains, as in :meth:`qbmscvi.QBMSCVI.generate` by default."""
         seed = int(torch.randint(2**31 - 1, (), generator=generator))
         request = SamplingRequest(self.prior.to_ising(), n_samples, seed=seed, purpose="generation")
         return BlockGibbsSampler().sample(request).spins[:, : self.prior.n_visible].float()
 
     def bounds(self, elbo: float) -> dict[str, float]:
-        """An ELBO that holds log Z, at both ends of its interval."""
+        """An ELBO at both ends of the interval of log Z."""
         low, high = self.log_z.interval
         return {"elbo_low": elbo + self.log_z.value - high, "elbo_high": elbo + self.log_z.value - low}
 
@@ -173,7 +172,7 @@ def decode(model: SCVI, z: Tensor, rows: np.ndarray, seed: int) -> np.ndarray:
     z
         Codes, shape ``(n, n_units)``, spins in ``{-1, +1}``.
     rows
-        For each code a cell of the model's AnnData, whose library size, batch and covariates the decoder gets.
+        Cell of the model's AnnData for each code; the decoder gets its library size, batch and covariates.
     seed
         Seed of the counts. The global random state is not changed.
 
@@ -197,7 +196,7 @@ def decode(model: SCVI, z: Tensor, rows: np.ndarray, seed: int) -> np.ndarray:
 
 @dataclass
 class Bench:
-    """Held-out cells of a trained model, and what it takes to score other cells against them.
+    """Held-out cells of a trained model, and a comparison of other cells with them.
 
     Parameters
     ----------
@@ -206,7 +205,7 @@ class Bench:
     label_key
         Column with the types, or None.
     seed
-        Seed of everything that is drawn.
+        Seed of all draws.
     """
 
     model: SCVI
@@ -249,14 +248,14 @@ class Bench:
         return self.score_codes(draw(posteriors(self.model, self.others), torch.Generator().manual_seed(self.seed)))
 
     def score_real_cells(self) -> dict[str, float]:
-        """Scores of training cells in place of generated ones; the model has no part in them."""
+        """Scores of training cells in place of generated ones; they do not depend on the model."""
         if not self.can_score_cells:
             return {}
         scores = score_real(self.real, self.reference, label_key=self.label_key, seed=self.seed)
         return {PREFIX + name: value for name, value in scores.items()}
 
     def training_codes(self) -> FactorialPosterior | Normal:
-        """Codes that densities are fitted to."""
+        """Codes to fit densities to."""
         rows = np.random.default_rng(self.seed).permutation(np.sort(self.model.train_indices))[:_MAX_CODES]
         return posteriors(self.model, np.sort(rows))
 
@@ -284,15 +283,15 @@ def score_priors(
     label_key
         Column of the model's AnnData with the types, or None.
     of_training
-        Prior as it was before its second stage of learning.
+        Prior before its second stage of learning.
     seed
-        Seed of everything that is drawn.
+        Seed of all draws.
 
     Returns
     -------
-    Scores of the model, and those of the controls by name. ``kl`` is the KL divergence of validation cells from the
-    prior, or from what stands for it, in nats per cell, ``kl_before`` that of ``of_training``. Without 50 validation
-    cells and more than 20 genes there are no scores of cells.
+    Scores of the model, and scores of the controls by name. ``kl`` is the KL divergence of validation cells from the
+    prior or its replacement, in nats per cell; ``kl_before`` is the one from ``of_training``. With fewer than 50
+    validation cells, or at most 20 genes, there are no scores of cells.
     """
     with threadpool_limits(1):
         bench = Bench(model, label_key, seed)

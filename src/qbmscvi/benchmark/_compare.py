@@ -1,9 +1,9 @@
-"""Train models side by side on one data set, several seeds each, and keep one record per run.
+"""Train several models on one data set, with several seeds each, and keep one record per run.
 
-A record is a dictionary, one line of a JSON-lines file: ``data``, ``model``, ``seed`` and ``schedule`` name the run,
-``scores`` holds the numbers, ``settings``, ``versions`` and ``commit`` say exactly what was run, ``cpu_s`` and
-``fit_cpu_s`` what training and the fit of the prior cost. A run that the file has is not repeated, so a comparison goes
-on where it stopped; one that was made with other settings of its model stays in the file and is not used.
+A record is a dictionary, one line of a JSON-lines file. ``data``, ``model``, ``seed`` and ``schedule`` name the run,
+and ``scores`` has the numbers. ``settings``, ``versions`` and ``commit`` specify the run; ``cpu_s`` and ``fit_cpu_s``
+are the costs of training and of the fit of the prior. A run in the file is not repeated, so a comparison continues
+where it stopped. A run with other settings of its model stays in the file and is not used.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     Record = dict[str, Any]
 
 _PACKAGES = ("qbmscvi", "scvi-tools", "torch", "numpy", "scanpy", "scikit-learn", "scib-metrics")
-_MIN_CELLS = 100  # scIB looks at 90 neighbors
+_MIN_CELLS = 100  # scIB uses 90 neighbors
 _MIN_GROUP = 5
 
 
@@ -90,11 +90,11 @@ def compare(
     label_key
         Column of ``adata.obs`` with the cell type.
     batch_key
-        Column with the batch; None for data without one, on which nothing about batches is scored.
+        Column with the batch; None for data without batches, which then have no scores of batches.
     order_key
         Numeric column with a known order, such as the day; NaN for cells off the trajectory.
     lineage_key
-        Column with the lineage, where the order holds within each lineage only; missing for cells of none.
+        Column with the lineage, if the order holds only within each lineage; missing for cells of none.
     layer
         Layer with the counts; None for ``X``.
     name
@@ -102,45 +102,45 @@ def compare(
     models
         Names from :data:`~qbmscvi.benchmark.MODEL_NAMES`, or functions of your own, which take a
         :class:`~qbmscvi.benchmark.Task` and return a :class:`~qbmscvi.benchmark.Fit` or just the representation; their
-        ``__name__`` names them in the records. None for all names that suit the data. A name such as ``"SCVI, own
-        codes"`` comes with a trained model; alone, it has that model trained for it. Runs in the file count as done
-        if the function had the same source, arguments of a partial and defaults, and the values that it names the
-        same ``repr``; its attributes and other modules do not count.
+        ``__name__`` names them in the records. None for all names that suit the data. A name such as
+        ``"SCVI, own codes"`` belongs to a trained model, which is trained for it if necessary. A run of a function
+        counts as done if its source, defaults, arguments of a partial, and the ``repr`` of the values that it names are
+        the same; its attributes and other modules do not count.
     n_seeds, first_seed
-        Number of seeds and the first of them; one run per model and seed.
+        Number of seeds, and the first one; there is one run per model and seed.
     max_epochs
         Epochs of every neural model; None for scVI's choice.
     schedule
         KL warm-up. ``"native"``: each model's own default. ``"default"``: scVI's 400 epochs for all. ``"half"``: half
         of ``max_epochs`` for all.
     records
-        JSON-lines file to which each run is added when it is done, and whose runs are skipped; None keeps no file.
+        JSON-lines file that gets each finished run, and provides runs to skip; None keeps no file.
     save_latents
-        Whether to save each representation, in a folder beside the records, for
-        :func:`~qbmscvi.benchmark.write_report` to draw.
+        Whether to save each representation in a folder next to the records, for figures of
+        :func:`~qbmscvi.benchmark.write_report`.
     accelerator
         Lightning's accelerator.
     n_threads
-        Threads of torch in training; the matrices are small. Scores take one in any case.
+        Threads of torch in training; one suffices for small matrices. Scores always use one.
     progress
         Whether to show a progress bar.
 
     Returns
     -------
-    The records of the runs asked for, those found in the file included, by seed and model.
+    The records of the requested runs, including those from the file, by seed and model.
 
     Raises
     ------
     ImportError
         If the extra ``benchmark`` is not installed.
     TypeError, ValueError
-        If an argument does not fit; before any training.
+        If an argument does not fit, before any training.
 
     Warns
     -----
     UserWarning
-        If the file has runs of a model with other settings, or of another version of this package: they stay there, are
-        not used, and their seeds are run again.
+        If the file has runs of a model with other settings, or of another version of this package. They stay in the
+        file but are not used, and their seeds are run again.
 
     Examples
     --------
@@ -226,15 +226,15 @@ def compare(
 
 
 def latent_path(records: Path, record: Record) -> Path:
-    """File of the representation that belongs to a record, in the folder beside the records."""
+    """File of the representation of a record, in the folder next to the records."""
     parts = (record["data"], record["model"], record["seed"], record["schedule"])
     return records.with_suffix(".latents") / ("__".join(re.sub(r"[^\w.=-]+", "-", str(p)) for p in parts) + ".npz")
 
 
 def read_records(path: str | Path) -> list[Record]:
-    """Read the records of a JSON-lines file that are in force.
+    """Read the valid records of a JSON-lines file.
 
-    Of each model on a data set these are the runs with the settings of its latest run, of each seed the latest.
+    For each model and data set these are the runs with the settings of its latest run, and the latest run of each seed.
 
     Raises
     ------
@@ -258,7 +258,7 @@ def read_records(path: str | Path) -> list[Record]:
 
 
 def _define(model: str, function: Model, task: Task) -> Definition:
-    """What decides the runs of a model; of a built-in one these are the package's version and the model's arguments."""
+    """Definition of a model; for a built-in model these are the package's version and the model's arguments."""
     if model not in MODEL_NAMES:
         return {"function": define(function)}
     with _quiet():
@@ -441,7 +441,7 @@ def _with_progress(runs: list[tuple[int, str]], name: str, progress: bool) -> It
 
 
 class _quiet(warnings.catch_warnings):
-    """Without the hosts' messages about every run."""
+    """Suppress messages of other packages about every run."""
 
     _LOGGERS = ("lightning.fabric", "lightning.fabric.utilities.seed", "lightning.pytorch", "scib_metrics", "scvi")
 
@@ -461,7 +461,7 @@ class _quiet(warnings.catch_warnings):
 
 
 def _plain(value: Any) -> Any:
-    """As JSON can hold it; what is no number is None."""
+    """Convert to JSON; values that are no numbers become None."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -2,11 +2,11 @@ r"""Rival priors: densities fitted to the codes of a trained model, networks fro
 
 The codes of cells are their posteriors :math:`q(z \mid x)`, with one row per cell: a
 :class:`~qbmscvi.boltzmann.posterior.FactorialPosterior` over the spins of QBMSCVI, or scVI's normal distributions. A
-density :math:`p(z)` is fitted to the aggregated posterior, so to draws of the codes and not to their means, and is
-judged by :math:`KL(q \| p)` of cells that it has not seen. The rivals say how many nats any prior could still gain, and
-whether any fitted prior makes cells as good.
+density :math:`p(z)` is fitted to the aggregated posterior, that is to draws of the codes and not to their means. It is
+judged by :math:`KL(q \| p)` of cells outside the fit. The rivals show how many nats any prior could still gain, and
+whether another fitted prior generates equally good cells.
 
-All of them are normalized exactly. Boltzmann machines are elsewhere: their log Z has to be estimated.
+All of them are normalized exactly. Boltzmann machines are not among them, because their log Z has to be estimated.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Density(ABC):
 
 
 class FittedDensity(Density):
-    """Density that is ready for use once made by :meth:`fit`."""
+    """Density that :meth:`fit` builds."""
 
     @classmethod
     @abstractmethod
@@ -78,7 +78,7 @@ def divergence(codes: Distribution, density: Density, *, n_draws: int = 10, seed
     Parameters
     ----------
     codes
-        Codes of cells, as a rule of cells that ``density`` was not fitted to.
+        Codes of cells, usually not of those that ``density`` was fitted to.
     density
         Density over the same units.
     n_draws
@@ -107,7 +107,7 @@ def divergence(codes: Distribution, density: Density, *, n_draws: int = 10, seed
 
 @dataclass(frozen=True)
 class IndependentSpins(FittedDensity):
-    """Spins that know nothing of each other, with the mean spins of the codes: what fields without couplings reach.
+    """Independent spins with the mean spins of the codes: the limit of fields without couplings.
 
     ``logits`` are the log odds of the spins, shape ``(n_spins,)``.
     """
@@ -170,7 +170,7 @@ class BernoulliMixture(FittedDensity):
 
     @classmethod
     def _maximize(cls, logits: Tensor, n_components: int, generator: torch.Generator, n_steps: int = 100) -> Self:
-        # The overall mean counts as so many cells: on held-out codes of four data sets better than 0.3 and 1.
+        # Weight of the overall mean, in cells; better than 0.3 and 1 on held-out codes of four data sets.
         mean_weight = 0.1
         p = torch.sigmoid(logits)  # (n_cells, n_spins)
         start = torch.randperm(len(p), generator=generator)[:n_components]
@@ -340,11 +340,11 @@ class AutoregressiveDensity(FittedDensity):
     conditional log odds of a mixture of Bernoulli products are corrected by a masked residual network
     :cite:p:`Germain15`, with dropout, weight decay and several draws of each cell. Each member stops early on another
     tenth of the cells.
-
-    Measured on held-out cells of kang_ifnb, one run, with the standard error over cells: networks without mixtures
-    lose 0.24 +- 0.03 nats, one network for all orders, averaged over four, 0.04 +- 0.02. Eight members, or 800
-    components, change less than 0.02.
     """
+
+    # On held-out cells of kang_ifnb (one run, standard error over cells): networks without mixtures lose 0.24 +- 0.03
+    # nats; one network for all orders, averaged over four, loses 0.04 +- 0.02. Eight members, or 800 components, change
+    # less than 0.02.
 
     members: tuple[_Chain, ...]
 

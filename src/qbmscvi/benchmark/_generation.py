@@ -1,12 +1,12 @@
-r"""Numbers that say how far generated cells are from real ones.
+r"""Scores of the distance between generated and real cells.
 
 Cells are compared in 20 principal components of log-normalized counts. A random half of the reference (the cells that a
 model was trained on) fits the components and the classifier of types; the other half serves as the anchor "real against
-real" (:func:`score_real`), because components tell the cells that they were fitted on from all others. Nothing here
-looks at a model, and no number is clipped. A number means little by itself: read it between the two anchors, real cells
-and cells decoded from the model's own codes.
+real" (:func:`score_real`), because components tell the cells that they were fitted on from all others. The scores do
+not use the model, and no number is clipped. Read each number between its two anchors: real cells, and cells decoded
+from the model's own codes.
 
-What is left out: batches. Generate cells in the proportions of batches of the real ones.
+The scores ignore batches, so generate cells in the proportions of batches of the real ones.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def score_generated(
       Lower is better, 0 to 1; above 0 for the anchor, the more so the fewer cells there are.
     - ``rare_types_found``: share of the types below 2 % of the reference that have a generated cell at least. Higher is
       better, 0 to 1; NaN if there is no such type. Types that the half for the classifier lacks are left out. The
-      classifier gives cells off the data a type, too: read it beside ``coverage``.
+      classifier gives cells off the data a type, too: read it together with ``coverage``.
     - ``type_change_slope``: slope, through the origin, of the changes of log-normalized expression between each
       type and all other cells, in generated cells on real ones, over types with 10 cells or more in both. 1 is best;
       below 1, types differ less than they should. NaN if fewer than two types have these cells.
@@ -159,7 +159,7 @@ def score_generated(
 def score_real(
     real: AnnData, reference: AnnData, *, label_key: str | None = None, layer: str | None = None, seed: int = 0
 ) -> dict[str, float]:
-    """Score real cells of the reference as :func:`score_generated` scores generated ones: the best that can be reached.
+    """Score real cells of the reference as :func:`score_generated` scores generated ones: the best possible scores.
 
     The cells come from the half of the reference that fits neither components nor classifier, as many as there are
     ``real`` cells if there are so many. All other cells of the reference are those that could have been copied.
@@ -197,8 +197,8 @@ def score_real(
 def gap_closed(score: float, of_normal: float, of_own_codes: float) -> float:
     """Share of the gap that a prior closes: 0 for a standard normal prior, 1 for the model's own codes.
 
-    Own codes, those of training cells, show what the decoder allows. Below 0 a prior is worse than the normal one;
-    above 1 its cells are better than those of the codes.
+    Own codes are codes of training cells and show the limit of the decoder. Below 0 a prior is worse than the normal
+    one; above 1 its cells are better than those of the codes.
 
     Parameters
     ----------

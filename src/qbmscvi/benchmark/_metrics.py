@@ -1,8 +1,8 @@
-"""Numbers that say how well a latent representation keeps types, order and batches.
+"""Scores of a latent representation for types, order and batches.
 
 Every number is computed on the representation itself, by scikit-learn and scanpy, so models of different latent spaces
-are scored alike. Higher is better, except for ``batch_knn_accuracy``. Nothing here looks at counts or at a model, and
-nothing averages the numbers into one: types, order and mixing pull against each other.
+are scored alike. Higher is better, except for ``batch_knn_accuracy``. The scores do not use counts or the model, and
+are not averaged into one, because types, order and mixing conflict.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def score_latent(
     - ``pseudotime_tau``, with ``order``: Kendall's tau-b between diffusion pseudotime and ``order``, mean over roots.
       The graph holds only the cells on the trajectory. Cells without a finite pseudotime (no path leads to them) stay
       in, tied behind all others.
-    - ``pseudotime_finite``, with ``order``: share of these cells with finite pseudotime, mean over roots. Read a tau
-      only beside it: below one, the neighbor graph has fallen into pieces.
+    - ``pseudotime_finite``, with ``order``: share of these cells with finite pseudotime, mean over roots. Always read a
+      tau together with it: below one, the neighbor graph has several pieces.
     - ``pseudotime_slow_components``, with ``order``: number of diffusion components with an eigenvalue of 0.9994 or
       more, beyond the one that belongs to each piece of the graph. scanpy gives these the smallest weight in the
       pseudotime, although they carry the longest paths: above zero, ``pseudotime_tau`` may miss an order that is there.
@@ -92,7 +92,7 @@ def score_latent(
     ValueError
         If ``latent`` is not a finite, non-empty table; a length differs from ``n_cells``; a label or batch is missing;
         fewer than two labels, or no batch, have five cells; ``order`` is not numeric, has an infinite value or fewer
-        than two different ones; ``root`` is given without ``order``, beside ``lineages`` or is not on the trajectory;
+        than two different ones; ``root`` is given without ``order``, with ``lineages`` or is not on the trajectory;
         ``lineages`` are given without ``order`` or none can be scored; or there are too few cells for ``n_neighbors``,
         or it is below two.
 

@@ -1,7 +1,7 @@
 """Models that :func:`~qbmscvi.benchmark.compare` trains, by name, and what it hands to a model of the caller's own.
 
 All neural models of scvi-tools get the same cells, genes, split, epochs, batch size and layers; :data:`MODELS` lists
-what differs and nothing else. Each is read by ``get_latent_representation()`` without arguments.
+all differences. Each is read by ``get_latent_representation()`` without arguments.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _TRAIN_SIZE, _BATCH_SIZE = 0.9, 128  # scVI's defaults, with which all are train
 
 @dataclass(frozen=True)
 class Task:
-    """One training run: what a model is given.
+    """One training run: the inputs of a model.
 
     Parameters
     ----------
@@ -89,14 +89,14 @@ class Task:
 
 @dataclass
 class Fit:
-    """What a model hands back.
+    """Result of a model.
 
     Parameters
     ----------
     latent
         Representation, shape ``(n_cells, n_dimensions)``.
     settings
-        Whatever says exactly how it was made; becomes part of the record.
+        Exact settings of the run, which become part of the record.
     scores
         Scores that need the model itself: ``elbo``, with ``elbo_low`` and ``elbo_high`` where log Z is estimated,
         ``kl`` and those of cells from the prior.

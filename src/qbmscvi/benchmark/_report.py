@@ -1,7 +1,7 @@
 """Tables and figures from the records of a comparison.
 
-Everything is computed from the records; figures of cells need the representations that ``save_latents=True`` left
-beside them.
+All numbers come from the records; figures of cells need the representations that ``save_latents=True`` saved next to
+them.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ def to_markdown(table: pd.DataFrame, differences: pd.DataFrame, records: list[Re
 
 
 def _without_cells(table: pd.DataFrame, differences: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Both without the controls that say something of generated cells only."""
+    """Both without the controls that concern only generated cells."""
     if not differences.empty:
         differences = differences[~differences["reference"].isin(_OF_CELLS)]
     return table[~table["model"].isin(_OF_CELLS)], differences

@@ -1,10 +1,10 @@
 """All scores of one latent representation, as :func:`~qbmscvi.benchmark.compare` records them.
 
-Beside :func:`~qbmscvi.benchmark.score_latent`: the metrics of scIB :cite:p:`Luecken22` by scib-metrics, Leiden
-clusters by scanpy, gradient boosting by scikit-learn, labels transferred to a batch that was left out, and pseudotime
-towards each fate. No metric is computed here; this file chooses the settings, the same for all models. The totals of
-scIB have NMI and ARI of the Leiden clusters, as in the study; those of scib-metrics come from a single start of
-k-means, which can miss clusters that are plain.
+In addition to :func:`~qbmscvi.benchmark.score_latent` these are the metrics of scIB :cite:p:`Luecken22` by
+scib-metrics, Leiden clusters by scanpy, gradient boosting by scikit-learn, labels transferred to a batch that was left
+out, and pseudotime towards each fate. No metric is computed here; this file chooses the settings, the same for all
+models. The totals of scIB have NMI and ARI of the Leiden clusters, as in the study; those of scib-metrics come from a
+single start of k-means, which can miss clusters that are plain.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def score_all(
     seed: int,
     lineages: np.ndarray | None = None,
 ) -> dict[str, float]:
-    """Score a latent representation in every way.
+    """Compute all scores of a latent representation.
 
     Parameters
     ----------

@@ -1,8 +1,8 @@
-"""Differences between two models that were run with the same seeds, and how sure they are.
+"""Differences between two models that were run with the same seeds, with intervals.
 
-Runs of one seed share their split and so are paired; what is compared is model minus reference. Intervals are of 95 %
-and Student's t: on one data set over the differences of its seeds, over several data sets over the means of the sets.
-The latter is for data sets not seen. A bootstrap of two to ten numbers is too narrow, so there is none.
+Runs of one seed share their split and so are paired; differences are model minus reference. Intervals are 95 %
+Student's t: for one data set over the differences of its seeds, for several data sets over the means of the sets. The
+latter hold for new data sets. A bootstrap of two to ten numbers would be too narrow.
 """
 
 from __future__ import annotations

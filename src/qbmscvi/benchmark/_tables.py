@@ -17,7 +17,7 @@ ALL_SETS = "all"  # the data set of pooled differences
 
 
 class Metric(NamedTuple):
-    """What a score is called, what it is a score of, which end is better, and how it is shown."""
+    """Name of a score, its subject, its better end, and its format."""
 
     title: str
     task: str
