@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
-# scvi-tools 1.4.2 uses `rich.pretty` without importing it, which rich 15 no longer does on its own; without this
-# line `view_anndata_setup` raises AttributeError. Mended upstream in 1.4.3.
+# scvi-tools 1.4.2 uses `rich.pretty` without importing it, which rich 15 no longer does on its own; without this line
+# `view_anndata_setup` raises AttributeError. Fixed upstream in 1.4.3.
 import rich.pretty  # noqa: F401
 
 from qbmscvi import benchmark, boltzmann, datasets, diagnostics, exceptions, pl, samplers

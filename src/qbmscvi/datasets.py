@@ -110,8 +110,8 @@ def synthetic_counts(
     Raises
     ------
     ValueError
-        If a number is not of the kind or in the range stated above, ``mean_depth`` is not in ``(0, 1e5]``,
-        or ``batch_effect`` is not in ``[0, 3]``.
+        If a number has another type or range than stated above, ``mean_depth`` is not in ``(0, 1e5]``, or
+        ``batch_effect`` is not in ``[0, 3]``.
 
     Examples
     --------

@@ -1,8 +1,8 @@
-"""The whole product in one command: train SCVI and QBMSCVI side by side, and write tables and figures.
+"""Demonstration in one command: train SCVI and QBMSCVI, and write tables and figures.
 
 It is ``python -m qbmscvi.benchmark`` with other defaults: these two models, one seed, at most 20,000 cells, 100 epochs,
 and figures of the cells. Without ``--data`` the cells are generated, with known types, batches and a branching order.
-All options of that command can be given. One run of each model on one data set shows that everything works, not which
+It takes all options of that command. One run of each model on one data set shows that everything works, but not which
 model is better.
 """
 

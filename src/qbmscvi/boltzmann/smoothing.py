@@ -130,7 +130,7 @@ def build_smoothing(spec: SmoothingName | Smoothing) -> Smoothing:
             return _BY_NAME[spec]()
         msg = (
             f"Unknown smoothing {spec!r}. Use one of {', '.join(map(repr, _BY_NAME))}, or an instance from "
-            "`qbmscvi.boltzmann.posterior`, e.g. `Gumbel(temperature=0.3)`."
+            "`qbmscvi.boltzmann.smoothing`, e.g. `Gumbel(temperature=0.3)`."
         )
         raise ValueError(msg)
     msg = f"`smoothing` must be a name or a qbmscvi.boltzmann.smoothing.Smoothing, got {type(spec).__name__}."
