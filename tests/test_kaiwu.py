@@ -251,7 +251,7 @@ FAULTS = [
     ("leave", SamplerUnavailable, "SystemExit: 3"),
     ("crash", SamplerUnavailable, r"has ended \(exit code -9\)"),
     ("hang", SamplerTimeout, "did not answer before the deadline"),
-    ("short", InvalidSamples, "has 100 states, .* and 200 runs were asked for"),
+    ("short", InvalidSamples, "has 100 states, .* but 200 runs were requested"),
     ("deduplicated", InvalidSamples, "Repeated states may be missing"),
     ("narrow", InvalidSamples, r"shape \(200, 7\); rows of 8 spins"),
     ("empty", InvalidSamples, r"shape \(0, 8\)"),

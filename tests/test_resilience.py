@@ -180,7 +180,7 @@ def test_calls_are_counted_by_trip():
     sampler = Budgeted(child, n_calls=2)
     sampler.sample_batch([SamplingRequest(PROBLEM, 3, seed=1), SamplingRequest(PROBLEM, 4, seed=2)])
     assert ask(sampler).info["spent"]["n_calls"] == 2
-    pattern = r"The budget of n_calls=2 for Unreliable is spent \(2 used, 1 more asked for\). Raise it"
+    pattern = r"The budget of n_calls=2 for Unreliable is spent \(2 used, 1 more requested\). Raise it"
     with pytest.raises(BudgetExceeded, match=pattern):
         ask(sampler)
     assert len(child.requests) == 2
@@ -190,7 +190,7 @@ def test_samples_are_counted_and_a_request_that_would_pass_the_limit_is_refused(
     child = Unreliable()
     sampler = Budgeted(child, n_samples=10)
     ask(sampler, 6)
-    with pytest.raises(BudgetExceeded, match=r"n_samples=10 for Unreliable is spent \(6 used, 5 more asked for\)"):
+    with pytest.raises(BudgetExceeded, match=r"n_samples=10 for Unreliable is spent \(6 used, 5 more requested\)"):
         ask(sampler, 5)
     batch = ask(sampler, 4)
     assert batch.info["spent"]["n_samples"] == 10
@@ -213,7 +213,7 @@ def test_device_time_is_what_the_child_reports():
     spent = [ask(sampler).info["spent"]["device_seconds"] for _ in range(3)]
     assert spent == pytest.approx([0.4, 0.8, 1.2])
     with pytest.raises(
-        BudgetExceeded, match=r"device_seconds=1 for Unreliable is spent \(1.2 used, 0 more asked for\)"
+        BudgetExceeded, match=r"device_seconds=1 for Unreliable is spent \(1.2 used, 0 more requested\)"
     ):
         ask(sampler)
     assert len(child.requests) == 3

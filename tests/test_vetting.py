@@ -120,7 +120,7 @@ def test_temperatures_within_the_ratio_pass_and_others_do_not(name, beta):
 )
 def test_ground_states_are_refused(problem, n_samples):
     reason = is_refused(lambda r: ground_states(r.problem, r.n_samples), problem, n_samples)
-    assert "above 4, as ground states have; 1 was asked for" in reason
+    assert "above 4, as ground states have; 1 was requested" in reason
     assert "Calibrated" in reason
 
 

@@ -159,7 +159,7 @@ def compare(
     require_integer("first_seed", first_seed, 0)
     require_integer("n_threads", n_threads, 1)
     if save_latents and records is None:
-        msg = "save_latents=True needs a place beside the records, but records=None. Name a file for the records."
+        msg = "save_latents=True needs a place next to the records, but records=None. Name a file for the records."
         raise ValueError(msg)
     adata = check_data(adata, label_key, batch_key, order_key, lineage_key, layer)
     if max_epochs is None:
@@ -194,7 +194,7 @@ def compare(
         own = {} if model in MODEL_NAMES else {"definition": definitions(model)["function"]}
         with _quiet():
             scvi.settings.seed = seed
-            torch.set_num_threads(n_threads)  # numba, under scanpy, sets the threads of torch's OpenMP anew
+            torch.set_num_threads(n_threads)  # numba, under scanpy, resets the threads of torch's OpenMP
             started = time.process_time()
             fit = chosen[model](task)
             seconds = time.process_time() - started

@@ -123,7 +123,7 @@ def score_latent(
         raise ValueError(msg)
     if lineages is not None and (order is None or root is not None):
         msg = (
-            f"`lineages` are given {'without `order`' if order is None else f'beside root={root!r}'}, but pseudotime "
+            f"`lineages` are given {'without `order`' if order is None else f'with root={root!r}'}, but pseudotime "
             "within each lineage needs an order, and starts at the earliest cells of each. Pass `order` and no `root`."
         )
         raise ValueError(msg)
@@ -305,7 +305,7 @@ def classifiable(
     n_train = keep.sum() - int(np.ceil(keep.sum() / _N_FOLDS))
     if n_train < n_neighbors:
         msg = (
-            f"`{name}` leaves {n_train} cells to learn from in each fold, but {n_neighbors} neighbors are asked for. "
+            f"`{name}` leaves {n_train} cells to learn from in each fold, but {n_neighbors} neighbors are requested. "
             "Lower `n_neighbors`, or score more cells."
         )
         raise ValueError(msg)

@@ -43,8 +43,8 @@ def write_report(records: str | Path | Iterable[Record], folder: str | Path, *, 
     Parameters
     ----------
     records
-        File of the records, or the records; figures of cells are drawn from a file only, beside which their
-        representations lie. Without these the report shows figures of cells that ``folder`` has from before.
+        File of the records, or the records; figures of cells need a file, next to which their representations lie.
+        Without these the report shows figures of cells that ``folder`` has from before.
     folder
         Where to write ``RESULTS.md``, ``results.csv`` (mean and standard deviation over seeds of every score),
         ``differences.csv`` (paired differences of every score) and the figures.

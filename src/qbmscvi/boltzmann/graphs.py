@@ -179,7 +179,7 @@ class Graph:
         graph = self.to_networkx()
         if nx.is_bipartite(graph):
             color = nx.bipartite.color(graph)
-            # networkx starts each component anew with color 1; flip so that node 0 is in class 0.
+            # networkx starts each component with color 1; flip so that node 0 is in class 0.
             color = {node: 1 - value if color[0] == 1 else value for node, value in color.items()}
         else:
             color = nx.greedy_color(graph, strategy="DSATUR")
@@ -306,7 +306,7 @@ def patch(lattice: nx.Graph, n_nodes: int, name: str | None = None) -> Graph:
     part = lattice.subgraph(max(nx.connected_components(lattice), key=len, default=()))
     if not 1 <= n_nodes <= len(part):
         msg = (
-            f"A patch of {n_nodes} connected qubits was asked for, but the lattice has {len(lattice)} qubits, "
+            f"A patch of {n_nodes} connected qubits was requested, but the lattice has {len(lattice)} qubits, "
             f"{len(part)} of them connected. Ask for 1 to {len(part)}."
         )
         raise ValueError(msg)

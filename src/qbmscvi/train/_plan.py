@@ -58,7 +58,7 @@ class QBMTrainingPlan(LoggedOncePerEpoch, TrainingPlan):
     schedule
         When to sample; None for :class:`~qbmscvi.SamplingSchedule` with its defaults.
     optimizer
-        Optimizer; scVI's default is ``"Adam"``.
+        Name of the optimizer, as in scVI, which uses ``"Adam"``.
     lr
         Learning rate of the networks; the default is twice scVI's.
     prior_lr
