@@ -425,7 +425,7 @@ def test_the_command_says_what_is_missing(platform, monkeypatch):
     monkeypatch.delenv("KAIWU_SDK_CODE")
     assert "without KAIWU_USER_ID and KAIWU_SDK_CODE" in dict(command.describe())["kaiwu"]
     monkeypatch.delenv("KAIWU_PYTHON")
-    assert dict(command.describe())["kaiwu"].startswith("not configured: The Kaiwu SDK needs an interpreter")
+    assert dict(command.describe())["kaiwu"].startswith("not configured: The Kaiwu SDK needs a separate interpreter")
 
 
 # The worker, and the real wheel ------------------------------------------------------------------------------------
