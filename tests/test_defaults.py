@@ -8,8 +8,8 @@ import re
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
-import pytest
 from scvi.train import TrainingPlan
+from tables import over
 from test_signatures import CALLABLES, PAGES, ROOT
 
 import qbmscvi
@@ -140,22 +140,22 @@ def unlisted_claims(text: str, listed: list[str]) -> list[str]:
     return [found.group() for found in SAID_OF_DEFAULTS.finditer(text)]
 
 
-@pytest.mark.parametrize("name", sorted(CALLABLES))
+@over("name", sorted(CALLABLES))
 def test_docstring_states_the_defaults_of_the_signature(name: str) -> None:
     assert wrong_in_docstring(CALLABLES[name], inspect.getdoc(CALLABLES[name]) or "") == []
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "src").rglob("*.py")), ids=lambda path: path.stem)
+@over("path", sorted((ROOT / "src").rglob("*.py")))
 def test_help_and_messages_state_the_defaults_of_the_code(path: Path) -> None:
     assert wrong_in_source(path.read_text()) == []
 
 
-@pytest.mark.parametrize(("page", "claim"), CLAIMS)
+@over(("page", "claim"), CLAIMS)
 def test_page_states_the_number_of_the_code(page: str, claim: str) -> None:
     assert claim in prose((ROOT / page).read_text())
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@over("page", PAGES)
 def test_no_page_states_a_default_that_is_not_compared(page: Path) -> None:
     listed = [claim for name, claim in CLAIMS if ROOT / name == page]
     assert unlisted_claims(prose(page.read_text()), listed) == []

@@ -8,6 +8,7 @@ import pkgutil
 from typing import TYPE_CHECKING
 
 import pytest
+from tables import over
 
 import qbmscvi
 
@@ -38,7 +39,7 @@ def failures(test: doctest.DocTest) -> list[str]:
     return said
 
 
-@pytest.mark.parametrize("test", EXAMPLES, ids=lambda test: test.name)
+@over("test", EXAMPLES)
 def test_example_runs_and_prints_what_it_says(test: doctest.DocTest) -> None:
     assert failures(test) == []
 
@@ -52,7 +53,7 @@ def test_examples_are_found_where_they_stand() -> None:
     } <= names
 
 
-@pytest.mark.parametrize(
+@over(
     ("example", "is_good"),
     [
         pytest.param(">>> 1 + 1\n2\n", True, id="good"),
