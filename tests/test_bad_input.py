@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import scvi
 import torch
+from tables import over
 
 from qbmscvi import QBMSCVI, SamplingSchedule
 from qbmscvi.boltzmann.smoothing import Gumbel, SpikeExponential
@@ -86,8 +87,8 @@ DATA = [
 
 
 @pytest.mark.filterwarnings("ignore:.*does not contain unnormalized count data")
-@pytest.mark.parametrize("is_sparse", [False, True], ids=["dense", "sparse"])
-@pytest.mark.parametrize(("change", "cause", "remedy"), DATA)
+@over("is_sparse", [False, True])
+@over(("change", "cause", "remedy"), DATA)
 def test_data_that_are_not_counts_are_refused(counts, change, cause, remedy, is_sparse):
     bad = counts.copy()
     X = change(bad.X.toarray())
@@ -167,7 +168,7 @@ def test_empty_cell_is_no_trouble_without_an_observed_library_size(counts):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@over(
     ("setup", "error", "cause"),
     [
         pytest.param({"batch_key": "donor"}, ValueError, "='donor' is no column of `adata.obs`", id="batch_key"),
@@ -323,13 +324,13 @@ CONSTRUCTOR = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "error", "cause", "remedy"), CONSTRUCTOR)
+@over(("arguments", "error", "cause", "remedy"), CONSTRUCTOR)
 def test_impossible_models_are_refused(adata, arguments, error, cause, remedy):
     with pytest.raises(error, match=message(cause, remedy)):
         small(adata, **arguments)
 
 
-@pytest.mark.parametrize(
+@over(
     ("build", "cause", "remedy"),
     [
         pytest.param(lambda: Gumbel(temperature=0.0), "temperature=0.0 must be above zero", "0.3 to 1", id="gumbel"),
@@ -457,7 +458,7 @@ TRAIN = [
 ]
 
 
-@pytest.mark.parametrize(("model_arguments", "arguments", "error", "cause", "remedy"), TRAIN)
+@over(("model_arguments", "arguments", "error", "cause", "remedy"), TRAIN)
 def test_impossible_training_is_refused_before_it_starts(adata, model_arguments, arguments, error, cause, remedy):
     model = small(adata, **model_arguments)
     before = {name: value.clone() for name, value in model.module.state_dict().items()}
@@ -477,7 +478,7 @@ def test_own_errors_are_also_those_of_python():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@over(
     ("arguments", "error", "cause", "remedy"),
     [
         pytest.param({"n_samples": 0}, ValueError, "n_(samples|cells)=0", "at least 1", id="none"),
@@ -507,7 +508,7 @@ def test_own_errors_are_also_those_of_python():
         ),
     ],
 )
-@pytest.mark.parametrize("method", ["sample_prior", "generate"])
+@over("method", ["sample_prior", "generate"])
 def test_impossible_samples_are_refused(adata, method, arguments, error, cause, remedy):
     arguments = dict(arguments)
     if method == "generate" and "n_samples" in arguments:

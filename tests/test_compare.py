@@ -12,6 +12,7 @@ import pytest
 import torch
 from scipy import stats
 from scvi.model import SCVI
+from tables import over
 
 from qbmscvi import benchmark
 from qbmscvi.benchmark import Task, _compare, _report, compare, prepare, read_records, write_report
@@ -121,7 +122,7 @@ def test_a_schedule_is_the_same_for_all(adata, quick_scores, schedule, warmup):
     assert [record["settings"]["training"]["n_epochs_kl_warmup"] for record in found] == [warmup] * 2
 
 
-@pytest.mark.parametrize(
+@over(
     ("change", "message"),
     [
         ({"label_key": "type"}, "label_key='type' is no column"),

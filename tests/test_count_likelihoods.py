@@ -10,6 +10,7 @@ import pytest
 import scvi
 import torch
 from scvi.distributions import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
+from tables import over
 
 from qbmscvi import QBMSCVI
 from qbmscvi.datasets import synthetic_counts
@@ -33,7 +34,7 @@ PAIRS = {
     "zinb": (SparseZeroInflatedNegativeBinomial, ZeroInflatedNegativeBinomial, ("mu", "theta", "zi_logits")),
     "poisson": (SparsePoisson, Poisson, ("rate",)),
 }
-every_likelihood = pytest.mark.parametrize("name", PAIRS)
+every_likelihood = over("name", PAIRS)
 
 
 def _parameters(dtype, theta_shape=(N_GENES,), draws=()) -> dict[str, torch.Tensor]:
@@ -68,8 +69,8 @@ def _value_and_gradients(cls, names, parameters, counts):
 
 
 @every_likelihood
-@pytest.mark.parametrize("theta_shape", THETA_SHAPES.values(), ids=THETA_SHAPES)
-@pytest.mark.parametrize("draws", [(), (1,), (N_DRAWS,)], ids=["cells", "one draw", "draws"])
+@over("theta_shape", THETA_SHAPES.values(), ids=THETA_SHAPES)
+@over("draws", [(), (1,), (N_DRAWS,)], ids=["cells", "one draw", "draws"])
 def test_value_and_gradients_are_those_of_scvi(name, theta_shape, draws):
     """In double precision; 1e-8 is what scVI's differences of logarithms lose at theta = 1e4."""
     ours, scvis, names = PAIRS[name]
@@ -99,8 +100,8 @@ def test_single_precision_is_no_worse_than_scvis(name):
         assert error <= max(2.0 * error_of_scvi, 1e-6)
 
 
-@pytest.mark.parametrize("is_inflated", [False, True], ids=["nb", "zinb"])
-@pytest.mark.parametrize("theta_shape", THETA_SHAPES.values(), ids=THETA_SHAPES)
+@over("is_inflated", [False, True], ids=["nb", "zinb"])
+@over("theta_shape", THETA_SHAPES.values(), ids=THETA_SHAPES)
 def test_gradient_is_that_of_finite_differences(is_inflated, theta_shape):
     generator = torch.Generator().manual_seed(2)
 
@@ -135,7 +136,7 @@ def test_only_asked_gradients_are_computed(name):
 
 
 @every_likelihood
-@pytest.mark.parametrize("counts", [torch.zeros(4, 5), torch.full((4, 5), 3.0)], ids=["only zeros", "no zeros"])
+@over("counts", [torch.zeros(4, 5), torch.full((4, 5), 3.0)], ids=["only zeros", "no zeros"])
 def test_density_of_the_counts_does_not_matter(name, counts):
     ours, scvis, names = PAIRS[name]
     parameters = {key: torch.full((4, 5), 0.7) for key in names}
@@ -173,7 +174,7 @@ def test_counts_may_have_more_axes_than_the_parameters(name):
     torch.testing.assert_close(ours(**parameters).log_prob(counts), scvis(**parameters).log_prob(counts))
 
 
-@pytest.mark.parametrize("bad", [-1.0, 0.5, float("nan")])
+@over("bad", [-1.0, 0.5, float("nan")])
 def test_values_that_are_no_counts_meet_what_scvi_does(bad):
     parameters = {key: torch.full((5,), 0.7) for key in ("mu", "theta", "zi_logits", "rate")}
     value = torch.tensor([0.0, 1.0, bad, 0.0, 2.0])

@@ -8,6 +8,7 @@ from scipy import sparse
 from sklearn.decomposition import PCA
 from sklearn.model_selection import cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
+from tables import over
 
 from qbmscvi import datasets
 from qbmscvi.datasets import synthetic_counts
@@ -64,7 +65,7 @@ def test_default_sparsity_is_that_of_single_cell_data():
         assert 0.85 < 1 - adata.X.nnz / np.prod(adata.shape) < 0.95
 
 
-@pytest.mark.parametrize("mean_depth", [1e-3, 1.0, 130.0])
+@over("mean_depth", [1e-3, 1.0, 130.0])
 def test_no_cell_is_empty(mean_depth):
     adata = synthetic_counts(500, 60, mean_depth=mean_depth)
     assert adata.X.sum(axis=1).min() >= 1
@@ -214,7 +215,7 @@ def test_result_survives_writing(tmp_path, default_adata):
     assert read.uns["synthetic"]["seed"] == 0
 
 
-@pytest.mark.parametrize(
+@over(
     ("arguments", "message"),
     [
         pytest.param({"n_types": 3}, r"`n_types` is out of range: got 3, .* at least 4\. .*trajectory", id="few-types"),

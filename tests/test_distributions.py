@@ -17,6 +17,7 @@ import pytest
 import torch
 from laws import binomial_p_value
 from scipy import special, stats
+from tables import over
 from torch.nn.functional import logsigmoid
 
 from qbmscvi.boltzmann.enumeration import all_states
@@ -28,8 +29,8 @@ SMOOTHINGS = {
     "gumbel": Gumbel(temperature=0.4),
     "spike-exponential": SpikeExponential(sharpness=3.5),
 }
-each_smoothing = pytest.mark.parametrize("smoothing", [pytest.param(s, id=name) for name, s in SMOOTHINGS.items()])
-each_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+each_smoothing = over("smoothing", [pytest.param(s, id=name) for name, s in SMOOTHINGS.items()])
+each_dtype = over("dtype", [torch.float64, torch.float32], ids=str)
 LOGITS = torch.tensor([-1.7, -0.4, 0.3, 2.2], dtype=torch.float64)
 
 
@@ -66,7 +67,7 @@ def test_posterior_is_normalized_and_its_sums_over_states_match():
     assert torch.allclose(q.entropy().sum(-1), -(p * p.log()).sum(0), rtol=1e-13)
 
 
-@pytest.mark.parametrize("magnitude", [pytest.param(40.0, id="40"), pytest.param(500.0, id="500")])
+@over("magnitude", [pytest.param(40.0, id="40"), pytest.param(500.0, id="500")])
 @each_dtype
 def test_saturated_logits_stay_finite_with_their_gradients(dtype, magnitude):
     logits = torch.tensor([[-magnitude, 0.0, magnitude]], dtype=dtype, requires_grad=True)
@@ -166,7 +167,7 @@ def test_spike_exponential_emits_the_law_it_was_trained_with():
     assert stats.kstest(zeta[spins > 0].numpy(), spike_cdf).pvalue > 1e-4
 
 
-@pytest.mark.parametrize("magnitude", [pytest.param(30.0, id="30"), pytest.param(300.0, id="300")])
+@over("magnitude", [pytest.param(30.0, id="30"), pytest.param(300.0, id="300")])
 @each_smoothing
 @each_dtype
 def test_relaxations_stay_finite_and_in_range_at_extreme_logits_and_noise(dtype, smoothing, magnitude):
@@ -300,8 +301,8 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize("pair", PAIRS)
-@pytest.mark.parametrize("temperature", [pytest.param(0.4, id="T-0.4"), pytest.param(1.0, id="T-1")])
+@over("pair", PAIRS)
+@over("temperature", [pytest.param(0.4, id="T-0.4"), pytest.param(1.0, id="T-1")])
 def test_gumbel_is_unbiased_for_its_relaxed_objective(temperature, pair):
     """Against the score function's form of the same gradient, which does not differentiate the decoder."""
     logits = torch.tensor(pair, dtype=torch.float64)
@@ -316,8 +317,8 @@ def test_gumbel_is_unbiased_for_its_relaxed_objective(temperature, pair):
     assert torch.allclose(found, expected, rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("pair", PAIRS)
-@pytest.mark.parametrize("sharpness", [pytest.param(1.0, id="sharpness-1"), pytest.param(5.0, id="sharpness-5")])
+@over("pair", PAIRS)
+@over("sharpness", [pytest.param(1.0, id="sharpness-1"), pytest.param(5.0, id="sharpness-5")])
 def test_spike_exponential_is_unbiased_for_its_own_model(sharpness, pair):
     """d/dl of (1 - q) f(spike) + q E f(slab) is q (1 - q) (E f(slab) - f(spike)): again without derivatives of f."""
     logits = torch.tensor(pair, dtype=torch.float64)
@@ -370,7 +371,7 @@ def test_colder_gumbel_has_less_bias_for_the_discrete_objective_and_more_varianc
 # Construction ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@over(
     ("name", "kind"),
     [
         pytest.param("straight-through", StraightThrough, id="straight-through"),
@@ -384,7 +385,7 @@ def test_smoothings_are_built_by_name_and_passed_through(name, kind):
     assert build_smoothing(smoothing) is smoothing
 
 
-@pytest.mark.parametrize(
+@over(
     ("build", "error", "match"),
     [
         pytest.param(lambda: Gumbel(0.0), ValueError, "temperature=0.0 must be above zero", id="temperature-zero"),

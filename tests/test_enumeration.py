@@ -11,6 +11,7 @@ import pytest
 import torch
 from dwave.samplers import TreeDecompositionSampler
 from laws import PROBLEMS, Law, assert_follows, random_problem, ring
+from tables import corners, over
 
 from qbmscvi.boltzmann import enumeration, graphs
 from qbmscvi.boltzmann.enumeration import (
@@ -31,8 +32,8 @@ CASES = PROBLEMS | {
     "one-spin": lambda **kw: random_problem(graphs.independent(1), seed=33, **kw),
     "two-spins": lambda **kw: random_problem(graphs.complete(2), seed=34, **kw),
 }
-each_problem = pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in CASES.items()])
-each_beta = pytest.mark.parametrize("beta", [pytest.param(beta, id=f"beta-{beta}") for beta in (0.3, 0.7, 2.0)])
+each_problem = over("make", [pytest.param(make, id=name) for name, make in CASES.items()])
+each_beta = over("beta", [pytest.param(beta, id=f"beta-{beta}") for beta in (0.3, 0.7, 2.0)])
 
 
 @each_beta
@@ -74,7 +75,7 @@ def test_log_z_derivative_in_beta_is_minus_the_mean_energy(make):
 
 
 @each_beta
-@pytest.mark.parametrize(
+@over(
     "graph",
     [
         pytest.param(graphs.from_networkx(nx.random_labeled_tree(20, seed=2)), id="tree-20"),
@@ -112,8 +113,7 @@ def test_splitting_the_states_into_chunks_changes_nothing(monkeypatch):
         assert torch.allclose(part, expected, rtol=0, atol=1e-14)
 
 
-@each_beta
-@each_problem
+@over(("make", "beta"), corners(CASES, (0.3, 0.7, 2.0)))
 def test_exact_draws_follow_the_law(make, beta):
     """Gate of ``laws.judge`` at its alpha of 1e-4."""
     problem = make()
@@ -145,7 +145,7 @@ def test_a_float32_problem_is_enumerated_in_float64():
     assert math.isclose(exact_log_z(problem, 0.7), exact_log_z(problem.to(torch.float64), 0.7), rel_tol=1e-15)
 
 
-@pytest.mark.parametrize(
+@over(
     ("graph", "expected"),
     [
         pytest.param(graphs.bipartite(3, 5), 3, id="smaller-layer"),

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from scipy import sparse
+from tables import over
 
 from qbmscvi.benchmark import _generation, gap_closed, score_generated, score_real
 from qbmscvi.benchmark._generation import (
@@ -369,7 +370,7 @@ BAD_CALLS = [
 ]
 
 
-@pytest.mark.parametrize(("call", "message"), BAD_CALLS)
+@over(("call", "message"), BAD_CALLS)
 def test_bad_arguments_are_refused(real, reference, call, message):
     with pytest.raises(ValueError, match=message):
         call(real, reference)

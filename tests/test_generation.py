@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from laws import ALPHA, Law, assert_follows, binomial_p_value, energy_table, judge, state_table
+from tables import over
 
 from qbmscvi import QBMSCANVI, QBMSCVI
 from qbmscvi.boltzmann import graphs
@@ -374,7 +375,7 @@ def test_model_without_data_needs_what_it_cannot_draw(covered, tmp_path):
         loaded.generate(20, seed=0, **arguments)
 
 
-@pytest.mark.parametrize(
+@over(
     ("arguments", "error", "message"),
     [
         pytest.param({"cell_type": "B"}, ValueError, "cell_type='B'.*no labels.*Leave.*from_qbmscvi_model", id="type"),
@@ -403,7 +404,7 @@ def test_impossible_cells_are_refused(covered, arguments, error, message):
         covered.generate(10, **arguments)
 
 
-@pytest.mark.parametrize("cell_type", ["Unknown", "b cell", 0])
+@over("cell_type", ["Unknown", "b cell", 0])
 def test_unknown_types_are_refused(annotated, cell_type):
     with pytest.raises(ValueError, match=f"Unknown cell_type {cell_type!r}. Use one of 'B', 'NK', 'T'"):
         annotated.generate(10, cell_type=cell_type)

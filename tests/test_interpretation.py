@@ -10,6 +10,7 @@ import pytest
 import scvi
 import torch
 from scipy.stats import spearmanr
+from tables import over
 
 from qbmscvi import QBMSCANVI, QBMSCVI
 from qbmscvi.boltzmann.enumeration import all_states
@@ -230,7 +231,7 @@ def partial(*shapes: tuple[int, ...]):
     return lambda model: partial_spearman(*(np.ones(shape) for shape in shapes))
 
 
-@pytest.mark.parametrize(
+@over(
     ("call", "message"),
     [
         pytest.param(lambda m: m.get_spin_programs(spins=[12]), r"`spins` is \[12\].* 0 to 11", id="spin"),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from laws import PROBLEMS, energy_table, random_problem, ring, scrambled_bipartite, state_table
+from tables import over
 
 from qbmscvi.boltzmann import graphs
 from qbmscvi.boltzmann.ising import (
@@ -28,9 +29,9 @@ CASES = PROBLEMS | {
     "no-edges-4": lambda **kw: random_problem(graphs.independent(4), seed=6, **kw),
     "one-spin": lambda **kw: random_problem(graphs.independent(1), seed=7, **kw),
 }
-each_problem = pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in CASES.items()])
+each_problem = over("make", [pytest.param(make, id=name) for name, make in CASES.items()])
 # Energies are sums of at most 80 terms of order one.
-each_dtype = pytest.mark.parametrize(
+each_dtype = over(
     ("dtype", "atol"),
     [pytest.param(torch.float64, 1e-12, id="float64"), pytest.param(torch.float32, 2e-5, id="float32")],
 )
@@ -69,7 +70,7 @@ def test_oracle_of_these_tests_matches_the_definition_term_by_term(make):
     assert np.allclose(table[rows], [energy_by_loops(problem, states[r]) for r in rows], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.float32, torch.float64], ids=str)
+@over("dtype", [torch.int8, torch.int64, torch.float32, torch.float64], ids=str)
 def test_energy_takes_spins_of_any_dtype_and_shape(dtype):
     problem = CASES["complete-6"]()
     states = torch.tensor(some_states(problem, 6)).to(dtype).reshape(2, 3, 6)
@@ -107,7 +108,7 @@ def test_bqm_has_the_same_energies(make):
     assert np.allclose(bqm.energies((states, range(problem.n_spins))), expected, rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("vartype", ["SPIN", "BINARY"])
+@over("vartype", ["SPIN", "BINARY"])
 @each_problem
 def test_bqm_round_trip_keeps_every_energy(make, vartype):
     problem = make()
@@ -189,8 +190,8 @@ def test_problem_refuses_shapes_that_disagree_with_the_graph(h, J, match):
         IsingModel(torch.zeros(h), torch.zeros(J), graphs.bipartite(3, 5))
 
 
-@pytest.mark.parametrize("value", [pytest.param(math.nan, id="nan"), pytest.param(-math.inf, id="inf")])
-@pytest.mark.parametrize("where", ["h", "J", "offset"])
+@over("value", [pytest.param(math.nan, id="nan"), pytest.param(-math.inf, id="inf")])
+@over("where", ["h", "J", "offset"])
 def test_one_bad_value_anywhere_makes_a_problem_not_finite(where, value):
     problem = CASES["complete-6"]()
     assert problem.is_finite
@@ -214,7 +215,7 @@ def test_casting_a_problem_casts_an_offset_that_is_a_tensor():
 
 
 @each_dtype
-@pytest.mark.parametrize(
+@over(
     "graph",
     [
         pytest.param(ring(11), id="gathered"),
@@ -233,7 +234,7 @@ def test_edge_fields_sum_over_neighbors(graph, dtype, atol):
     assert torch.allclose(edge_fields(values, J, graph), expected, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize(
+@over(
     "graph",
     [
         pytest.param(ring(9), id="gathered"),
@@ -256,7 +257,7 @@ def batch_of(n_spins, dtype=torch.float64, n_samples=50, seed=8):
 
 
 @each_dtype
-@pytest.mark.parametrize(
+@over(
     "graph",
     [
         pytest.param(ring(11), id="gathered"),
@@ -283,7 +284,7 @@ def test_part_of_a_batch_keeps_its_rows():
     assert torch.equal(part.energies, batch.energies[10:25])
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.float32, torch.float64])
+@over("dtype", [torch.int8, torch.int64, torch.float32, torch.float64])
 def test_spins_are_minus_one_and_one_and_nothing_else(dtype):
     spins = torch.tensor([[1, -1, 1], [-1, -1, 1]], dtype=dtype)
     assert are_spins(spins)
@@ -326,7 +327,7 @@ def test_kept_couplings_follow_the_problem():
 
 
 @each_dtype
-@pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in CASES.items() if name != "one-spin"])
+@over("make", [pytest.param(make, id=name) for name, make in CASES.items() if name != "one-spin"])
 def test_energies_given_fixed_spins_are_those_of_the_whole_problem(make, dtype, atol):
     """Every state of the others, for fixed spins in any order, none and all but one of them."""
     problem = make(dtype=dtype)
@@ -344,7 +345,7 @@ def test_energies_given_fixed_spins_are_those_of_the_whole_problem(make, dtype, 
         np.testing.assert_allclose(own.numpy(), table[agrees], rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize(
+@over(
     ("nodes", "values", "message"),
     [
         pytest.param([0, 6], [1, 1], r"\[0, 6\].*from 0 to 5", id="no-such-spin"),

@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from scipy import special, stats
 from scvi.module import VAE
+from tables import over
 from torch.distributions import kl_divergence
 
 from qbmscvi import QBMSCANVI, QBMSCVI
@@ -227,7 +228,7 @@ def test_marginal_likelihood_of_a_labeled_model_sums_over_the_cell_types():
     assert np.isfinite(model.get_kl()).all()
 
 
-@pytest.mark.parametrize(
+@over(
     ("arguments", "error", "match"),
     [
         pytest.param({"n_mc_samples": 0}, ValueError, "n_mc_samples=0 is too small", id="no-samples"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+from tables import over
 
 from qbmscvi.benchmark import score_latent
 
@@ -183,7 +184,7 @@ def test_rare_groups_are_left_out_with_a_warning(codes, name):
     assert scores["knn_accuracy"] == 1.0
 
 
-@pytest.mark.parametrize(
+@over(
     ("changes", "message"),
     [
         pytest.param({"latent": np.zeros(40)}, r"`latent` has shape \(40,\)", id="flat-latent"),

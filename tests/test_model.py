@@ -16,6 +16,7 @@ import scvi
 import torch
 from scvi.model import SCVI
 from scvi.module import VAE
+from tables import corners, over
 
 from qbmscvi import QBMSCVI, QBMVAE
 from qbmscvi.boltzmann.smoothing import Gumbel, SmoothingName
@@ -127,7 +128,7 @@ def test_smoothing_instance_is_used_as_it_is(adata):
     assert build(adata, smoothing=smoothing).module.z_encoder.smoothing == smoothing
 
 
-@pytest.mark.parametrize(
+@over(
     ("arguments", "n_visible", "n_hidden"),
     [
         pytest.param({}, 64, 64, id="defaults"),
@@ -267,7 +268,7 @@ def test_constructor_arguments_of_scvi_keep_their_meaning(counts, arguments, set
 DOCUMENTED_DEFAULTS = {("__init__", "n_latent"): 64}
 
 
-@pytest.mark.parametrize(
+@over(
     "method",
     [
         "__init__",
@@ -516,8 +517,9 @@ def test_prior_samples_are_reproducible_by_seed(model):
     np.testing.assert_array_equal(unseeded[0], model.sample_prior(50))
 
 
-@pytest.mark.parametrize("sampler", ["gibbs", "simulated_annealing", "exact"])
-@pytest.mark.parametrize("method", ["sample_prior", "generate"])
+@pytest.mark.parametrize(
+    ("sampler", "method"), [("gibbs", "generate"), ("simulated_annealing", "sample_prior"), ("exact", "sample_prior")]
+)
 def test_global_random_state_is_untouched_when_a_seed_is_given(model, method, sampler):
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()  # noqa: NPY002
     getattr(model, method)(30, sampler=sampler, seed=0)
@@ -617,8 +619,7 @@ def test_generated_cells_are_reproducible_by_seed(model):
     assert (unseeded.X != model.generate(40).X).any()
 
 
-@pytest.mark.parametrize("smoothing", SMOOTHINGS)
-@pytest.mark.parametrize("gene_likelihood", ["zinb", "poisson", "normal"])
+@pytest.mark.parametrize(("gene_likelihood", "smoothing"), corners(["zinb", "poisson", "normal"], SMOOTHINGS))
 def test_every_likelihood_and_smoothing_generates(adata, gene_likelihood, smoothing):
     model = train(build(adata, gene_likelihood=gene_likelihood, smoothing=smoothing), max_epochs=1)
     counts = model.generate(50, seed=0).X
@@ -667,7 +668,7 @@ def test_model_with_size_factors_generates_by_default(counts):
     assert set(generated.obs["library_size"]) <= factors
 
 
-@pytest.mark.parametrize(
+@over(
     ("arguments", "message"),
     [
         pytest.param({"batch": "batch_7"}, "Unknown batch 'batch_7'. Use one of 'batch_0', 'batch_1'", id="batch"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from laws import PROBLEMS, Law, random_problem, ring, scrambled_bipartite
 from scipy import stats
+from tables import over
 
 from qbmscvi.boltzmann import graphs
 from qbmscvi.boltzmann import log_z as _partition
@@ -139,7 +140,7 @@ def test_annealing_meets_enumeration_on_a_problem_beyond_the_automatic_limit():
     assert abs(estimate.value - exact_log_z(problem)) < 3 * estimate.scale
 
 
-@pytest.mark.parametrize(
+@over(
     ("graph", "method"),
     [
         pytest.param(graphs.bipartite(16, 18), "exact", id="16-of-34"),
@@ -202,7 +203,7 @@ def test_method_exact_goes_up_to_the_limit_of_enumeration():
         estimate_log_z(random_problem(graphs.bipartite(21, 22)), method="exact")
 
 
-@pytest.mark.parametrize(
+@over(
     ("arguments", "match"),
     [
         pytest.param({"method": "tap"}, "Unknown method 'tap'", id="method"),

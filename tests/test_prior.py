@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from laws import Law, binomial_p_value, random_problem, ring, scrambled_bipartite, set_exact_moments
+from tables import over
 from torch.autograd import grad
 from torch.distributions import kl_divergence
 from torch.nn.functional import logsigmoid
@@ -40,7 +41,7 @@ PRIORS = {
     "complete-5": lambda: random_prior(graphs.complete(5), seed=2),
     "ring-9-gathered": lambda: random_prior(ring(9), seed=3),
 }
-each_prior = pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in PRIORS.items()])
+each_prior = over("make", [pytest.param(make, id=name) for name, make in PRIORS.items()])
 
 
 def random_posterior(prior, batch=(6,), seed=7):

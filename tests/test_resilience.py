@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from tables import over
 
 from qbmscvi.exceptions import (
     BudgetExceeded,
@@ -279,7 +280,7 @@ def test_budgets_of_nothing_let_nothing_through():
 # Arguments ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@over(
     ("build", "match"),
     [
         (lambda: Retrying(ExactSampler(), 0), "n_attempts=0 must be at least 1"),

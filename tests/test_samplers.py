@@ -27,6 +27,7 @@ from laws import (
     random_scan_law,
     state_table,
 )
+from tables import corners, over
 
 from qbmscvi.boltzmann import graphs
 from qbmscvi.boltzmann.ising import IsingModel
@@ -56,7 +57,6 @@ SAMPLERS = {
 PERSISTENT = [pytest.param(SAMPLERS[name], id=name) for name in ("gibbs", "simulated-annealing")]
 each_sampler = pytest.mark.parametrize("sampler", [pytest.param(s, id=name) for name, s in SAMPLERS.items()])
 each_problem = pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in PROBLEMS.items()])
-each_beta = pytest.mark.parametrize("beta", [pytest.param(beta, id=f"beta-{beta}") for beta in BETAS])
 
 
 # The law -----------------------------------------------------------------------------------------------------------
@@ -121,9 +121,8 @@ def test_chains_of_one_call_and_of_two_seeds_are_independent(sampler):
 # The gate ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-@each_beta
-@each_problem
+@pytest.mark.parametrize(("make", "beta"), corners(PROBLEMS, BETAS))
+@over("fault", FAULTS)
 def test_gate_rejects_exact_draws_of_a_faulty_problem(make, beta, fault):
     """Each planted fault of ``laws.FAULTS`` fails the gate of the table, at a hundredth of its alpha and less."""
     problem = make()
@@ -145,8 +144,7 @@ def test_gate_rejects_a_block_update_that_ignores_its_own_edges(make):
     assert judge(torch.from_numpy(spins), Law.boltzmann(problem, beta)).p_value < 1e-2 * ALPHA
 
 
-@each_beta
-@each_problem
+@pytest.mark.parametrize(("make", "beta"), corners(PROBLEMS, BETAS))
 def test_gate_accepts_exact_draws(make, beta):
     """At alpha = 0.05 at most 11 of 60 exact sets fail: a gate that held its level would exceed that in 1e-4."""
     problem = make()
@@ -203,7 +201,7 @@ def test_a_sampler_may_implement_sample_batch_alone(problem):
     assert Batched().sample(SamplingRequest(problem, 3)).n_samples == 3
 
 
-@pytest.mark.parametrize(
+@over(
     ("spins", "match"),
     [
         pytest.param(torch.ones(4, 7), r"returned samples of shape \(4, 7\); \(4, 8\) was requested", id="spins"),
@@ -230,7 +228,7 @@ def test_a_missing_answer_is_refused(problem):
         Lazy().sample_batch([SamplingRequest(problem, 3), SamplingRequest(problem, 4)])
 
 
-@pytest.mark.parametrize("error", [OSError("port closed"), KeyError("h"), ZeroDivisionError()], ids=repr)
+@over("error", [OSError("port closed"), KeyError("h"), ZeroDivisionError()], ids=repr)
 def test_foreign_exceptions_become_sampler_errors_that_name_their_cause(problem, error):
     with pytest.raises(SamplerError, match=f"Scripted failed: {type(error).__name__}") as caught:
         Scripted(error).sample(SamplingRequest(problem, 4))
@@ -267,7 +265,7 @@ def test_malformed_answers_are_refused(problem, answer):
         Scripted(answer).sample(SamplingRequest(problem, 4))
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.float32], ids=str)
+@over("dtype", [torch.int8, torch.int64, torch.float32], ids=str)
 def test_energies_are_recomputed_from_the_spins(problem, dtype):
     spins = Law.boltzmann(problem, 0.7).draw(4, seed=1)
     batch = Scripted(Draw(spins.to(dtype), info={"energies": "nonsense"})).sample(SamplingRequest(problem, 4, 0.7))
@@ -311,8 +309,8 @@ def test_without_a_seed_the_global_stream_decides(sampler, problem):
     assert not torch.equal(*draws[0])
 
 
-@pytest.mark.parametrize("sampler", PERSISTENT)
-@each_problem
+@over("sampler", PERSISTENT)
+@over("make", PROBLEMS.values(), PROBLEMS)
 def test_one_cold_sweep_from_a_ground_state_stays_there(sampler, make):
     problem = make()
     table = energy_table(problem)
@@ -344,8 +342,8 @@ def test_gibbs_reports_its_sweeps_and_takes_its_own_numbers_by_default(problem):
     assert [batch.info["is_fresh"] for batch in (fresh, continued, asked)] == [True, False, False]
 
 
-@pytest.mark.parametrize("value", [pytest.param(torch.nan, id="nan"), pytest.param(torch.inf, id="inf")])
-@each_sampler
+@over("value", [pytest.param(torch.nan, id="nan"), pytest.param(torch.inf, id="inf")])
+@over("sampler", SAMPLERS.values(), SAMPLERS)
 def test_problems_that_are_not_finite_are_refused(sampler, value, problem):
     problem.J[3] = value
     with pytest.raises(InvalidSamples, match="values that are not finite.*lower the learning rate"):
@@ -369,7 +367,7 @@ def test_exact_sampler_takes_a_wide_bipartite_problem():
     assert ExactSampler().sample(SamplingRequest(problem, 5, 0.7, seed=1)).spins.shape == (5, 304)
 
 
-@pytest.mark.parametrize(
+@over(
     ("arguments", "match"),
     [
         pytest.param({"beta": 0.0}, "beta=0.0 is not a positive finite number", id="beta-zero"),
@@ -387,7 +385,7 @@ def test_requests_without_meaning_are_refused(problem, arguments, match):
         SamplingRequest(**({"problem": problem, "n_samples": 4} | arguments))
 
 
-@pytest.mark.parametrize(
+@over(
     ("build", "match"),
     [
         pytest.param(lambda: BlockGibbsSampler(n_sweeps=0), "n_sweeps=0 and burn_in=200", id="gibbs-sweeps"),
@@ -402,7 +400,7 @@ def test_samplers_refuse_values_without_meaning(build, match):
         build()
 
 
-@pytest.mark.parametrize(
+@over(
     ("build", "match"),
     [
         pytest.param(lambda: build_sampler(3), "got int", id="number"),
@@ -416,7 +414,7 @@ def test_samplers_refuse_other_types(build, match):
         build()
 
 
-@pytest.mark.parametrize(
+@over(
     ("name", "kind"),
     [
         pytest.param("gibbs", BlockGibbsSampler, id="gibbs"),

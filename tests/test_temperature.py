@@ -9,6 +9,7 @@ import pytest
 import torch
 from laws import Law, energy_table, random_problem, state_table
 from scipy import optimize, stats
+from tables import corners, over
 
 from qbmscvi.boltzmann import graphs
 from qbmscvi.boltzmann.ising import IsingModel, SampleBatch
@@ -48,8 +49,7 @@ def test_pseudo_likelihood_estimate_maximizes_the_pseudo_likelihood(name):
     assert effective_beta(problem, batch).value == pytest.approx(best, abs=1e-6)
 
 
-@pytest.mark.parametrize("beta", [0.05, 0.3, 1.0, 2.0, 4.0])
-@each_problem
+@over(("name", "beta"), corners(list(PROBLEMS), [0.05, 0.3, 1.0, 2.0, 4.0]))
 def test_pseudo_likelihood_is_consistent(name, beta):
     """States as often as their probability says, rounded in the order of energies: a third of the sampling error."""
     problem = PROBLEMS[name]
@@ -189,7 +189,7 @@ def test_an_estimate_outside_the_bracket_is_refused():
     assert narrow.value == pytest.approx(effective_beta(problem, batch).value, abs=1e-6)
 
 
-@pytest.mark.parametrize("bracket", [(0.0, 1.0), (-1.0, 1.0), (2.0, 1.0), (1.0, 1.0), (float("nan"), 1.0)], ids=str)
+@over("bracket", [(0.0, 1.0), (-1.0, 1.0), (2.0, 1.0), (1.0, 1.0), (float("nan"), 1.0)], ids=str)
 def test_brackets_without_meaning_are_refused(bracket):
     problem = PROBLEMS["bipartite-3x5"]
     with pytest.raises(ValueError, match="must be two positive numbers in increasing order"):
