@@ -12,13 +12,17 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
+from tables import over
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-# `make tutorials` and the site run all of them; the default run only the first.
-NOTEBOOKS = [
-    pytest.param(path, id=path.stem, marks=[] if path.stem == "quickstart" else pytest.mark.slow)
-    for path in sorted((ROOT / "tutorials").glob("*.ipynb"))
+# Names and arguments in them are checked by test_signatures.py; `make tutorials` and the site run them.
+NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
+# The page of the benchmark compiles scIB's scores for half a minute; test_compare.py runs what it shows.
+RUNNING = [
+    pytest.param(page, id=page.stem, marks=pytest.mark.slow if page.stem == "benchmark" else [])
+    for page in PAGES
+    if "```" in page.read_text()
 ]
 INTERVAL = re.compile(r"([-+]?\d+\.\d+)[^().\d]*\(([-+]?\d+\.\d+)\s+to\s+([-+]?\d+\.\d+)\)")
 FENCE = re.compile(r"^```(?P<info>[^\n]*)\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
@@ -35,24 +39,36 @@ def run_fences(text: str, name: str) -> None:
     plt.close("all")
 
 
-def run_cells(notebook: dict, name: str) -> None:
+def code_cells(notebook: dict) -> list[str]:
+    """Code of a notebook that is stored without outputs."""
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert cells
+    assert [cell["outputs"] for cell in cells if cell["outputs"]] == []
+    return ["".join(cell["source"]) for cell in cells]
+
+
+def run_cells(notebook: dict, name: str) -> None:
     namespace: dict = {}
-    for number, cell in enumerate(cells):
-        assert cell["outputs"] == []
-        exec(compile("".join(cell["source"]), f"{name}:{number}", "exec"), namespace)
+    for number, code in enumerate(code_cells(notebook)):
+        exec(compile(code, f"{name}:{number}", "exec"), namespace)
     plt.close("all")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", RUNNING)
 def test_python_fences_of_a_page_run_in_order(page: Path) -> None:
     run_fences(page.read_text(), str(page))
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS)
-def test_notebook_runs_and_is_stored_without_outputs(notebook: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs(notebook: Path) -> None:
     run_cells(json.loads(notebook.read_text()), notebook.name)
+
+
+@over("notebook", NOTEBOOKS)
+def test_notebook_compiles_and_is_stored_without_outputs(notebook: Path) -> None:
+    for code in code_cells(json.loads(notebook.read_text())):
+        compile(code, notebook.name, "exec")
 
 
 def test_planted_mistakes_are_found() -> None:
@@ -73,11 +89,14 @@ def test_planted_mistakes_are_found() -> None:
         run_cells({"cells": [{**cell, "outputs": [{}]}]}, "notebook")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_relative_links_of_a_page_lead_somewhere(page: Path) -> None:
-    targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text())
-    missing = [target for target in targets if not (page.parent / target).exists()]
-    assert missing == []
+def dead_links(text: str, folder: Path) -> list[str]:
+    targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", text)
+    return [target for target in targets if not (folder / target).exists()]
+
+
+def test_relative_links_of_a_page_lead_somewhere() -> None:
+    assert [(page.name, link) for page in PAGES for link in dead_links(page.read_text(), page.parent)] == []
+    assert dead_links("[a](README.md#top), [b](docs/none.md), [c](https://none.org)", ROOT) == ["docs/none.md"]
 
 
 def intervals_without_a_source(text: str) -> list[tuple[str, ...]]:
@@ -99,7 +118,7 @@ def intervals_without_a_source(text: str) -> list[tuple[str, ...]]:
 CLAIMING = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("annotation", "comparison", "settings"))]
 
 
-@pytest.mark.parametrize("page", CLAIMING, ids=lambda page: page.name)
+@over("page", CLAIMING)
 def test_intervals_of_a_page_are_those_of_the_tables(page: Path) -> None:
     text = page.read_text()
     assert INTERVAL.findall(text)
@@ -122,7 +141,7 @@ def claims_that_hold_zero(text: str) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("page", CLAIMING, ids=lambda page: page.name)
+@over("page", CLAIMING)
 def test_no_claim_of_a_page_has_an_interval_that_holds_zero(page: Path) -> None:
     assert claims_that_hold_zero(page.read_text()) == []
 
