@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from laws import PROBLEMS, Law, assert_follows, energy_table, judge, random_problem, state_table
+from tables import corners
 
 from qbmscvi.boltzmann import graphs
 from qbmscvi.boltzmann.ising import IsingModel
@@ -47,9 +48,7 @@ def moment_error(spins: torch.Tensor, law: Law) -> float:
 # The matrix --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ancilla", [-1, 1])
-@pytest.mark.parametrize("beta", [0.5, 3.0, 100.0])
-@each_problem
+@pytest.mark.parametrize(("name", "beta", "ancilla"), corners(list(PROBLEMS), [0.5, 3.0, 100.0], [-1, 1]))
 def test_the_matrix_has_the_energies_of_the_problem(name, beta, ancilla):
     """All states, against sums written out over edges; up to the rounding that is reported."""
     problem = PROBLEMS[name]()

@@ -28,6 +28,7 @@ from dwave.system.testing import MockDWaveSampler
 from faulty import Pace
 from laws import PROBLEMS, Law, assert_follows, energy_table, judge, random_problem, state_table
 from sapi_server import TOKEN, SapiServer, Solver, working_graph
+from tables import corners
 
 from qbmscvi import QBMSCVI, SamplingSchedule
 from qbmscvi.boltzmann import graphs
@@ -116,8 +117,7 @@ GRAPHS = {
 }
 
 
-@pytest.mark.parametrize("family", LATTICES)
-@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize(("name", "family"), corners(list(GRAPHS), list(LATTICES)))
 def test_every_copy_is_an_embedding_of_its_own(family, name):
     graph, lattice = GRAPHS[name](), LATTICES[family]()
     found = find_embedding(graph, lattice, max_copies=3, seed=1, seconds=20.0)
@@ -187,8 +187,7 @@ def on_zephyr(name: str) -> Embedding:
     return find_embedding(GRAPHS[name](), LATTICES["zephyr"](), max_copies=2, seed=1, seconds=20.0)
 
 
-@pytest.mark.parametrize("chain_strength", [None, 0.7, 2.0])
-@pytest.mark.parametrize("size", [0.01, 1.0, 30.0])
+@pytest.mark.parametrize(("size", "chain_strength"), corners([0.01, 1.0, 30.0], [0.7, None, 2.0]))
 def test_programs_stay_within_the_ranges_and_nothing_is_clipped(service, size, chain_strength):
     solver = service.solvers["Loop_zephyr"]
     for name in ("bipartite-12x10", "complete-7", "petersen", "independent-4"):
@@ -295,8 +294,7 @@ def test_chains_hold_where_couplings_are_zero():
 # The law -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("topology", ["zephyr", "pegasus"])
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize(("name", "topology"), corners(list(PROBLEMS), ["zephyr", "pegasus"]))
 def test_answers_follow_the_law_through_embedding_and_back(name, topology):
     """Alpha 1e-4 a case. Chains so strong that 1.8 * 2 * 5 keeps them from breaking."""
     problem = PROBLEMS[name]()

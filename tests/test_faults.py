@@ -8,12 +8,14 @@ import threading
 import time
 import warnings
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
 import scvi
 import torch
 from faulty import FAULTS, Faulty, Honesty, Pace, SteppedClock, SteppedDevice
+from tables import corners
 
 from qbmscvi import QBMSCVI, SamplingSchedule
 from qbmscvi.datasets import synthetic_counts
@@ -83,16 +85,13 @@ def assert_survived(model, n_failures: int, words: str, n_trips: int | None = No
     assert model.worst < MAX_Z
 
 
+SOME = corners(FAULTS.keys(), ["local-chains", "remote"])
+REST = [pytest.param(*pair, marks=pytest.mark.slow) for pair in product(FAULTS, PLACES)]
+
+
 @pytest.mark.parametrize(
-    "place",
-    [
-        "local-chains",
-        "remote",
-        pytest.param("local-draws", marks=pytest.mark.slow),
-        pytest.param("remote-waited-for", marks=pytest.mark.slow),
-    ],
+    ("fault", "place"), SOME + [param for param in REST if param.values not in [some.values for some in SOME]]
 )
-@pytest.mark.parametrize("fault", FAULTS)
 def test_training_survives(adata, fault, place):
     """Every second answer is spoiled, from the second on."""
     spoil, words = FAULTS[fault]

@@ -17,6 +17,7 @@ import torch
 from devices import Device, Faulty, OffTemperature, connected, rescaled
 from laws import random_problem
 from scipy import stats
+from tables import corners
 
 from qbmscvi.boltzmann import graphs
 from qbmscvi.exceptions import GraphMismatchError
@@ -302,11 +303,8 @@ def test_everything_that_a_check_asks_is_replayed_bit_for_bit(child, tmp_path):
 
 # Planted errors ----------------------------------------------------------------------------------------------------
 
-each_fault = pytest.mark.parametrize("fault", Faulty.FAULTS)
 
-
-@each_fault
-@each({name: TABLE[name] for name in ("exact", "gibbs")})
+@pytest.mark.parametrize(("case", "fault"), corners({name: TABLE[name] for name in ("exact", "gibbs")}, Faulty.FAULTS))
 def test_planted_errors_fail_on_every_graph_and_in_either_precision(case, fault, tmp_path):
     broken, report = examine(Faulty(case.build(tmp_path), fault), case, betas=(1.0,), dtypes=DTYPES)
     assert broken == {"distribution"} | ({"order"} if fault == "shifted-nodes" else set())
@@ -322,8 +320,7 @@ KINDS = (
 )
 
 
-@each_fault
-@each({name: TABLE[name] for name in KINDS})
+@pytest.mark.parametrize(("case", "fault"), corners({name: TABLE[name] for name in KINDS}, Faulty.FAULTS))
 def test_planted_errors_around_other_kinds_fail(case, fault, tmp_path):
     """At one temperature and in one precision; around chains of dimod and a stack."""
     broken, _ = examine(Faulty(case.build(tmp_path), fault), case, betas=(1.0,), dtypes=(torch.float32,))

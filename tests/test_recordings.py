@@ -20,6 +20,7 @@ import pytest
 import scvi
 import torch
 from laws import random_problem, ring
+from tables import over
 
 from qbmscvi import QBMSCVI, SamplingSchedule
 from qbmscvi.datasets import synthetic_counts
@@ -95,8 +96,9 @@ def rewrite(path, change, line=2) -> Path:
     """Change a line of a tape, given and taken as text, the header being line 1."""
     lines = path.read_text().splitlines()
     lines[line - 1] = change(lines[line - 1])
-    path.write_text("\n".join(lines) + "\n")
-    return path
+    changed = path.with_name(f"{path.name}-changed")
+    changed.write_text("\n".join(lines) + "\n")
+    return changed
 
 
 def checksum(entry) -> str:
@@ -322,7 +324,7 @@ def test_facts_of_a_budget_are_kept(tmp_path):
 # Damage ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@over(
     ("change", "match"),
     [
         pytest.param(lambda line: line[: len(line) // 2], r"Line 2 of the recording .* is damaged", id="half-a-line"),
@@ -378,7 +380,7 @@ def test_no_single_changed_character_goes_unnoticed(tape):
             assert {**player._calls[0], "sha256": due["sha256"]} == due
 
 
-@pytest.mark.parametrize(
+@over(
     "header",
     [
         pytest.param('{"format": "qbmscvi-recording", "version": 2}', id="later-version"),
@@ -428,7 +430,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("change", [pytest.param(change, id=name) for name, change in OTHERS.items()])
+@over("change", [pytest.param(change, id=name) for name, change in OTHERS.items()])
 def test_another_question_is_not_answered(tape, change):
     player = Replayed(tape)
     for request in requests_of()[:3]:

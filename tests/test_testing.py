@@ -17,6 +17,7 @@ import torch
 from dwave.samplers import RandomSampler, SteepestDescentSampler
 from laws import Law, block_gibbs_law, energy_table, judge, random_problem, random_scan_law
 from scipy import stats
+from tables import corners, over
 
 from qbmscvi.boltzmann import graphs
 from qbmscvi.boltzmann.enumeration import all_states
@@ -111,8 +112,7 @@ def test_no_field_or_coupling_can_be_lost_unnoticed(name):
 # The gate ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("beta", [0.3, 1.0, 2.0])
-@each_problem
+@pytest.mark.parametrize(("name", "beta"), corners(PROBLEM_NAMES, [0.3, 1.0, 2.0]))
 def test_comparison_agrees_with_the_gate_of_the_tests(name, beta):
     problem = tiny_problems()[name]
     law = Law.boltzmann(problem, beta)
@@ -419,7 +419,7 @@ def test_the_error_is_an_assertion_and_of_the_package():
     assert issubclass(SamplerCheckError, QBMSCVIError)
 
 
-@pytest.mark.parametrize(
+@over(
     ("arguments", "match"),
     [
         ({"n_samples": 99}, "n_samples=99.*at least 100 samples"),
@@ -433,7 +433,7 @@ def test_arguments_without_meaning_are_refused(arguments, match):
         check_sampler(ExactSampler(), **arguments)
 
 
-@pytest.mark.parametrize("sampler", ["gibbs", ExactSampler, RandomSampler], ids=["name", "class", "dimod-class"])
+@over("sampler", ["gibbs", ExactSampler, RandomSampler], ids=["name", "class", "dimod-class"])
 def test_only_samplers_are_checked(sampler):
     with pytest.raises(TypeError, match="must be a qbmscvi.samplers.Sampler or a dimod sampler, got|is a class"):
         check_sampler(sampler)

@@ -233,7 +233,7 @@ def test_saved_file_holds_no_sampler(adata, tmp_path):
     assert not [name for name, value in attributes.items() if isinstance(value, Sampler)]
 
 
-@pytest.mark.parametrize("sampler", SAMPLER_NAMES)
+@pytest.mark.parametrize("sampler", ["gibbs", "simulated_annealing", "coherent_ising"])
 def test_equal_seeds_give_bit_equal_models(adata, sampler):
     def run(seed):
         scvi.settings.seed = seed
@@ -251,7 +251,7 @@ def test_equal_seeds_give_bit_equal_models(adata, sampler):
     [
         pytest.param({"schedule": SamplingSchedule(every_n_steps=1, n_sweeps=9, burn_in=20)}, id="n_sweeps"),
         pytest.param({"schedule": SamplingSchedule(every_n_steps=3)}, id="every_n_steps"),
-        *(pytest.param({"sampler": name}, id=name) for name in SAMPLER_NAMES[1:]),
+        *(pytest.param({"sampler": name}, id=name) for name in ("simulated_annealing", "exact")),
         pytest.param({"sampler": Faulty(FAULTS["timeout"].spoil, child=BlockGibbsSampler())}, id="failing"),
     ],
 )

@@ -16,6 +16,7 @@ import torch
 from devices import BELIEVED_BETA, TRUE_BETA, Device, Faulty, OffTemperature, rescaled
 from dwave.samplers import RandomSampler, SteepestDescentSampler
 from laws import Law, assert_follows, block_gibbs_law, random_problem
+from tables import corners, over
 
 from qbmscvi.boltzmann import graphs
 from qbmscvi.boltzmann.ising import IsingModel
@@ -158,8 +159,8 @@ def test_many_gauges_leave_no_field_beyond_their_standard_error():
 # Rescaled ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("h_limit", "J_limit"), [(1.0, 0.5), (0.01, None), (None, 3.0), (100.0, 1e-3)], ids=str)
-@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+@over(("h_limit", "J_limit"), [(1.0, 0.5), (0.01, None), (None, 3.0), (100.0, 1e-3)], ids=str)
+@over("size", [1e-6, 1.0, 1e6])
 def test_rescaled_scales_and_never_clips(h_limit, J_limit, size):
     """The child's problem is a multiple of the caller's, fills a range, and beta takes the multiple up."""
     problem, spy = random_problem(graphs.bipartite(3, 4), seed=1, scale=size), Spy()
@@ -213,8 +214,8 @@ def test_where_the_range_ends_samples_are_as_hot_as_reported(name):
     assert compare_with_boltzmann(problem, batch, 2.0).p_value < 1e-6
 
 
-@pytest.mark.parametrize("n_bits", [2, 5, 8, 16])
-@each_problem
+@over("n_bits", [2, 5, 8, 16])
+@over("name", PROBLEMS)
 def test_rounding_is_to_the_grid_and_its_error_is_recorded(name, n_bits):
     problem, spy = PROBLEMS[name], Spy()
     batch = ask(Rescaled(spy, h_limit=2.0, J_limit=1.0, n_bits=n_bits), problem, 5)
@@ -264,7 +265,7 @@ def test_each_request_of_a_batch_has_its_own_scale():
 # SpinReversed ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("n_samples", "n_gauges"), [(10, 3), (7, 7), (2, 5), (1, 4), (12, 1)])
+@over(("n_samples", "n_gauges"), [(10, 3), (7, 7), (2, 5), (1, 4), (12, 1)])
 def test_samples_are_shared_out_among_gauges_in_one_trip(n_samples, n_gauges):
     problem, spy = PROBLEMS["complete-6"], Spy()
     batch = ask(SpinReversed(spy, n_gauges), problem, n_samples)
@@ -301,7 +302,7 @@ def test_gauges_follow_the_seed_and_the_requests():
         assert torch.equal(sampler.sample(one).spins, both.spins)
 
 
-@pytest.mark.parametrize(
+@over(
     "build",
     [
         pytest.param(lambda: SpinReversed(Frozen(), 3), id="once"),
@@ -309,8 +310,8 @@ def test_gauges_follow_the_seed_and_the_requests():
         pytest.param(lambda: Retrying(SpinReversed(Rescaled(SpinReversed(Frozen(), 4), h_limit=1), 3)), id="stack"),
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.float32], ids=str)
-@each_problem
+@over("dtype", [torch.int8, torch.int64, torch.float32], ids=str)
+@over("name", PROBLEMS)
 def test_chains_that_do_not_move_come_back_as_they_were(name, dtype, build):
     problem = PROBLEMS[name]
     rows = np.random.default_rng(7).choice([-1, 1], size=(11, problem.n_spins))
@@ -415,8 +416,7 @@ def test_calibrated_passes_flat_problems_on_and_refuses_noise_and_the_opposite_s
 # Polished ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n_sweeps", [1, 3])
-@each_problem
+@pytest.mark.parametrize(("name", "n_sweeps"), corners(list(PROBLEMS), [1, 3]))
 def test_polish_is_so_many_gibbs_sweeps_at_the_requested_temperature(name, n_sweeps):
     """From uniform spins, far from equilibrium, to the exact law of the sweeps. Alpha 1e-4 a case."""
     problem = PROBLEMS[name]
@@ -489,7 +489,7 @@ def test_rescaled_checks_the_problem_that_the_child_will_see():
         Rescaled(Ring()).check(PROBLEMS["complete-6"])
 
 
-@pytest.mark.parametrize(
+@over(
     ("build", "match"),
     [
         (lambda: Rescaled(ExactSampler(), h_limit=0.0), "h_limit=0.0 must be positive, or None"),

@@ -19,6 +19,7 @@ import scanpy as sc
 from anndata import AnnData
 from scipy.sparse import csr_matrix
 from sklearn.metrics import normalized_mutual_info_score
+from tables import corners, over
 
 from qbmscvi import demo
 from qbmscvi.benchmark import __main__ as command_line
@@ -382,8 +383,7 @@ def with_column(adata, values):
     return adata
 
 
-@pytest.mark.parametrize("role", ["label_key", "batch_key"])
-@pytest.mark.parametrize("values", [pytest.param(values, id=name) for name, values in COLUMNS.items()])
+@pytest.mark.parametrize(("values", "role"), corners(COLUMNS, ["label_key", "batch_key"]))
 def test_columns_of_any_single_type_group_cells(adata, quick_scores, values, role):
     keys, data = {**KEYS, role: "column"}, with_column(adata, values)
     kept = prepare(data, n_genes=np.int64(30), max_cells=np.int64(150), **keys)
@@ -394,7 +394,7 @@ def test_columns_of_any_single_type_group_cells(adata, quick_scores, values, rol
     json.dumps(record, allow_nan=False)
 
 
-@pytest.mark.parametrize("values", [pytest.param(values, id=name) for name, values in GAPS.items()])
+@over("values", [pytest.param(values, id=name) for name, values in GAPS.items()])
 def test_cells_without_a_label_are_left_out_and_without_a_batch_refused(adata, values):
     data, n_missing = with_column(adata, values), int(pd.isna(values).sum())
     for role in KEYS:
@@ -409,8 +409,8 @@ def test_cells_without_a_label_are_left_out_and_without_a_batch_refused(adata, v
             prepare(data, label_key="column")
 
 
-@pytest.mark.parametrize("role", ["label_key", "batch_key"])
-@pytest.mark.parametrize("values", [pytest.param(values, id=name) for name, values in MIXED.items()])
+@over("role", ["label_key", "batch_key"])
+@over("values", [pytest.param(values, id=name) for name, values in MIXED.items()])
 def test_text_beside_other_values_is_refused(adata, values, role):
     data, keys = with_column(adata, values), {**KEYS, role: "column"}
     for function in (prepare, functools.partial(compare, models=["PCA"], records=None)):
@@ -429,7 +429,7 @@ def test_unlabeled_is_found_in_labels_that_are_no_text(adata):
     assert prepare(data, label_key="column", unlabeled="-1").n_obs == 80
 
 
-@pytest.mark.parametrize(
+@over(
     ("change", "error", "message"),
     [
         pytest.param({"n_genes": 0}, ValueError, "n_genes=0", id="no-genes"),
@@ -447,7 +447,7 @@ def test_prepare_refuses_what_no_genes_can_be_chosen_from(adata, change, error, 
         prepare(data, label_key="cell_type", **{"n_genes": 30, **change})
 
 
-@pytest.mark.parametrize("missing", [None, pd.NA, np.nan], ids=["None", "NA", "NaN"])
+@over("missing", [None, pd.NA, np.nan], ids=["None", "NA", "NaN"])
 def test_an_order_may_be_missing_in_any_way(adata, quick_scores, missing):
     values = np.where(HALF, adata.obs["stage"].astype(object), missing)
     given = {"models": ["PCA"], "records": None, "progress": False, **AS_NUMPY}
@@ -486,7 +486,7 @@ FILE_ERRORS = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), FILE_ERRORS)
+@over(("arguments", "message"), FILE_ERRORS)
 def test_errors_of_the_comparison_name_its_options(file, tmp_path, arguments, message):
     text = run_command(command_line, [file, "--label-key", "cell_type", "--out", str(tmp_path), *arguments])
     assert re.search(message, text), text
@@ -549,7 +549,7 @@ def test_each_lineage_scores_what_it_scores_alone():
         assert scores == {**alone, f"lineage_tau_{name}": alone["pseudotime_tau"]}
 
 
-@pytest.mark.parametrize("missing", [None, np.nan, pd.NA], ids=["None", "NaN", "NA"])
+@over("missing", [None, np.nan, pd.NA], ids=["None", "NaN", "NA"])
 def test_small_lineages_and_those_of_one_stage_are_left_out_and_named(missing):
     latent, order, lineages = two_lines()
     lineages = lineages.astype(object)
@@ -560,7 +560,7 @@ def test_small_lineages_and_those_of_one_stage_are_left_out_and_named(missing):
     assert {name for name in scores if name.startswith("lineage")} == {"lineage_tau_a", "lineage_tau_b"}
 
 
-@pytest.mark.parametrize(
+@over(
     ("changes", "message"),
     [
         pytest.param({"order": None}, "`lineages` are given without `order`", id="no-order"),

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import sparse
+from tables import corners, over
 
 import qbmscvi
 from qbmscvi import QBMSCANVI, QBMSCVI
@@ -86,7 +87,7 @@ BAD_VALUES = [
 ]
 
 
-@pytest.mark.parametrize(("change", "value", "where"), BAD_VALUES)
+@over(("change", "value", "where"), BAD_VALUES)
 def test_training_refuses_what_is_not_finite_before_it_starts(counts, change, value, where):
     adata = counts.copy()
     change(adata, value)
@@ -99,7 +100,7 @@ def test_training_refuses_what_is_not_finite_before_it_starts(counts, change, va
         model.get_latent_representation()
 
 
-@pytest.mark.parametrize(("change", "value", "where"), BAD_VALUES)
+@over(("change", "value", "where"), BAD_VALUES)
 def test_new_data_are_refused_where_they_are_not_finite(counts, trained, change, value, where):
     query = counts[:30].copy()
     change(query, value)
@@ -107,7 +108,7 @@ def test_new_data_are_refused_where_they_are_not_finite(counts, trained, change,
         trained.get_latent_representation(query)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@over("method", METHODS)
 def test_every_method_refuses_nan_in_new_data(counts, trained, method):
     query = counts[:30].copy()
     METHODS[method](trained, query.copy())  # as it is, it is taken
@@ -170,8 +171,7 @@ def _recovered(counts: ad.AnnData, dtype: str) -> np.ndarray:
     return np.expm1(np.log1p(X / size * 1e4)) * size / 1e4
 
 
-@pytest.mark.parametrize("likelihood", ["zinb", "nb", "poisson"])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("dtype", "likelihood"), corners(["float32", "float64"], ["zinb", "nb", "poisson"]))
 def test_rounding_error_is_no_fraction(counts, dtype, likelihood):
     adata = counts.copy()
     adata.X = _recovered(counts, dtype)
@@ -185,7 +185,7 @@ def test_rounding_error_is_no_fraction(counts, dtype, likelihood):
     assert errors[0] == pytest.approx(errors[1], rel=0.05)
 
 
-@pytest.mark.parametrize("likelihood", ["zinb", "nb", "poisson"])
+@over("likelihood", ["zinb", "nb", "poisson"])
 def test_likelihood_of_noisy_counts_is_that_of_the_integers(counts, likelihood):
     import torch
 
@@ -221,7 +221,7 @@ def test_large_counts_are_taken_within_their_precision(counts):
         pytest.param(lambda X: X - X.mean(0), "scaled or centered", id="centered"),
     ],
 )
-@pytest.mark.parametrize("is_sparse", [False, True], ids=["dense", "sparse"])
+@over("is_sparse", [False, True])
 def test_advice_says_what_the_values_look_like(counts, change, words, is_sparse):
     adata = counts.copy()
     X = change(adata.X.toarray()).astype("float32")
@@ -278,8 +278,8 @@ def _setup_with(counts: ad.AnnData, values, key: str) -> ad.AnnData:
     return adata
 
 
-@pytest.mark.parametrize("key", KEYS)
-@pytest.mark.parametrize(
+@over("key", KEYS)
+@over(
     "values",
     [
         pytest.param(["A", "B", None, "A"] * 30, id="object-none"),
@@ -301,14 +301,14 @@ def test_missing_values_are_counted_and_can_be_filled_as_the_message_says(counts
     QBMSCVI.setup_anndata(adata, **{key: ["donor"] if key.endswith("keys") else "donor"})
 
 
-@pytest.mark.parametrize("key", KEYS)
+@over("key", KEYS)
 def test_a_column_without_any_value_is_named(counts, key):
     with pytest.raises(ValueError, match=r"'donor'.*any of 120 cells"):
         _setup_with(counts, [np.nan] * N_CELLS, key)
 
 
-@pytest.mark.parametrize("key", KEYS)
-@pytest.mark.parametrize(
+@over("key", KEYS)
+@over(
     "values",
     [
         pytest.param(["A", 1, 2.5, "A"] * 30, id="text-and-numbers"),
@@ -349,7 +349,7 @@ def test_columns_of_every_type_are_taken_from_training_to_new_data(counts, value
     )
 
 
-@pytest.mark.parametrize("argument", ["categorical_covariate_keys", "continuous_covariate_keys"])
+@over("argument", ["categorical_covariate_keys", "continuous_covariate_keys"])
 def test_a_name_where_a_list_is_meant_is_told_so(counts, argument):
     with pytest.raises(TypeError, match=rf"{argument}=\['age'\]"):
         QBMSCVI.setup_anndata(counts.copy(), **{argument: "age"})
@@ -357,19 +357,19 @@ def test_a_name_where_a_list_is_meant_is_told_so(counts, argument):
         QBMSCANVI.setup_anndata(counts.copy(), "cell_type", "unknown", **{argument: "age"})
 
 
-@pytest.mark.parametrize("kind", [tuple, np.array, pd.Index, pd.Series], ids=lambda kind: kind.__name__)
+@over("kind", [tuple, np.array, pd.Index, pd.Series], ids=lambda kind: kind.__name__)
 def test_lists_of_every_kind_name_columns(counts, kind):
     model = build(counts.copy(), continuous_covariate_keys=kind(["age", "size"]))
     assert model.summary_stats["n_extra_continuous_covs"] == 2
 
 
-@pytest.mark.parametrize("argument", ["batch_key", "labels_key", "size_factor_key"])
+@over("argument", ["batch_key", "labels_key", "size_factor_key"])
 def test_a_list_where_a_name_is_meant_is_told_so(counts, argument):
     with pytest.raises(TypeError, match=f"{argument}='size'"):
         QBMSCVI.setup_anndata(counts.copy(), **{argument: ["size"]})
 
 
-@pytest.mark.parametrize("argument", ["batch_key", "labels_key", "size_factor_key", "layer"])
+@over("argument", ["batch_key", "labels_key", "size_factor_key", "layer"])
 def test_a_misspelled_name_is_told_what_there_is(counts, argument):
     adata = counts.copy()
     adata.layers["batch"] = adata.X
@@ -377,14 +377,14 @@ def test_a_misspelled_name_is_told_what_there_is(counts, argument):
         QBMSCVI.setup_anndata(adata, **{argument: "batsh"})
 
 
-@pytest.mark.parametrize(
+@over(
     "values",
     [
         pytest.param([str(number) for number in range(N_CELLS)], id="text"),
         pytest.param(pd.Categorical([1, 2] * 60), id="categorical"),
     ],
 )
-@pytest.mark.parametrize("argument", ["continuous_covariate_keys", "size_factor_key"])
+@over("argument", ["continuous_covariate_keys", "size_factor_key"])
 def test_numbers_are_needed_where_numbers_are_meant(counts, values, argument):
     adata = counts.copy()
     adata.obs["age"] = pd.Series(values, index=adata.obs_names)
@@ -439,7 +439,7 @@ def test_a_column_that_new_data_lack_is_named(counts, trained):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
+@over("method", METHODS)
 def test_no_method_computes_on_genes_in_another_order(counts, trained, method):
     with pytest.raises(ValueError, match=r"another order.*adata\[:, model\.get_var_names\(\)\]"):
         METHODS[method](trained, counts[:30, ::-1].copy())
@@ -488,7 +488,7 @@ def grouped(trained) -> ad.AnnData:
     return adata
 
 
-@pytest.mark.parametrize(
+@over(
     ("arguments", "words"),
     [
         pytest.param({"groupby": "group", "group1": "t"}, r"group = 't'.*'T', 'B'\.", id="misspelled"),
@@ -515,7 +515,7 @@ def test_categories_without_cells_are_left_out(trained, grouped):
     assert set(numbers["comparison"]) == {"1 vs Rest"}
 
 
-@pytest.mark.parametrize(
+@over(
     "call",
     [
         pytest.param(lambda model, batch: model.get_normalized_expression(transform_batch=batch), id="expression"),
@@ -534,7 +534,7 @@ def test_batches_that_the_model_lacks_are_named(trained, call):
         call(trained, "batch_9")
 
 
-@pytest.mark.parametrize(
+@over(
     ("arguments", "error", "words"),
     [
         pytest.param({"library_size": np.nan}, ValueError, "library_size=nan", id="library-nan"),
@@ -554,13 +554,13 @@ def test_weights_that_are_not_heeded_are_told(trained):
         trained.get_normalized_expression(indices=[0, 1], weights="importance")
 
 
-@pytest.mark.parametrize("spins", [["a"], [1.5], [8], [-1], [0, 0], []], ids=str)
+@over("spins", [["a"], [1.5], [8], [-1], [0, 0], []], ids=str)
 def test_spins_that_do_not_exist_are_refused(trained, spins):
     with pytest.raises(ValueError, match="different numbers from 0 to 7"):
         trained.get_spin_programs(spins=spins)
 
 
-@pytest.mark.parametrize(
+@over(
     "method",
     [
         lambda model, genes: model.get_normalized_expression(gene_list=genes),
@@ -588,7 +588,7 @@ MATRICES = [
 
 
 @pytest.mark.parametrize("convert", MATRICES)
-@pytest.mark.parametrize("layer", [None, "counts"])
+@over("layer", [None, "counts"])
 def test_a_matrix_that_cannot_be_read_is_refused_at_setup_and_the_remedy_works(counts, convert, layer):
     import scipy
 
@@ -612,9 +612,9 @@ def test_what_is_no_anndata_is_told_so(counts, trained):
         QBMSCVI.load_query_data("cells.h5ad", trained)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@over("method", METHODS)
 def test_a_model_loaded_without_data_asks_for_them(trained, tmp_path, method):
-    trained.save(tmp_path / "model")
+    trained.save(tmp_path / "model", overwrite=True)
     loaded = QBMSCVI.load(tmp_path / "model")
     with pytest.raises(ValueError, match=r"no AnnData.*`adata`.*load"):
         METHODS[method](loaded, None)

@@ -13,6 +13,7 @@ from dwave import samplers as dwave_samplers
 from laws import Law, assert_follows, random_problem
 from lightning.pytorch.callbacks import ModelCheckpoint
 from scvi.train import SaveCheckpoint
+from tables import corners, over
 from without_float64 import DEVICE, WithoutFloat64
 
 from qbmscvi import QBMSCVI, SamplingSchedule
@@ -213,7 +214,7 @@ def test_answers_of_a_dimod_sampler_are_taken_as_they_come(kind):
     assert_follows(batch.spins, Law.boltzmann(PROBLEM, 0.7))
 
 
-@each_foreign
+@pytest.mark.parametrize("kind", [Foreign, Booleans, WithoutReads, WithoutSeed], ids=lambda kind: kind.__name__)
 def test_a_dimod_sampler_trains_wrapped_or_bare(kind, adata):
     for sampler in (DimodSampler(kind()), kind()):
         model = train(untrained(adata), sampler, max_epochs=1)
@@ -230,15 +231,13 @@ class Incomplete(Foreign):
         return dimod.SampleSet.from_samples((spins[:, 1:], variables[1:]), "SPIN", energy=0)
 
 
-@pytest.mark.parametrize(
-    ("kind", "match"), [(Empty, "no samples; 5 were asked for"), (Incomplete, "no values of variable 0")]
-)
+@over(("kind", "match"), [(Empty, "no samples; 5 were asked for"), (Incomplete, "no values of variable 0")])
 def test_answers_that_cannot_be_completed_say_what_is_missing(kind, match):
     with pytest.raises(InvalidSamples, match=match):
         DimodSampler(kind()).sample(SamplingRequest(PROBLEM, 5, seed=3))
 
 
-@pytest.mark.parametrize("kind", [AtMostHundred, WithoutReads, Sorted], ids=lambda kind: kind.__name__)
+@over("kind", [AtMostHundred, WithoutReads, Sorted], ids=lambda kind: kind.__name__)
 def test_equal_seeds_give_equal_samples_however_many_rows_a_call_returns(kind):
     first, again, other = (
         DimodSampler(kind()).sample(SamplingRequest(PROBLEM, 250, seed=seed)).spins for seed in (3, 3, 4)
@@ -265,8 +264,8 @@ TAKERS = {
 }
 
 
-@pytest.mark.parametrize("kind", CLASSES.values(), ids=CLASSES)
-@pytest.mark.parametrize("take", TAKERS.values(), ids=TAKERS)
+@over("kind", CLASSES.values(), ids=CLASSES)
+@over("take", TAKERS.values(), ids=TAKERS)
 def test_a_class_in_place_of_an_instance_is_refused_at_once(take, kind):
     with pytest.raises(TypeError, match=rf"{kind.__name__} is a class.*pass `{kind.__name__}\(\)`"):
         take(kind)
@@ -278,7 +277,7 @@ def test_a_class_is_no_child_of_a_recording(tmp_path):
     assert not (tmp_path / "tape").exists()
 
 
-@pytest.mark.parametrize("kind", CLASSES.values(), ids=CLASSES)
+@over("kind", CLASSES.values(), ids=CLASSES)
 def test_training_with_a_class_is_refused_before_it_starts(kind, adata):
     model = untrained(adata)
     with pytest.raises(TypeError, match=rf"{kind.__name__} is a class"):
@@ -304,8 +303,8 @@ SOLVERS = {
 }
 
 
-@pytest.mark.parametrize("build", SOLVERS.values(), ids=SOLVERS)
 @pytest.mark.parametrize("method", ["train", "sample_prior", "generate"])
+@over("build", SOLVERS.values(), SOLVERS)
 def test_solvers_are_refused_before_they_are_asked(method, build, adata):
     model = coupled(adata)
     calls = {
@@ -345,8 +344,8 @@ MISFITS = {
 }
 
 
-@pytest.mark.parametrize("settings", MISFITS.values(), ids=MISFITS)
-@pytest.mark.parametrize("is_tracked", [False, True], ids=["bare", "in-a-composite"])
+@over("settings", MISFITS.values(), MISFITS)
+@over("is_tracked", [False, True])
 def test_a_prior_that_does_not_fit_the_graph_of_a_sampler_is_refused_before_training(is_tracked, settings, adata):
     sampler = dimod.TrackingComposite(structured(12)) if is_tracked else structured(12)
     model = untrained(adata, **settings)
@@ -395,8 +394,7 @@ def mean_energy_z(law: Law, spins: np.ndarray) -> float:
     return float((law.energies[code].mean() - mean) / scale)
 
 
-@pytest.mark.parametrize("n_rungs", [2, 8])
-@pytest.mark.parametrize("n_sweeps", [1, 4, 20])
+@pytest.mark.parametrize(("n_sweeps", "n_rungs"), [(1, 8), (4, 2), (20, 8)])
 def test_a_new_tempering_sampler_leaves_chains_in_equilibrium(n_sweeps, n_rungs):
     """Exact draws stay exact draws: mean energy within 5 standard errors, and the whole law at alpha 1e-4."""
     problem = random_problem(graphs.bipartite(6, 6), seed=5, scale=0.8)
@@ -461,7 +459,7 @@ class Unreadable(ExactSampler):
         return {"rng": np.random.default_rng(0)}
 
 
-@pytest.mark.parametrize(("kind", "match"), [(Forgetful, "not saved"), (Unreadable, "plain values")])
+@over(("kind", "match"), [(Forgetful, "not saved"), (Unreadable, "plain values")])
 def test_state_that_is_lost_or_unreadable_breaks_the_contract(kind, match):
     with pytest.raises(SamplerCheckError, match=match) as caught:
         check_sampler(kind(), betas=(1.0,), dtypes=(torch.float64,))
@@ -539,7 +537,7 @@ GRAPHS = {
     "complete": graphs.complete(6),
     "sparse": graphs.from_networkx(nx.cycle_graph(7)),
 }
-each_graph = pytest.mark.parametrize("graph", GRAPHS)
+each_graph = over("graph", GRAPHS)
 
 
 class InDoublePrecision(Sampler):
@@ -555,8 +553,7 @@ def elsewhere(graph) -> tuple[IsingModel, IsingModel]:
     return problem, problem.to(DEVICE)
 
 
-@pytest.mark.parametrize("graph", ["bipartite", "sparse"])
-@pytest.mark.parametrize("build", LOCAL.values(), ids=LOCAL)
+@pytest.mark.parametrize(("build", "graph"), corners(LOCAL, ["bipartite", "sparse"]) + corners(LOCAL, ["sparse"])[:2])
 def test_samplers_answer_for_a_problem_on_a_device_without_float64(build, graph, no_float64, tmp_path):
     _, problem = elsewhere(graph)
     sampler = Recorded(build(), tmp_path / "tape")
@@ -568,7 +565,7 @@ def test_samplers_answer_for_a_problem_on_a_device_without_float64(build, graph,
 
 
 @each_graph
-@pytest.mark.parametrize("method", ["auto", "exact", "ais"])
+@over("method", ["auto", "exact", "ais"])
 def test_log_z_of_a_problem_on_a_device_without_float64_is_that_in_main_memory(method, graph, no_float64):
     problem, away = elsewhere(graph)
     samples = ExactSampler().sample(SamplingRequest(problem, 100, seed=1)).spins
