@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 import qbmscvi
+from qbmscvi.samplers import BlockGibbsSampler, SamplingRequest
+from qbmscvi.samplers.testing import tiny_problems
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "scaling.md"
@@ -24,6 +26,20 @@ def fence_with(text: str) -> str:
     return fence.split("```")[0]
 
 
+def test_samplers_of_one_file_share_its_budget(tmp_path):
+    """In turns, in one process; the slow test below has several at once."""
+    namespace: dict = {}
+    exec(fence_with("class SharedBudget"), namespace)
+    problem = next(iter(tiny_problems().values()))
+    samplers = [namespace["SharedBudget"](BlockGibbsSampler(), tmp_path / "ledger", n_calls=5) for _ in range(2)]
+    for seed in range(5):
+        samplers[seed % 2].sample(SamplingRequest(problem, 1, seed=seed, n_sweeps=1))
+    for sampler in samplers:
+        with pytest.raises(namespace["BudgetExceeded"]):
+            sampler.sample(SamplingRequest(problem, 1, seed=9, n_sweeps=1))
+
+
+@pytest.mark.slow
 def test_processes_share_one_budget(tmp_path):
     """Four processes ask 40 times each at once: 25 questions are answered in all, each of them once."""
     (tmp_path / "shared.py").write_text(fence_with("class SharedBudget"))
