@@ -165,7 +165,7 @@ def test_a_job_that_cannot_be_cancelled_costs_a_warning(adata):
     model = train(adata, device, pace=SteppedClock(device), latency=2)
     unanswered, warning = model.warned
     assert "has not answered during these 12 steps" in unanswered
-    assert re.search("could not cancel its question .ConnectionError: no route", warning)
+    assert re.search("could not cancel its request .ConnectionError: no route", warning)
     assert model.worst < MAX_Z
 
 

@@ -564,7 +564,7 @@ def test_small_lineages_and_those_of_one_stage_are_left_out_and_named(missing):
     ("changes", "message"),
     [
         pytest.param({"order": None}, "`lineages` are given without `order`", id="no-order"),
-        pytest.param({"root": 0}, "`lineages` are given beside root=0", id="root"),
+        pytest.param({"root": 0}, "`lineages` are given with root=0", id="root"),
         pytest.param({"lineages": ["a"] * 3}, r"`lineages` has shape \(3,\)", id="length"),
         pytest.param({"lineages": [None] * 240}, "every value is missing", id="all-missing"),
         pytest.param({"lineages": [str(i) for i in range(240)]}, "no lineage that can be scored.*20 cells", id="small"),
