@@ -102,7 +102,7 @@ def test_relative_links_of_a_page_lead_somewhere() -> None:
 def intervals_without_a_source(text: str) -> list[tuple[str, ...]]:
     """Differences with an interval that no table of the benchmarks has, in either direction, to the stated digits."""
     folder = ROOT / "benchmarks"
-    tables = [(folder / name).read_text() for name in ("LABEL_TRANSFER.md", "LEVERS.md", "PER_TYPE.md")]
+    tables = [(folder / name).read_text() for name in ("LABEL_TRANSFER.md", "LEVERS.md", "PER_TYPE.md", "PRIOR.md")]
     known = [[float(number) for number in match] for table in tables for match in INTERVAL.findall(table)]
     for row in csv.DictReader((folder / "results" / "differences.csv").open()):
         known.append([float(row[name]) for name in ("mean", "low", "high")])
