@@ -1,7 +1,10 @@
-"""Is the prior learned, and what is it worth? ``PRIOR.md`` from records of ``results.py``.
+"""Is the prior learned, and what is it worth? Records in ``prior.jsonl``, tables in ``PRIOR.md``.
 
-    python benchmarks/results.py --records benchmarks/prior.jsonl --out build/prior --max-cells 4000 --epochs 100
-    python benchmarks/prior.py
+    python benchmarks/prior.py --data ../shared/data --seeds 5
+    python benchmarks/prior.py --table-only
+    python benchmarks/results.py --records benchmarks/prior.jsonl --max-cells 4000 --epochs 100 --cell kang_ifnb SCVI 0
+
+Runs that the records have are not repeated; the last command runs one again and compares.
 
 Every model has a prior that is fitted to its codes: QBMSCVI and J = 0 their own, scVI a mixture of Gaussians.
 ``QBMSCVI 0.1.0`` is the earlier default, without hidden spins and without ``fit_prior``; its records are those of
@@ -15,8 +18,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from results import DATA_SETS, load
 
-from qbmscvi.benchmark import paired_difference, pooled_difference, read_records
+from qbmscvi.benchmark import MODEL_NAMES, compare, paired_difference, pooled_difference, read_records
 
 HERE = Path(__file__).parent
 MODEL, BEFORE = "QBMSCVI", "QBMSCVI 0.1.0"
@@ -92,9 +96,15 @@ def row_of(differences: dict[str, np.ndarray], sets: list[str], digits: int, sca
     return cells
 
 
-def means_of(scores: Scores, model: str, score: str, digits: int) -> list[str]:
-    means = [scores.of(data, model, score).mean() for data in scores.sets]
+def means_of(scores: Scores, model: str, score: str, digits: int, scale: float = 1.0) -> list[str]:
+    means = scale * np.array([scores.of(data, model, score).mean() for data in scores.sets])
     return [f"{value:.{digits}f}" if np.isfinite(value) else "" for value in [*means, np.nanmean(means)]]
+
+
+def ratios_of(scores: Scores, one: tuple[str, str], other: tuple[str, str]) -> list[str]:
+    """Ratio of the means of two scores, each of a model, by data set; and the mean over sets."""
+    ratios = [scores.of(data, *one).mean() / scores.of(data, *other).mean() for data in scores.sets]
+    return [f"{value:.2f}" for value in [*ratios, np.mean(ratios)]]
 
 
 def shares_closed(scores: Scores, score: str) -> dict[str, np.ndarray]:
@@ -127,7 +137,7 @@ def report(records: list[dict]) -> str:
     lines = [
         "# The prior",
         "",
-        "Written by `benchmarks/prior.py` from records of `benchmarks/results.py`; defaults, 100 epochs, "
+        "Written by `benchmarks/prior.py` from its records; defaults, 100 epochs, "
         f"{min(scores.n_seeds)} to {max(scores.n_seeds)} seeds, cells held out from training. Differences are QBMSCVI "
         "minus the model of the row: the mean over seeds with Student's interval of 95 %, and over the means of the "
         "sets. Bold where the interval does not hold zero. `QBMSCVI 0.1.0` is the earlier default, without hidden "
@@ -173,7 +183,7 @@ def report(records: list[dict]) -> str:
             "Lower is better, so that a difference below zero is in favor of QBMSCVI. *Closed share*: 0 is scVI with "
             "N(0, I), 1 is the model's own codes, of the means over seeds.",
             scores,
-            {name: [*means_of_scaled(scores, model, score, digits, scale)] for name, model in of_models.items()}
+            {name: means_of(scores, model, score, digits, scale) for name, model in of_models.items()}
             | {"closed share": row_of(shares_closed(scores, score), sets, 2)}
             | rows(score, rivals, digits, scale=scale),
         )
@@ -183,36 +193,41 @@ def report(records: list[dict]) -> str:
         scores,
         {title: row_of(scores.differences(score, BEFORE), sets, 3) for score, title in REPRESENTATION.items()},
     )
-    ratios = {
-        name: [scores.of(data, MODEL, "cpu_s").mean() / scores.of(data, "SCVI", "cpu_s").mean() for data in sets]
-        for name in ("training, of SCVI's",)
-    }
-    shares = [scores.of(data, MODEL, "fit_cpu_s").mean() / scores.of(data, MODEL, "cpu_s").mean() for data in sets]
     lines += table(
         "CPU time",
         "Ratios of means, measured while another process worked on the same machine.",
         scores,
-        {name: [f"{value:.2f}" for value in [*values, np.mean(values)]] for name, values in ratios.items()}
-        | {"`fit_prior`, of the training": [f"{value:.2f}" for value in [*shares, np.mean(shares)]]},
+        {
+            "training, of SCVI's": ratios_of(scores, (MODEL, "cpu_s"), ("SCVI", "cpu_s")),
+            "`fit_prior`, of the training": ratios_of(scores, (MODEL, "fit_cpu_s"), (MODEL, "cpu_s")),
+        },
     )
     return "\n".join(lines) + "\n"
 
 
-def means_of_scaled(scores: Scores, model: str, score: str, digits: int, scale: float) -> list[str]:
-    means = scale * np.array([scores.of(data, model, score).mean() for data in scores.sets])
-    return [f"{value:.{digits}f}" if np.isfinite(value) else "" for value in [*means, np.nanmean(means)]]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--records", type=Path, default=HERE / "prior.jsonl")
-    parser.add_argument("--before", type=Path, default=HERE / "results.jsonl", help="records of the earlier default")
-    parser.add_argument("--out", type=Path, default=HERE / "PRIOR.md")
+    parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data", help="folder of the .h5ad")
+    parser.add_argument("--sets", nargs="+", choices=DATA_SETS, default=list(DATA_SETS))
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds (default 5)")
+    parser.add_argument("--table-only", action="store_true", help="write the tables from existing records")
     options = parser.parse_args()
-    before = [record | {"model": BEFORE} for record in read_records(options.before) if record["model"] == MODEL]
-    assert {record["versions"]["qbmscvi"] for record in before} == {"0.1.0"}
-    options.out.write_text(report(before + read_records(options.records)))
-    print(f"wrote {options.out}")
+    records = HERE / "prior.jsonl"
+    trained = [MODEL, J_ZERO, *SCVI_VARIANTS]
+    models = [
+        name for name in MODEL_NAMES if name in trained or name == "real cells" or name.rpartition(", ")[0] in trained
+    ]
+    for seed in [] if options.table_only else range(options.seeds):
+        for name in options.sets:
+            adata = load(name, options.data, n_genes=2_000, max_cells=4_000)
+            settings = {"n_seeds": 1, "first_seed": seed, "max_epochs": 100, "accelerator": "cpu"}
+            compare(adata, **DATA_SETS[name], name=name, models=models, records=records, **settings)
+    before = [
+        record | {"model": BEFORE}
+        for record in read_records(HERE / "results.jsonl")
+        if record["model"] == MODEL and record["versions"]["qbmscvi"] == "0.1.0"
+    ]
+    (HERE / "PRIOR.md").write_text(report(before + read_records(records)))
 
 
 if __name__ == "__main__":

@@ -17,12 +17,14 @@ import pytest
 import torch
 from laws import binomial_p_value
 from scipy import special, stats
+from scvi.nn import Encoder
 from tables import over
 from torch.nn.functional import logsigmoid
 
 from qbmscvi.boltzmann.enumeration import all_states
 from qbmscvi.boltzmann.posterior import FactorialPosterior
 from qbmscvi.boltzmann.smoothing import Gumbel, SpikeExponential, StraightThrough, build_smoothing
+from qbmscvi.module._encoder import BoltzmannEncoder
 
 SMOOTHINGS = {
     "straight-through": StraightThrough(),
@@ -197,9 +199,7 @@ def test_hard_spins_come_back_even_from_a_uniform_of_zero():
 
 @each_smoothing
 def test_encoder_undoes_its_own_transformation(smoothing):
-    nn = pytest.importorskip("scvi.nn")
-    module = pytest.importorskip("qbmscvi.module._qbmvae")
-    encoder = module.BoltzmannEncoder(nn.Encoder(5, 4, n_layers=1, n_hidden=6), 3, smoothing)
+    encoder = BoltzmannEncoder(Encoder(5, 4, n_layers=1, n_hidden=6), 3, smoothing)
     torch.manual_seed(9)
     s = posterior(batch=(20,)).sample()
     assert torch.equal(encoder.recover(encoder.z_transformation(s)), s)

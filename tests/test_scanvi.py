@@ -72,7 +72,7 @@ def a_posterior() -> FactorialPosterior:
 
 
 def exact_terms(prior: LabeledPrior, q: FactorialPosterior) -> tuple[np.ndarray, float, np.ndarray]:
-    """``E(s, t_y)`` of each state and y, ``H(q)`` and the law of the spins, all from sums over states."""
+    """``E(s, t_y)`` of each state and y, ``H(q)`` and the probability of each state, all from sums over states."""
     up = torch.sigmoid(q.logits[0]).numpy()
     law = np.prod(np.where(STATES > 0, up, 1 - up), axis=1)
     return joint_energies(prior, STATES), -(law * np.log(law)).sum(), law
