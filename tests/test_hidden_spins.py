@@ -77,8 +77,12 @@ def exact_kl(prior: BoltzmannPrior, q: FactorialPosterior, energies: torch.Tenso
 
 @pytest.mark.parametrize("has_labels", [False, True])
 @pytest.mark.parametrize("graph", GRAPHS.values(), ids=GRAPHS)
-def test_kl_at_mean_spins_is_an_upper_bound_and_draws_are_unbiased(graph, has_labels):
-    """A gate of four standard errors over 40 repetitions, false alarms below 1e-4; the bound fails it."""
+def test_kl_of_training_is_close_and_draws_are_unbiased(graph, has_labels):
+    """Draws: a gate of four standard errors over 40 repetitions, false alarms below 1e-4, which KL at mean spins fails.
+
+    The form of training takes fields as normal. With five spins they are hardly so, and it is still off by a third of
+    the error at mean spins at most.
+    """
     build = (lambda *a, **k: LabeledPrior(a[0], N_LABELS, **k)) if has_labels else BoltzmannPrior
     prior = randomize(build(graph, n_hidden=N_HIDDEN, n_chains=16))
     prior.set_log_z(3.0, 3.0, 3.0, 0.0)
@@ -94,13 +98,25 @@ def test_kl_at_mean_spins_is_an_upper_bound_and_draws_are_unbiased(graph, has_la
     else:
         exact = exact_kl(prior, q, energies)
     with torch.no_grad():
-        bound = kl_divergence(q, prior.distribution(**known)).sum(-1)
+        of_training = kl_divergence(q, prior.distribution(**known)).sum(-1)
+        gap = (prior._mean_log_sum_over_hidden(q.mean) - prior._log_sum_over_hidden(q.mean)).detach()
+        at_mean_spins = of_training + gap
         torch.manual_seed(0)
         draws = torch.stack([kl_divergence(q, prior.distribution(**known, n_draws=50)).sum(-1) for _ in range(40)])
     error = draws.std(0) / 40**0.5
-    assert (bound > exact).all()
+    assert ((of_training - exact).abs() < (at_mean_spins - exact) / 3).all()
     assert ((draws.mean(0) - exact).abs() < 4.0 * error).all()
-    assert ((bound - exact).abs() > 4.0 * error).any()
+    assert ((at_mean_spins - exact).abs() > 4.0 * error).any()
+
+
+def test_gradient_of_training_is_that_of_its_value_even_at_saturated_spins(prior):
+    """Where a spin is certain, its part in the variance of a field vanishes, and the square root has no slope."""
+    q = posterior()
+    with torch.no_grad():
+        q.logits[0] = 60.0 * q.logits[0].sign()
+    assert torch.autograd.gradcheck(lambda logits: prior.expected_energy(FactorialPosterior(logits)), q.logits[1:])
+    (gradient,) = torch.autograd.grad(prior.expected_energy(q).sum(), q.logits)
+    assert torch.isfinite(gradient).all()
 
 
 def test_gradient_of_the_prior_is_that_of_enumeration(prior):
@@ -184,8 +200,8 @@ def model() -> QBMSCVI:
     return model
 
 
-def test_numbers_of_a_model_are_of_the_model_and_not_of_the_bound(model):
-    """KL and ELBO against the sum over all codes, four standard errors; the bound is farther away than that."""
+def test_numbers_of_a_model_have_no_bias_of_the_form_of_training(model):
+    """KL and ELBO against the sum over all codes, four standard errors, which the form of training fails."""
     prior = model.module.prior
     assert model.get_log_z().value == pytest.approx(exact_log_z(prior.to_ising()), abs=1e-4)
     logits = torch.from_numpy(model.get_latent_representation(representation="logits")).double()
@@ -198,9 +214,9 @@ def test_numbers_of_a_model_are_of_the_model_and_not_of_the_bound(model):
     error = repeats.mean(1).std(ddof=1) / 30**0.5
     expected = float(exact.mean())
     q = FactorialPosterior(logits.float())
-    bound = float(kl_divergence(q, prior.distribution()).sum(-1).mean().detach())
+    of_training = float(kl_divergence(q, prior.distribution()).sum(-1).mean().detach())
     assert abs(repeats.mean() - expected) < 4.0 * error + 1e-4
-    assert bound - expected > 10.0 * error
+    assert abs(of_training - expected) > 10.0 * error
     values, errors = model.get_kl(return_error=True)
     z = (values - exact.numpy()) / errors
     assert 0.7 < z.std() < 1.4  # of 400 cells with 20 draws each; errors that are half or twice too large fail

@@ -224,7 +224,7 @@ class QBMVAE(VAE):
 
     @property
     def n_kl_draws(self) -> int:
-        """Number of draws for the KL divergence of a posterior: none in training, which uses an upper bound."""
+        """Number of draws for the KL divergence of a posterior: none in training, which has a closed form."""
         return 0 if self.training else _N_KL_DRAWS
 
     def _decode(self, tensors: dict[str, Tensor], z: Tensor, library: Tensor) -> tuple[Tensor, Distribution | None]:
