@@ -103,8 +103,7 @@ WAYS = {
 
 
 def codes_of(logits: np.ndarray) -> Codes:
-    tensor = torch.from_numpy(logits)
-    return Codes(FactorialPosterior(tensor[:, :0], tensor[:, :0], tensor))
+    return Codes(FactorialPosterior(torch.from_numpy(logits)))
 
 
 def measure(name: str, seed: int, options: argparse.Namespace, done: list[dict]) -> Iterator[dict]:
