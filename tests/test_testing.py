@@ -87,7 +87,7 @@ def test_honest_short_chains_mix_on_tiny_problems(name):
 
 def test_without_dwave_networkx_another_sparse_problem_takes_the_place_of_chimera(monkeypatch):
     monkeypatch.setitem(sys.modules, "dwave_networkx", None)
-    monkeypatch.setattr(testing, "find_spec", lambda name: None)
+    monkeypatch.setattr("qbmscvi.samplers.testing._problems.find_spec", lambda name: None)
     problems = tiny_problems()
     assert list(problems)[2] == "chorded-ring-9"
     problem = problems["chorded-ring-9"]
