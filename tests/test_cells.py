@@ -12,7 +12,7 @@ from scvi.model import SCVI
 from torch.distributions import Normal
 
 from qbmscvi import QBMSCVI
-from qbmscvi.benchmark import MODEL_NAMES, Task, _cells, _compare, _generation, compare, read_records, write_report
+from qbmscvi.benchmark import MODEL_NAMES, Task, _cell_metrics, _cells, _compare, compare, read_records, write_report
 from qbmscvi.benchmark._cell_report import closed_shares
 from qbmscvi.benchmark._cells import (
     Bench,
@@ -37,7 +37,7 @@ SMALL = {"n_latent": 6}  # log Z by enumeration
 @pytest.fixture(scope="module", autouse=True)
 def _small_forest():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_generation, "_N_TREES", 5)
+        patch.setattr(_cell_metrics, "_N_TREES", 5)
         yield
 
 

@@ -12,8 +12,8 @@ import torch
 from scipy import sparse
 from tables import over
 
-from qbmscvi.benchmark import _generation, gap_closed, score_generated, score_real
-from qbmscvi.benchmark._generation import (
+from qbmscvi.benchmark import _cell_metrics, gap_closed, score_generated, score_real
+from qbmscvi.benchmark._cell_metrics import (
     copy_scores,
     gene_gene_correlation,
     gene_scores,
@@ -50,7 +50,7 @@ def draw(n: int, seed: int, shares: tuple[float, ...] = (0.5, 0.3, 0.185, 0.015)
 def _small_forest():
     """A tenth of the trees: the faults here are large, and a forest takes most of the time of a score."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_generation, "_N_TREES", 20)
+        patch.setattr(_cell_metrics, "_N_TREES", 20)
         yield
 
 
@@ -387,7 +387,7 @@ def test_what_is_no_anndata_is_refused(real, reference):
 @pytest.mark.slow
 def test_real_cells_cannot_be_told_from_each_other_and_type_means_can(shared_data, monkeypatch):
     """Mean of four splits within 0.04 of a half (spread of one: 0.03). Fault: Poisson noise alone within types."""
-    monkeypatch.setattr(_generation, "_N_TREES", 200)
+    monkeypatch.setattr(_cell_metrics, "_N_TREES", 200)
     cells = ad.read_h5ad(shared_data / "kang_ifnb.h5ad")
     cells = cells[np.random.default_rng(0).permutation(cells.n_obs)]
     real, reference = cells[:500].copy(), cells[500:].copy()
