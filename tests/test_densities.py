@@ -12,8 +12,8 @@ from laws import ALPHA, Law, assert_follows, judge, state_table
 from scipy import special, stats
 from torch.distributions import Normal
 
+from qbmscvi.benchmark._autoregressive import AutoregressiveDensity
 from qbmscvi.benchmark._densities import (
-    AutoregressiveDensity,
     BernoulliMixture,
     GaussianMixture,
     IndependentSpins,

@@ -24,8 +24,8 @@ from scvi.module._constants import MODULE_KEYS
 from threadpoolctl import threadpool_limits
 from torch.distributions import Normal
 
+from qbmscvi.benchmark._autoregressive import AutoregressiveDensity
 from qbmscvi.benchmark._densities import (
-    AutoregressiveDensity,
     BernoulliMixture,
     Density,
     FittedDensity,

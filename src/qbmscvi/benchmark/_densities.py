@@ -6,21 +6,21 @@ density :math:`p(z)` is fitted to the aggregated posterior, that is to draws of 
 judged by :math:`KL(q \| p)` of cells outside the fit. The rivals show how many nats any prior could still gain, and
 whether another fitted prior generates equally good cells.
 
-All of them are normalized exactly. Boltzmann machines are not among them, because their log Z has to be estimated.
+All of them are normalized exactly; the strongest is in :mod:`qbmscvi.benchmark._autoregressive`. Boltzmann machines
+are not among them, because their log Z has to be estimated.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from sklearn import mixture
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Normal
 from torch.nn.functional import linear, logsigmoid
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _HELD_OUT = 0.1  # share of the cells that chooses a number of components or stops the training
 _MIN_CELLS = 20
-_N_VALIDATION_DRAWS = 5
+N_VALIDATION_DRAWS = 5
 
 
 class Divergence(NamedTuple):
@@ -117,15 +117,15 @@ class IndependentSpins(FittedDensity):
     @classmethod
     def fit(cls, codes: FactorialPosterior, seed: int = 0) -> Self:
         """See :meth:`FittedDensity.fit`."""
-        return cls(torch.logit(_smoothed(torch.sigmoid(_spin_logits(codes)).mean(0))))
+        return cls(torch.logit(_smoothed(torch.sigmoid(spin_logits(codes)).mean(0))))
 
     def log_prob(self, z: Tensor) -> Tensor:
         """See :meth:`Density.log_prob`."""
-        return _log_prob(z, self.logits)
+        return spin_log_prob(z, self.logits)
 
     def sample(self, n_samples: int, generator: torch.Generator) -> Tensor:
         """See :meth:`Density.sample`."""
-        return _draw_spins(self.logits.expand(n_samples, -1), generator)
+        return draw_spins(self.logits.expand(n_samples, -1), generator)
 
 
 @dataclass(frozen=True)
@@ -161,15 +161,16 @@ class BernoulliMixture(FittedDensity):
         n_components
             Numbers to try. There are no more components than cells.
         """
-        logits = _spin_logits(codes)
+        logits = spin_logits(codes)
         generator = torch.Generator().manual_seed(seed)
-        train, held_out = _split(logits, generator)
-        spins = _draw_spins(held_out.repeat(_N_VALIDATION_DRAWS, 1), generator)
-        best = max(n_components, key=lambda n: cls._maximize(train, n, generator).log_prob(spins).mean())
-        return cls._maximize(logits, best, generator)
+        train, held_out = split_cells(logits, generator)
+        spins = draw_spins(held_out.repeat(N_VALIDATION_DRAWS, 1), generator)
+        best = max(n_components, key=lambda n: cls.maximize(train, n, generator).log_prob(spins).mean())
+        return cls.maximize(logits, best, generator)
 
     @classmethod
-    def _maximize(cls, logits: Tensor, n_components: int, generator: torch.Generator, n_steps: int = 100) -> Self:
+    def maximize(cls, logits: Tensor, n_components: int, generator: torch.Generator, n_steps: int = 100) -> Self:
+        """Fit this many components to all cells by expectation maximization."""
         # Weight of the overall mean, in cells; better than 0.3 and 1 on held-out codes of four data sets.
         mean_weight = 0.1
         p = torch.sigmoid(logits)  # (n_cells, n_spins)
@@ -200,193 +201,7 @@ class BernoulliMixture(FittedDensity):
     def sample(self, n_samples: int, generator: torch.Generator) -> Tensor:
         """See :meth:`Density.sample`."""
         component = torch.multinomial(self.weights, n_samples, replacement=True, generator=generator)
-        return _draw_spins(torch.logit(self.up[component]), generator)
-
-
-class _MaskedLinear(nn.Linear):
-    """Linear map of which only the entries of ``mask`` are used."""
-
-    def __init__(self, mask: Tensor) -> None:
-        super().__init__(mask.shape[1], mask.shape[0])
-        self.register_buffer("mask", mask.float())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight * self.mask, self.bias)
-
-
-class _MaskedNetwork(nn.Module):
-    """Log odds of spin ``i`` given the spins before: those offered, scaled, plus a residual network's.
-
-    The network is masked as in :cite:p:`Germain15`. It starts from the odds offered, unchanged.
-    """
-
-    def __init__(self, n_spins: int, width: int, dropout: float = 0.3) -> None:
-        super().__init__()
-        place, degree = torch.arange(n_spins)[:, None], torch.arange(width)[:, None] % n_spins
-        self.first = _MaskedLinear(degree >= place.T)  # a hidden unit of degree d sees the spins 0 to d
-        self.block = nn.Sequential(
-            nn.ReLU(),
-            nn.Dropout(dropout),
-            _MaskedLinear(degree >= degree.T),
-            nn.ReLU(),
-            nn.Dropout(dropout),
-            _MaskedLinear(degree >= degree.T),
-        )
-        self.last = nn.Sequential(nn.ReLU(), nn.Dropout(dropout), _MaskedLinear(place > degree.T))
-        self.direct = _MaskedLinear(place > place.T)
-        self.scale = nn.Parameter(torch.zeros(n_spins))
-        for layer in (self.last[-1], self.direct):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, spins: Tensor, offered: Tensor) -> Tensor:
-        hidden = self.first(spins)
-        return (1.0 + self.scale) * offered + self.last(hidden + self.block(hidden)) + self.direct(spins)
-
-
-@dataclass(frozen=True)
-class _Chain:
-    """Autoregressive density in one order: log odds of a mixture given the spins before, plus those of a network.
-
-    Without the network this is the mixture; the network learns what the mixture leaves.
-    """
-
-    order: Tensor
-    mixture: BernoulliMixture  # of the spins in this order
-    network: _MaskedNetwork
-
-    @classmethod
-    def fit(
-        cls,
-        train: Tensor,
-        held_out: Tensor,
-        n_components: int,
-        width: int,
-        generator: torch.Generator,
-        n_folds: int = 5,
-    ) -> Self:
-        order = torch.randperm(train.shape[1], generator=generator)
-        train, held_out = train[:, order], held_out[:, order]
-        start = BernoulliMixture._maximize(train, n_components, generator)
-        chain = cls(order, start, _MaskedNetwork(len(order), width))
-        # Mixtures stay as they are, so their log odds are computed once, for ten draws of each cell. Those of a cell
-        # come from a mixture that was fitted without it: a mixture describes its own cells too well, and a network
-        # trained on that would correct too little for new cells.
-        spins = torch.stack([_draw_spins(train, generator) for _ in range(10)], 1)  # (n_cells, 10, n_spins)
-        offered = torch.empty_like(spins)
-        for fold in range(n_folds):
-            inside = torch.arange(len(train)) % n_folds == fold
-            other = replace(chain, mixture=BernoulliMixture._maximize(train[~inside], n_components, generator))
-            offered[inside] = other.mixture_log_odds(spins[inside].flatten(0, 1)).view_as(spins[inside])
-        validation = _draw_spins(held_out.repeat(_N_VALIDATION_DRAWS, 1), generator)
-        validation_offered = chain.mixture_log_odds(validation)
-        optimizer = torch.optim.AdamW(chain.network.parameters(), lr=1e-3, weight_decay=0.1)
-        average = copy.deepcopy(chain.network).eval()  # of the weights along the way
-        best, n_since, weights = -math.inf, 0, average.state_dict()
-        while n_since < 20:
-            for cells in torch.randperm(len(train), generator=generator).split(256):
-                draw = torch.randint(spins.shape[1], (len(cells),), generator=generator)
-                loss = -_log_prob(spins[cells, draw], chain.network(spins[cells, draw], offered[cells, draw])).mean()
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                for mean, current in zip(average.parameters(), chain.network.parameters(), strict=True):
-                    mean.data.lerp_(current.data, 0.02)
-            with torch.no_grad():
-                value = float(_log_prob(validation, average(validation, validation_offered)).mean())
-            n_since += 1
-            if value > best + 1e-3:
-                best, n_since, weights = value, 0, copy.deepcopy(average.state_dict())
-        chain.network.load_state_dict(weights)
-        chain.network.eval().requires_grad_(False)
-        return chain
-
-    def mixture_log_odds(self, spins: Tensor) -> Tensor:
-        """Log odds of each spin under the mixture given the spins before it, shape ``(n, n_spins)``."""
-        joint, log_odds = self.mixture.weights.log(), torch.empty_like(spins)
-        joint = joint.expand(len(spins), -1)
-        for i in range(spins.shape[1]):
-            log_odds[:, i] = self._next_log_odds(joint, i)
-            joint = self._observe(joint, i, spins[:, i])
-        return log_odds
-
-    def _next_log_odds(self, joint: Tensor, i: int) -> Tensor:
-        return torch.logit(joint.softmax(1) @ self.mixture.up[:, i])
-
-    def _observe(self, joint: Tensor, i: int, spin: Tensor) -> Tensor:
-        """Log probability of components and spins up to ``i``, up to a constant, shape ``(n, n_components)``."""
-        up = self.mixture.up[:, i]
-        return joint + 0.5 * spin[:, None] * torch.logit(up) + 0.5 * (up.log() + torch.log1p(-up))
-
-    def log_prob(self, z: Tensor) -> Tensor:
-        spins = z[:, self.order]
-        return _log_prob(spins, self.network(spins, self.mixture_log_odds(spins)))
-
-    def sample(self, n_samples: int, generator: torch.Generator) -> Tensor:
-        joint = self.mixture.weights.log().expand(n_samples, -1)
-        spins, offered = torch.zeros(2, n_samples, len(self.order))
-        for i in range(len(self.order)):
-            offered[:, i] = self._next_log_odds(joint, i)
-            spins[:, i] = _draw_spins(self.network(spins, offered)[:, i], generator)
-            joint = self._observe(joint, i, spins[:, i])
-        return spins[:, self.order.argsort()]
-
-
-@dataclass(frozen=True)
-class AutoregressiveDensity(FittedDensity):
-    r"""Strong density over spins, a yardstick for what any prior could reach.
-
-    A mixture of autoregressive densities :math:`p(s) = \prod_i p(s_i \mid s_{<i})`, each in its own random order. The
-    conditional log odds of a mixture of Bernoulli products are corrected by a masked residual network
-    :cite:p:`Germain15`, with dropout, weight decay and several draws of each cell. Each member stops early on another
-    tenth of the cells.
-    """
-
-    # On held-out cells of kang_ifnb (one run, standard error over cells): networks without mixtures lose 0.24 +- 0.03
-    # nats; one network for all orders, averaged over four, loses 0.04 +- 0.02. Eight members, or 800 components, change
-    # less than 0.02.
-
-    members: tuple[_Chain, ...]
-
-    @classmethod
-    def fit(
-        cls, codes: FactorialPosterior, seed: int = 0, *, n_members: int = 4, n_components: int = 200, width: int = 256
-    ) -> Self:
-        """Fit all members.
-
-        Parameters
-        ----------
-        codes
-            Codes of training cells.
-        seed
-            Decides orders, held-out cells, draws and starts.
-        n_members
-            Number of orders. Cost grows in proportion, gains come from the first few.
-        n_components
-            Components of each member's mixture.
-        width
-            Hidden units of each member's network.
-        """
-        logits = _spin_logits(codes)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)  # weights and dropout
-            return cls(
-                tuple(_Chain.fit(*_split(logits, generator), n_components, width, generator) for _ in range(n_members))
-            )
-
-    def log_prob(self, z: Tensor) -> Tensor:
-        """See :meth:`Density.log_prob`."""
-        each = torch.stack([member.log_prob(z) for member in self.members])
-        return each.logsumexp(0) - math.log(len(self.members))
-
-    def sample(self, n_samples: int, generator: torch.Generator) -> Tensor:
-        """See :meth:`Density.sample`."""
-        counts = torch.randint(len(self.members), (n_samples,), generator=generator).bincount(
-            minlength=len(self.members)
-        )
-        spins = torch.cat([m.sample(int(n), generator) for m, n in zip(self.members, counts, strict=True)])
-        return spins[torch.randperm(n_samples, generator=generator)]
+        return draw_spins(torch.logit(self.up[component]), generator)
 
 
 @dataclass(frozen=True)
@@ -413,7 +228,7 @@ class GaussianMixture(FittedDensity):
         """
         generator = torch.Generator().manual_seed(seed)
         draws = torch.stack([draw(codes, generator) for _ in range(5)], 1)  # (n_cells, 5, n_units)
-        train, held_out = (part.flatten(0, 1).double().numpy() for part in _split(draws, generator))
+        train, held_out = (part.flatten(0, 1).double().numpy() for part in split_cells(draws, generator))
 
         def estimate(values: np.ndarray, n: int) -> mixture.GaussianMixture:
             return mixture.GaussianMixture(n, reg_covar=1e-3, random_state=seed).fit(values)
@@ -436,7 +251,8 @@ class GaussianMixture(FittedDensity):
         return (means[component] + torch.einsum("nij,nj->ni", scales[component], noise)).float()
 
 
-def _spin_logits(codes: FactorialPosterior) -> Tensor:
+def spin_logits(codes: FactorialPosterior) -> Tensor:
+    """Log odds of the spins of each cell, on the CPU in single precision."""
     return codes.logits.detach().cpu().float()
 
 
@@ -445,11 +261,13 @@ def _smoothed(up: Tensor) -> Tensor:
     return up.clamp(1e-4, 1.0 - 1e-4)
 
 
-def _log_prob(spins: Tensor, log_odds: Tensor) -> Tensor:
+def spin_log_prob(spins: Tensor, log_odds: Tensor) -> Tensor:
+    """Log probability of spins at these log odds, shape ``(n,)``."""
     return logsigmoid(spins * log_odds).sum(1)
 
 
-def _draw_spins(logits: Tensor, generator: torch.Generator) -> Tensor:
+def draw_spins(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Independent spins at these log odds, of the same shape."""
     return torch.where(torch.rand(logits.shape, generator=generator) < torch.sigmoid(logits), 1.0, -1.0)
 
 
@@ -457,10 +275,10 @@ def draw(codes: FactorialPosterior | Normal, generator: torch.Generator) -> Tens
     """One draw of each cell, from the random numbers of ``generator``, which torch's distributions cannot use."""
     if isinstance(codes, Normal):
         return codes.loc + codes.scale * torch.randn(codes.loc.shape, generator=generator)
-    return _draw_spins(codes.logits, generator)
+    return draw_spins(codes.logits, generator)
 
 
-def _split(cells: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def split_cells(cells: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Training cells, held-out cells."""
     if len(cells) < _MIN_CELLS:
         msg = (
