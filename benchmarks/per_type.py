@@ -17,8 +17,8 @@ from sklearn.metrics import f1_score
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
 from qbmscvi.benchmark import paired_difference, read_records
-from qbmscvi.benchmark._compare import latent_path
 from qbmscvi.benchmark._metrics import knn_classifier, logistic_classifier
+from qbmscvi.benchmark._records import latent_path
 from qbmscvi.benchmark._scores import N_NEIGHBORS, boosting_classifier
 
 HERE = Path(__file__).parent

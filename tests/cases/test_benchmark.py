@@ -79,7 +79,7 @@ def test_leiden_scores_are_the_best_over_resolutions():
     """Cells without clusters: many small ones agree best by chance, and every resolution is looked at."""
     rng = np.random.default_rng(0)
     latent, labels = rng.normal(size=(200, 5)), rng.choice(["a", "b", "c"], size=200)
-    graph = _scores._neighbor_graph(latent, 0)
+    graph = _scores.neighbor_graph(latent, _scores.N_NEIGHBORS, 0)
     every = [_scores._leiden_clusters(graph, resolution, 0) for resolution in _scores.LEIDEN_RESOLUTIONS]
     scores = [normalized_mutual_info_score(labels, clusters) for clusters in every]
     assert _scores._leiden(latent, labels, 0)["leiden_nmi"] == max(scores) > min(scores)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from ._compare import compare, read_records
+from ._compare import compare
 from ._data import prepare
 from ._generation import gap_closed, score_generated, score_real
 from ._metrics import score_latent
 from ._models import MODEL_NAMES, Fit, Task, available_models
+from ._records import read_records
 from ._report import METRICS, write_report
 from ._statistics import Difference, paired_difference, pooled_difference
 

@@ -13,9 +13,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qbmscvi.benchmark._compare import compare, read_records
+from qbmscvi.benchmark._compare import compare
 from qbmscvi.benchmark._data import prepare
 from qbmscvi.benchmark._models import MODEL_NAMES
+from qbmscvi.benchmark._records import read_records
 from qbmscvi.benchmark._report import write_report
 
 if TYPE_CHECKING:

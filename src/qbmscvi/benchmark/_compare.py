@@ -1,33 +1,26 @@
 """Train several models on one data set, with several seeds each, and keep one record per run.
 
-A record is a dictionary, one line of a JSON-lines file. ``data``, ``model``, ``seed`` and ``schedule`` name the run,
-and ``scores`` has the numbers. ``settings``, ``versions`` and ``commit`` specify the run; ``cpu_s`` and ``fit_cpu_s``
-are the costs of training and of the fit of the prior. A run in the file is not repeated, so a comparison continues
-where it stopped. A run with other settings of its model stays in the file and is not used.
+A run in the file of records is not repeated, so a comparison continues where it stopped.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import math
-import platform
-import re
-import subprocess
 import time
 import warnings
-from collections import Counter
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 import scvi
 import torch
 
 from qbmscvi.benchmark._definitions import define
-from qbmscvi.benchmark._metrics import as_codes, as_numbers, as_order, order_by_lineage
+from qbmscvi.benchmark._latent_checks import as_numbers, as_order, order_by_lineage
 from qbmscvi.benchmark._models import (
     CONTROLS,
     MODEL_NAMES,
@@ -40,21 +33,22 @@ from qbmscvi.benchmark._models import (
     log_normalize,
     principal_components,
 )
+from qbmscvi.benchmark._records import append, plain, provenance, read_done, save_latent
 from qbmscvi.benchmark._scores import N_NEIGHBORS, require_extra, score_all
 from qbmscvi.exceptions import require_integer
 from qbmscvi.model._counts import check_counts
 from qbmscvi.model._input_checks import check_categories, check_matrix, get_column
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from anndata import AnnData
 
-    Definition = dict[str, Any]
-    Model = Callable[[Task], Fit | np.ndarray]
-    Record = dict[str, Any]
+    from qbmscvi.benchmark._records import Definition, Record
 
-_PACKAGES = ("qbmscvi", "scvi-tools", "torch", "numpy", "scanpy", "scikit-learn", "scib-metrics")
+    Model = Callable[[Task], Fit | np.ndarray]
+
+_LOGGERS = ("lightning.fabric", "lightning.fabric.utilities.seed", "lightning.pytorch", "scib_metrics", "scvi")
 _MIN_CELLS = 100  # scIB uses 90 neighbors
 _MIN_GROUP = 5
 
@@ -161,17 +155,17 @@ def compare(
     if save_latents and records is None:
         msg = "save_latents=True needs a place next to the records, but records=None. Name a file for the records."
         raise ValueError(msg)
-    adata = check_data(adata, label_key, batch_key, order_key, lineage_key, layer)
+    keys = {"label_key": label_key, "batch_key": batch_key, "order_key": order_key, "lineage_key": lineage_key}
+    adata = _check_data(adata, layer, **keys)
     if max_epochs is None:
         from scvi.model._utils import get_max_epochs_heuristic
 
         max_epochs = get_max_epochs_heuristic(adata.n_obs)
     require_integer("max_epochs", max_epochs, 1)
     facts = {"n_cells": adata.n_obs, "n_genes": adata.n_vars, "max_epochs": int(max_epochs)}
-    keys = {"label_key": label_key, "batch_key": batch_key, "order_key": order_key, "lineage_key": lineage_key}
     first = Task(adata, batch_key, first_seed, int(max_epochs), schedule, accelerator)
     definitions = cache(lambda model: _define(model, chosen[model], first))
-    done = _read_done(records, name, schedule, {**facts, **keys}, chosen, definitions)
+    done = read_done(records, name, schedule, {**facts, **keys}, chosen, definitions)
 
     labels = np.asarray(adata.obs[label_key], dtype=str)
     batches = None if batch_key is None else np.asarray(adata.obs[batch_key], dtype=str)
@@ -182,79 +176,65 @@ def compare(
     open_runs = [(seed, model) for seed, model in runs if (model, seed) not in done]
     if not open_runs:
         return [done[model, seed] for seed, model in runs]
-    provenance = {"versions": _versions(), "commit": _commit()}
+    made_by = provenance()
     unintegrated = principal_components(log_normalize(adata))
-    for seed, model in _with_progress(open_runs, name, progress):
+
+    def score(latent: np.ndarray, seed: int) -> dict[str, float]:
+        return score_all(latent, labels, batches, order, unintegrated, seed, lineages)
+
+    from tqdm.auto import tqdm
+
+    bar = tqdm(open_runs, desc=name, disable=not progress, unit="run")
+    for seed, model in bar:
+        bar.set_postfix_str(f"{model}, seed {seed}")
         if (model, seed) in done:  # came with another run
             continue
         trained = _trained(model)
         with_it = {control: other for other, (parent, control) in CONTROLS.items() if parent == trained}
         wanted = tuple(c for c, other in with_it.items() if other in chosen and (other, seed) not in done)
-        task = Task(adata, batch_key, seed, int(max_epochs), schedule, accelerator, label_key, wanted)
+        task = replace(first, seed=seed, label_key=label_key, controls=wanted)
+        fit, measured = _run(model, chosen[model], task, n_threads, score)
         own = {} if model in MODEL_NAMES else {"definition": definitions(model)["function"]}
-        with _quiet():
-            scvi.settings.seed = seed
-            torch.set_num_threads(n_threads)  # numba, under scanpy, resets the threads of torch's OpenMP
-            started = time.process_time()
-            fit = chosen[model](task)
-            seconds = time.process_time() - started
-            fit = _check_fit(fit, model, adata.n_obs)
-            learning = seconds if fit.cpu_s is None else fit.cpu_s
-            started = time.process_time() - (seconds - learning - (fit.fit_cpu_s or 0.0))
-            scores = score_all(fit.latent, labels, batches, order, unintegrated, seed, lineages) | fit.scores
         key = {"data": name, "model": trained, "seed": seed, "schedule": schedule}
         record = {
             **key,
-            "n_latent": fit.latent.shape[1],
-            "cpu_s": round(learning, 2),
-            "fit_cpu_s": fit.fit_cpu_s,
-            "scoring_cpu_s": round(time.process_time() - started, 2),
-            "scores": scores,
+            **measured,
             **facts,
             **keys,
             **own,
             "settings": {**fit.settings, "accelerator": accelerator, "n_threads": n_threads},
-            **provenance,
+            **made_by,
         }
         new = [record, *({**record, "model": with_it.get(c), **own._asdict()} for c, own in fit.controls.items())]
-        new = [_plain(r) for r in new if r["model"] in chosen and (r["model"], seed) not in done]
+        new = [plain(r) for r in new if r["model"] in chosen and (r["model"], seed) not in done]
         if save_latents:
-            _save_latent(Path(records), key, fit.latent, labels, batches)
-        _append(records, new)
+            save_latent(Path(records), key, fit.latent, labels, batches)
+        append(records, new)
         done |= {(r["model"], seed): r for r in new}
     return [done[model, seed] for seed, model in runs]
 
 
-def latent_path(records: Path, record: Record) -> Path:
-    """File of the representation of a record, in the folder next to the records."""
-    parts = (record["data"], record["model"], record["seed"], record["schedule"])
-    return records.with_suffix(".latents") / ("__".join(re.sub(r"[^\w.=-]+", "-", str(p)) for p in parts) + ".npz")
-
-
-def read_records(path: str | Path) -> list[Record]:
-    """Read the valid records of a JSON-lines file.
-
-    For each model and data set these are the runs with the settings of its latest run, and the latest run of each seed.
-
-    Raises
-    ------
-    ValueError
-        If a line is no record.
-    """
-    found = []
-    for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            msg = f"Line {number} of {path} is no record; it may have been cut off. Remove it: its run will be redone."
-            raise ValueError(msg) from error
-    latest = {(r["data"], r["schedule"], r["model"]): _recorded_definition(r) for r in found}
-    in_force = {}
-    for r in found:
-        key = (r["data"], r["schedule"], r["model"])
-        if _agree(_recorded_definition(r), latest[key]):
-            in_force[*key, r["seed"]] = r
-    return list(in_force.values())
+def _run(
+    name: str, model: Model, task: Task, n_threads: int, score: Callable[[np.ndarray, int], dict[str, float]]
+) -> tuple[Fit, Record]:
+    """Train and score a model; what the record of the run says of its size, costs and scores."""
+    with _quiet():
+        scvi.settings.seed = task.seed
+        torch.set_num_threads(n_threads)  # numba, under scanpy, resets the threads of torch's OpenMP
+        started = time.process_time()
+        fit = model(task)
+        seconds = time.process_time() - started
+        fit = _check_fit(fit, name, task.adata.n_obs)
+        learning = seconds if fit.cpu_s is None else fit.cpu_s
+        started = time.process_time() - (seconds - learning - (fit.fit_cpu_s or 0.0))
+        scores = score(fit.latent, task.seed) | fit.scores
+    return fit, {
+        "n_latent": fit.latent.shape[1],
+        "cpu_s": round(learning, 2),
+        "fit_cpu_s": fit.fit_cpu_s,
+        "scoring_cpu_s": round(time.process_time() - started, 2),
+        "scores": scores,
+    }
 
 
 def _define(model: str, function: Model, task: Task) -> Definition:
@@ -262,24 +242,13 @@ def _define(model: str, function: Model, task: Task) -> Definition:
     if model not in MODEL_NAMES:
         return {"function": define(function)}
     with _quiet():
-        given = _plain(function.arguments(task)) if isinstance(function, NeuralModel) else None
+        given = plain(function.arguments(task)) if isinstance(function, NeuralModel) else None
     return {"qbmscvi": version("qbmscvi"), "given": given}
-
-
-def _recorded_definition(record: Record) -> Definition:
-    if record["model"] in MODEL_NAMES:
-        return {"qbmscvi": record["versions"].get("qbmscvi"), "given": record["settings"].get("given")}
-    return {"function": record.get("definition")}  # None of models that were built in
-
-
-def _agree(one: Definition, other: Definition) -> bool:
-    """Whether two definitions have no different values; older records lack some."""
-    return all(None in (value, other[name]) or value == other[name] for name, value in one.items())
 
 
 def _trained(model: str) -> str:
     """The model that is trained for this name."""
-    return CONTROLS[model][0] if model in CONTROLS else model
+    return CONTROLS.get(model, (model,))[0]
 
 
 def _check_models(models: Sequence[str | Model] | None, batch_key: str | None) -> dict[str, Model]:
@@ -313,40 +282,39 @@ def _check_models(models: Sequence[str | Model] | None, batch_key: str | None) -
     return chosen
 
 
-def check_data(
+def _check_data(
     adata: AnnData,
+    layer: str | None,
+    *,
     label_key: str,
     batch_key: str | None,
     order_key: str | None,
     lineage_key: str | None,
-    layer: str | None,
 ) -> AnnData:
     """Check everything that would fail after training; return a copy with the counts in ``X``."""
-    keys = {"label_key": label_key, "batch_key": batch_key, "order_key": order_key, "lineage_key": lineage_key}
-    for what, key in keys.items():
-        if what == "order_key" and key is not None:
-            get_column(adata.obs, what, key)
-        elif key is not None or what == "label_key":
-            check_categories(adata.obs, what, key, may_miss=what == "lineage_key")
+    check_categories(adata.obs, "label_key", label_key)
+    if batch_key is not None:
+        check_categories(adata.obs, "batch_key", batch_key)
+    if order_key is not None:
+        get_column(adata.obs, "order_key", order_key)
+    if lineage_key is not None:
+        check_categories(adata.obs, "lineage_key", lineage_key, may_miss=True)
     check_matrix(adata, layer)
     if adata.n_obs < _MIN_CELLS:
         msg = f"The data have {adata.n_obs} cells, but the scores need at least {_MIN_CELLS}. Compare on more cells."
         raise ValueError(msg)
-    sizes = np.bincount(as_codes(label_key, adata.obs[label_key].to_numpy(), adata.n_obs))
+    sizes = np.unique(np.asarray(adata.obs[label_key], dtype=str), return_counts=True)[1]
     if (sizes >= _MIN_GROUP).sum() < 2:
         msg = (
             f"`adata.obs[{label_key!r}]` has {len(sizes)} labels, {(sizes >= _MIN_GROUP).sum()} of them with "
             f"{_MIN_GROUP} cells or more, but at least two are needed. Choose another `label_key`."
         )
         raise ValueError(msg)
-    if batch_key is not None:
-        n_batches = len(np.bincount(as_codes(batch_key, adata.obs[batch_key].to_numpy(), adata.n_obs)))
-        if n_batches < 2:
-            msg = (
-                f"`adata.obs[{batch_key!r}]` has a single batch, but two are needed to score mixing. Leave out "
-                "`batch_key`."
-            )
-            raise ValueError(msg)
+    if batch_key is not None and adata.obs[batch_key].nunique() < 2:
+        msg = (
+            f"`adata.obs[{batch_key!r}]` has a single batch, but two are needed to score mixing. Leave out `batch_key`."
+        )
+        raise ValueError(msg)
     if order_key is not None:
         order = as_order(adata.obs[order_key], adata.n_obs, N_NEIGHBORS, "order_key")
     if lineage_key is not None:
@@ -359,7 +327,8 @@ def check_data(
         order_by_lineage(adata.obs[lineage_key], order, N_NEIGHBORS, "lineage_key")
     check_counts(adata, layer=layer)
     counts = adata.X if layer is None else adata.layers[layer]
-    columns = list(dict.fromkeys(key for key in keys.values() if key is not None))
+    keys = (label_key, batch_key, order_key, lineage_key)
+    columns = list(dict.fromkeys(key for key in keys if key is not None))
     return type(adata)(counts.copy(), obs=adata.obs[columns].copy(), var=adata.var[[]].copy())
 
 
@@ -375,112 +344,17 @@ def _check_fit(fit: Fit | np.ndarray, model: str, n_cells: int) -> Fit:
     return fit
 
 
-def _read_done(
-    path: str | Path | None,
-    name: str,
-    schedule: str,
-    facts: dict[str, Any],
-    models: Iterable[str],
-    definitions: Callable[[str], Definition],
-) -> dict[tuple[str, int], Record]:
-    """Finished runs of these models on this data set, with the settings that they have now, by model and seed."""
-    if path is None or not Path(path).exists():
-        return {}
-    done, others = {}, Counter()
-    for record in read_records(path):
-        if (record["data"], record["schedule"]) != (name, schedule):
-            continue
-        found = {key: record.get(key, value) for key, value in facts.items()}  # older records lack the columns
-        if found != facts:
-            msg = (
-                f"{path} has runs of {name!r} with {found}, but now there are {facts}: they do not compare. "
-                "Name another place with `records`, or give the data another `name`."
-            )
-            raise ValueError(msg)
-        if record["model"] not in models:
-            continue
-        if _agree(_recorded_definition(record), definitions(record["model"])):
-            done[record["model"], record["seed"]] = record
-        else:
-            others[record["model"]] += 1
-    for model, n_runs in others.items():
-        warnings.warn(
-            f"{path} has {n_runs} runs of {model!r} on {name!r} with other settings of the model, or of another "
-            "version of qbmscvi. They stay in the file and are not used.",
-            UserWarning,
-            stacklevel=3,
-        )
-    return done
-
-
-def _append(path: str | Path | None, new: list[Record]) -> None:
-    if path is None:
-        return
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with Path(path).open("a") as file:
-        file.write("".join(json.dumps(record) + "\n" for record in new))
-
-
-def _save_latent(
-    records: Path, key: Record, latent: np.ndarray, labels: np.ndarray, batches: np.ndarray | None
-) -> None:
-    path = latent_path(records, key)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    columns = {"labels": labels} | ({} if batches is None else {"batches": batches})
-    np.savez_compressed(path, latent=latent.astype(np.float32), **columns)
-
-
-def _with_progress(runs: list[tuple[int, str]], name: str, progress: bool) -> Iterator[tuple[int, str]]:
-    from tqdm.auto import tqdm
-
-    with tqdm(runs, desc=name, disable=not progress, unit="run") as bar:
-        for seed, model in runs:
-            bar.set_postfix_str(f"{model}, seed {seed}")
-            yield seed, model
-            bar.update()
-
-
-class _quiet(warnings.catch_warnings):
+@contextmanager
+def _quiet() -> Iterator[None]:
     """Suppress messages of other packages about every run."""
+    import scib_metrics  # noqa: F401 - sets its level when it is first imported
 
-    _LOGGERS = ("lightning.fabric", "lightning.fabric.utilities.seed", "lightning.pytorch", "scib_metrics", "scvi")
-
-    def __enter__(self) -> None:
-        import scib_metrics  # noqa: F401 - sets its level when it is first imported
-
-        super().__enter__()
-        warnings.simplefilter("ignore")
-        self._levels = [logging.getLogger(name).level for name in self._LOGGERS]
-        for name in self._LOGGERS:
-            logging.getLogger(name).setLevel(logging.ERROR)
-
-    def __exit__(self, *error: object) -> None:
-        for name, level in zip(self._LOGGERS, self._levels, strict=True):
-            logging.getLogger(name).setLevel(level)
-        super().__exit__(*error)
-
-
-def _plain(value: Any) -> Any:
-    """Convert to JSON; values that are no numbers become None."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if isinstance(value, str | int | float | bool | None) else repr(value)
-
-
-def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
-
-
-def _commit() -> str | None:
-    """Commit of the checkout that the package is run from; None for an installed one."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    levels = {logger: logger.level for logger in map(logging.getLogger, _LOGGERS)}
+    with warnings.catch_warnings(action="ignore"):
+        for logger in levels:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in levels.items():
+                logger.setLevel(level)

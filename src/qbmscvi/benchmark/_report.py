@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 
 from qbmscvi.benchmark._cell_report import cell_lines
-from qbmscvi.benchmark._compare import latent_path, read_records
 from qbmscvi.benchmark._models import CONTROLS
+from qbmscvi.benchmark._records import latent_path, read_records
 from qbmscvi.benchmark._statistics import paired_difference, pooled_difference
 from qbmscvi.benchmark._tables import ALL_SETS, CELL_METRICS, METRICS, counted, interval, markdown_table, spread
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qbmscvi.benchmark._metrics import choose_roots, classifiable, cross_validate, pseudotime_scores, score_latent
+from qbmscvi.benchmark._latent_checks import choose_roots, classifiable
+from qbmscvi.benchmark._metrics import cross_validate, neighbor_graph, pseudotime_scores, score_latent
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -142,22 +143,13 @@ def _leiden(latent: np.ndarray, labels: np.ndarray, seed: int) -> dict[str, floa
     """NMI and ARI of Leiden clusters, each at the best of the resolutions."""
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
-    adata = _neighbor_graph(latent, seed)
+    adata = neighbor_graph(latent, N_NEIGHBORS, seed)
     nmi, ari = [], []
     for resolution in LEIDEN_RESOLUTIONS:
         clusters = _leiden_clusters(adata, resolution, seed)
         nmi.append(normalized_mutual_info_score(labels, clusters))
         ari.append(adjusted_rand_score(labels, clusters))
     return {"leiden_nmi": float(max(nmi)), "leiden_ari": float(max(ari))}
-
-
-def _neighbor_graph(latent: np.ndarray, seed: int) -> AnnData:
-    import scanpy as sc
-    from anndata import AnnData
-
-    adata = AnnData(obsm={"latent": latent}, shape=(len(latent), 0))
-    sc.pp.neighbors(adata, n_neighbors=N_NEIGHBORS, use_rep="latent", random_state=seed)
-    return adata
 
 
 def _leiden_clusters(adata: AnnData, resolution: float, seed: int) -> np.ndarray:
