@@ -242,37 +242,34 @@ def _score(
 
     reference_logs = log_normalized(reference)
     components = PCA(N_COMPONENTS, svd_solver="arpack", random_state=seed).fit(reference_logs[fitted])
-    scores = {}
-    if types is not None:
-        unseen = np.setdiff1d(np.arange(reference.shape[0])[originals], fitted)
-        classifier = logistic_classifier().fit(components.transform(reference_logs[fitted]), types[fitted])
-
-        def predict(*cells: sparse.csr_matrix) -> np.ndarray:
-            return classifier.predict(components.transform(log_normalized(sparse.vstack(cells))))
-
-        scores = type_scores(predict(real, reference[unseen]), predict(generated), classifier.classes_, types)
+    variable = np.argsort(-variance(reference_logs), kind="stable")[:_N_VARIABLE_GENES]
+    # Pairs of real and generated cells: equally many, in random order.
     rng = np.random.default_rng(seed)
     n_equal = min(real.shape[0], generated.shape[0])
-    real, generated = (subsample(cells, n_equal, rng) for cells in (real, generated))
-    real_logs, generated_logs = (log_normalized(counts) for counts in (real, generated))
-    real_points, generated_points = (components.transform(logs) for logs in (real_logs, generated_logs))
-
-    near, made = real_points[:_MAX_CELLS], generated_points[:_MAX_CELLS]  # in random order
-    scores |= {
-        "forest_auc": forest_auc(near, made, seed),
-        "mmd2": mmd_squared(near, made),
-        "wasserstein2": wasserstein2(near[:_MAX_ASSIGNED_CELLS], made[:_MAX_ASSIGNED_CELLS]),
-        **neighbor_scores(near, made),
-        **copy_scores(real_logs, generated_logs[:_MAX_CELLS], reference_logs[originals], seed),
-        **gene_scores(real, generated),
+    counts = [subsample(cells, n_equal, rng) for cells in (real, generated)]
+    logs = [log_normalized(cells) for cells in counts]
+    points = [components.transform(cells) for cells in logs]
+    near = [cells[:_MAX_CELLS] for cells in points]
+    scores = {
+        "forest_auc": forest_auc(*near, seed),
+        "mmd2": mmd_squared(*near),
+        "wasserstein2": wasserstein2(*(cells[:_MAX_ASSIGNED_CELLS] for cells in points)),
+        **neighbor_scores(*near),
+        **copy_scores(logs[0], logs[1][:_MAX_CELLS], reference_logs[originals], seed),
+        **gene_scores(*counts),
+        "gene_gene_correlation": gene_gene_correlation(*(cells[:, variable].toarray() for cells in logs)),
     }
-    variable = np.argsort(-variance(reference_logs), kind="stable")[:_N_VARIABLE_GENES]
-    scores["gene_gene_correlation"] = gene_gene_correlation(
-        real_logs[:, variable].toarray(), generated_logs[:, variable].toarray()
-    )
-    if types is not None:
-        found = (classifier.predict(points) for points in (real_points, generated_points))
-        scores["type_change_slope"] = type_change_slope(real_logs, generated_logs, *found)
+    if types is None:
+        return scores
+    classifier = logistic_classifier().fit(components.transform(reference_logs[fitted]), types[fitted])
+
+    def predict(cells: sparse.csr_matrix) -> np.ndarray:
+        return classifier.predict(components.transform(log_normalized(cells)))
+
+    unseen = np.setdiff1d(np.arange(reference.shape[0])[originals], fitted)
+    all_real = sparse.vstack([real, reference[unseen]])
+    scores |= type_scores(predict(all_real), predict(generated), classifier.classes_, types)
+    scores["type_change_slope"] = type_change_slope(*logs, *(classifier.predict(cells) for cells in points))
     return scores
 
 
