@@ -193,8 +193,9 @@ def compare(
         with_it = {control: other for other, (parent, control) in CONTROLS.items() if parent == trained}
         wanted = tuple(c for c, other in with_it.items() if other in chosen and (other, seed) not in done)
         task = replace(first, seed=seed, label_key=label_key, controls=wanted)
-        fit, measured = _run(model, chosen[model], task, n_threads, score)
+        # Before the run, which may change what a function refers to.
         own = {} if model in MODEL_NAMES else {"definition": definitions(model)["function"]}
+        fit, measured = _run(model, chosen[model], task, n_threads, score)
         key = {"data": name, "model": trained, "seed": seed, "schedule": schedule}
         record = {
             **key,
