@@ -6,7 +6,9 @@
 One model is trained for each data set and seed. Its codes are then fitted anew, from independent spins, in these ways:
 
 - *persistent chains*: 512 chains that start as codes, the parameters of the last step;
-- *running mean*: the same chains, and the running mean of the parameters over some 100 steps (what ``fit_prior`` does);
+- *running mean*: the same chains, and the running mean of the parameters over some 100 steps;
+- *tempered end*: the same, and chains exchange states with replicas in the last eighth of fewer steps, 1,700 (what
+  ``fit_prior`` does);
 - *parallel tempering*: replicas of 256 chains at eight temperatures, with the running mean and without;
 - *trajectory tempering*: replicas of 256 chains at earlier parameters of the same fit. The current parameters become a
   rung whenever the exchange with the last rung falls below .25 (arXiv 2607.27077).
@@ -31,7 +33,7 @@ from results import DATA_SETS, load
 from sklearn.linear_model import LogisticRegression
 from study import run_study
 
-from qbmscvi import QBMSCVI
+from qbmscvi import QBMSCVI, SamplingSchedule
 from qbmscvi.benchmark import pooled_difference
 from qbmscvi.boltzmann import graphs
 from qbmscvi.boltzmann.ising import IsingModel
@@ -92,9 +94,11 @@ class TrajectoryTempering(Sampler):
         return Draw(cold, {"n_rungs": len(self.rungs)})
 
 
+TEMPERED_END = "tempered end"
 WAYS = {
     "persistent chains": (BlockGibbsSampler, 512, 0.0),
     "running mean": (BlockGibbsSampler, 512, 0.99),
+    TEMPERED_END: (BlockGibbsSampler, 512, 0.99),
     "parallel tempering": (ParallelTemperingSampler, N_TEMPERED, 0.0),
     "parallel tempering, running mean": (ParallelTemperingSampler, N_TEMPERED, 0.99),
     "trajectory tempering": (TrajectoryTempering, N_TEMPERED, 0.0),
@@ -143,7 +147,8 @@ def measure(name: str, seed: int, options: argparse.Namespace, done: list[dict])
             codes_of(training),
             codes_of(held_out),
             sampler=sampler,
-            n_steps=options.n_steps,
+            schedule=None if way == TEMPERED_END else SamplingSchedule(every_n_steps=1, n_sweeps=2, latency=0),
+            n_steps=1_700 if way == TEMPERED_END else options.n_steps,
             seed=seed,
             memory=memory,
         )

@@ -59,6 +59,7 @@ def divergence(target: BoltzmannPrior, prior: BoltzmannPrior) -> float:
     ("sampler", "n_steps"),
     [
         pytest.param(BlockGibbsSampler(), 400, id="chains"),
+        pytest.param(BlockGibbsSampler(), 1_000, id="tempered-chains-at-the-end"),
         pytest.param(ExactSampler(), 200, id="fresh-samples"),
     ],
 )

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from qbmscvi.samplers import Sampler
     from qbmscvi.train._schedule import SamplingSchedule
 
-_N_STEPS, _N_STEPS_OF_ANSWERS = 2_000, 300
+_N_STEPS, _N_STEPS_OF_ANSWERS = 1_700, 300
 _MIN_CODES, _MAX_CODES = 20, 20_000
 _MAX_HELD_OUT = 1_000
 
@@ -71,7 +71,7 @@ class PriorFitMixin:
             When to request samples. None means every step if the sampler continues chains, otherwise at most 100
             requests.
         n_steps
-            Optimizer steps; None for 2,000, or 300 with a local sampler that cannot continue chains.
+            Optimizer steps; None for 1,700, or 300 with a local sampler that cannot continue chains.
         dataloader
             Batches of cells instead of ``adata``.
         batch_size

@@ -5,9 +5,11 @@ fixed networks, fitting the prior removes this lag. Networks and representations
 
 Each step compares draws of some codes with chains of the prior. The chains start as draws of codes, so each mode has
 its share of them. The fit keeps a running mean of the parameters, because single steps follow the noise of the chains.
-This noise is largest in the weights of distant modes, which chains rarely leave. A sampler that continues chains moves
-them at every step. Any other sampler gets at most a hundred requests; if it is remote, local chains continue from its
-answers.
+A sampler that continues chains moves them at every step. Any other sampler gets at most a hundred requests; if it is
+remote, local chains continue from its answers.
+
+Chains rarely leave a mode, so the weights of distant modes are known least. With block Gibbs, the default, a long fit
+ends with chains that exchange states with replicas at higher temperatures and so move between modes.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from torch.distributions import kl_divergence
 from qbmscvi.boltzmann.ising import SampleBatch
 from qbmscvi.boltzmann.posterior import FactorialPosterior
 from qbmscvi.diagnostics import MIXED, chain_diagnostics, estimate_log_z
-from qbmscvi.samplers import BlockGibbsSampler, SamplingRequest
+from qbmscvi.samplers import BlockGibbsSampler, ParallelTemperingSampler, SamplingRequest
 from qbmscvi.train._sampling import SamplingCallback
 from qbmscvi.train._schedule import SamplingSchedule
 
@@ -43,6 +45,10 @@ _BETAS = (0.5, 0.999)  # gradients from chains are noisy, and old ones mislead
 _COUPLING_DECAY = 1e-4
 _BATCH_SIZE = 512
 _N_SWEEPS = 2
+# The share of tempered steps, at the end of a long fit. On four sets, two fits each, total variation between types of
+# cells and of samples fell from .046 to .031 at equal time; between training and held-out cells it was .02.
+_TEMPERED_SHARE, _N_STEPS_OF_LONG_FIT = 0.12, 1_000
+_N_RUNGS, _LOWEST, _BURN_IN = 6, 0.2, 50
 _N_ANSWERS = 100  # at most, from a sampler that cannot continue chains
 _N_LOOKS = 3  # at held-out codes, in the second half, in which the learning rate falls
 _N_DRAWS = 20  # of each held-out code
@@ -158,7 +164,7 @@ def fit_to_codes(
         Sampler of the prior.
     schedule
         When to request samples. None requests them at every step if the sampler continues chains, and otherwise at most
-        100 times.
+        100 times. With block Gibbs, None also means tempered chains at the end of a fit of 1,000 steps or more.
     n_steps
         Optimizer steps.
     seed
@@ -169,6 +175,8 @@ def fit_to_codes(
         Called with the number of each completed step.
     """
     started = time.perf_counter()
+    is_long = isinstance(sampler, BlockGibbsSampler) and schedule is None and n_steps >= _N_STEPS_OF_LONG_FIT
+    first_tempered = 1 + n_steps - (round(_TEMPERED_SHARE * n_steps) if is_long else 0)
     if schedule is None:
         every = 1 if sampler.traits.is_persistent else math.ceil(n_steps / _N_ANSWERS)
         schedule = SamplingSchedule(every_n_steps=every, n_sweeps=_N_SWEEPS, latency=0)
@@ -180,15 +188,19 @@ def fit_to_codes(
         best_look = looks[0]
         prior.requires_grad_(True)
         prior.start_chains(codes[_choose(len(codes), len(prior.chains), device)].posterior.sample())
-        sampling = SamplingCallback(prior, sampler, schedule)
-        sampling.start(seed)
+        stages = [SamplingCallback(prior, sampler, schedule)]
+        stages[0].start(seed)
         learned = [parameter for parameter in prior.parameters() if parameter.requires_grad and parameter.numel()]
         optimizer, mean = torch.optim.Adam(learned, lr=_LEARNING_RATE, betas=_BETAS), _copy(prior)
         due = {n_steps - k * n_steps // (2 * _N_LOOKS) for k in range(_N_LOOKS)}
         for step in range(1, n_steps + 1):
             for group in optimizer.param_groups:
                 group["lr"] = _LEARNING_RATE * min(1.0, 2.0 * (1.0 - (step - 1) / n_steps))
-            sampling.refresh(step - 1)
+            if step == first_tempered:
+                tempering = ParallelTemperingSampler(_N_RUNGS, lowest=_LOWEST, burn_in=_BURN_IN)
+                stages.append(SamplingCallback(prior, tempering, schedule))
+                stages[-1].start(seed)
+            stages[-1].refresh(step - 1)
             batch = codes[_choose(len(codes), _BATCH_SIZE, device)]
             energy = prior.expected_energy(batch.posterior, n_draws=1, **batch.known).sum(-1).mean()
             optimizer.zero_grad(set_to_none=True)
@@ -208,23 +220,24 @@ def fit_to_codes(
                 if _is_no_worse(looks[-1], best_look):
                     best, best_look = _copy(prior), looks[-1]
                 prior.load_state_dict(current)
-        sampling.broker.close()
+        for stage in stages:
+            stage.broker.close()
         prior.load_state_dict(best)
         for parameter, is_learned in was_learned.items():
             parameter.requires_grad_(is_learned)
             parameter.grad = None
         log_z, chains = _settle(prior, seed)
         looks.append({"step": best_look["step"], **_judge(prior, held_out, log_z)})
-    ledger = sampling.broker.ledger
+    ledgers = [stage.broker.ledger for stage in stages]
     return PriorFit(
         history=pd.DataFrame(looks),
         log_z=log_z,
         chains=chains,
         n_steps=n_steps,
         best_step=best_look["step"],
-        n_requests=ledger.n_requests,
-        n_samples=ledger.n_samples,
-        n_failures=sampling.n_fallbacks,
+        n_requests=sum(ledger.n_requests for ledger in ledgers),
+        n_samples=sum(ledger.n_samples for ledger in ledgers),
+        n_failures=sum(stage.n_fallbacks for stage in stages),
         seconds=time.perf_counter() - started,
     )
 
