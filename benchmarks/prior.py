@@ -1,4 +1,4 @@
-"""Is the prior learned, and what is it worth? Records in ``prior.jsonl``, tables in ``PRIOR.md``.
+"""Is the prior learned, and what is it worth? Records in ``prior.jsonl``, tables in ``PRIOR.md``, and a figure.
 
     python benchmarks/prior.py --data ../shared/data --seeds 5
     python benchmarks/prior.py --table-only
@@ -16,10 +16,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from results import DATA_SETS, load
 
+from qbmscvi import pl
 from qbmscvi.benchmark import MODEL_NAMES, compare, paired_difference, pooled_difference, read_records
 
 HERE = Path(__file__).parent
@@ -39,6 +41,7 @@ REPRESENTATION = {
     "transfer_macro_f1": "transfer macro-F1",
     "pseudotime_tau": "pseudotime tau",
 }
+COMPARED = REPRESENTATION | {"elbo": "held-out ELBO, nats"}
 ALL = "all sets"
 
 
@@ -52,8 +55,8 @@ class Scores:
             for r in records
             if r["schedule"] == "native"
         }
-        self.table = pd.DataFrame.from_dict(rows, orient="index").astype(float)
-        self.sets = [name for name in self.table.index.unique(0) if self.has(name, MODEL)]
+        self.table = pd.DataFrame.from_dict(rows, orient="index").astype(float).sort_index()
+        self.sets = [name for name in dict.fromkeys(key[0] for key in rows) if self.has(name, MODEL)]
         self.n_seeds = [self.table.loc[(name, MODEL)].shape[0] for name in self.sets]
 
     def has(self, data: str, model: str) -> bool:
@@ -124,8 +127,47 @@ def table(title: str, text: str, scores: Scores, rows: dict[str, list[str]]) -> 
     return [*lines, *(f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items())]
 
 
-def report(records: list[dict]) -> str:
-    scores = Scores(records)
+def over_sets(scores: Scores) -> list[str]:
+    """Table of scores by reference: differences over the means of sets."""
+    references = {"scVI": SCVI_VARIANTS[0], "scVI, same optimizer and width": SCVI_VARIANTS[1], "`J = 0`": J_ZERO}
+    lines = [
+        "",
+        "## Over data sets",
+        "",
+        "QBMSCVI minus the model of the column; higher is better. ELBO of scVI is with N(0, I), of `J = 0` with fitted "
+        "fields.",
+        "",
+        "| score | sets | " + " | ".join(f"minus {name}" for name in references) + " |",
+        "|---|---|" + "---|" * len(references),
+    ]
+    for score, title in COMPARED.items():
+        found = {name: scores.differences(score, reference) for name, reference in references.items()}
+        cells = [row_of(differences, [], 1 if score == "elbo" else 3)[-1] for differences in found.values()]
+        lines.append(f"| {title} | {max(map(len, found.values()))} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def draw(scores: Scores, file: Path) -> None:
+    """Differences to scVI, as it comes and at the same optimizer and width, on each set and over sets."""
+    panels = [score for score in COMPARED if score not in ("pseudotime_tau", "transfer_macro_f1")]
+    figure, axes = plt.subplots(2, 3, figsize=(13, 8), layout="constrained")
+    names = dict(zip(("scVI", "scVI, same optimizer and width"), SCVI_VARIANTS, strict=True))
+    for ax, score in zip(axes.flat, panels, strict=True):
+        rows = {data: {} for data in [*scores.sets, ALL]}
+        for name, reference in names.items():
+            differences = scores.differences(score, reference)
+            for data, values in differences.items():
+                result = paired_difference(values, np.zeros(len(values)))
+                rows[data][f"minus {name}"] = (result.mean, result.low, result.high)
+            pooled = pooled_difference(differences)
+            rows[ALL][f"minus {name}"] = (pooled.mean, pooled.low, pooled.high)
+        rows = {data: row for data, row in rows.items() if row}
+        pl.difference_forest(rows, xlabel=COMPARED[score], legend=ax is axes[0, -1], ax=ax)
+    figure.savefig(file, dpi=130, bbox_inches="tight")
+    plt.close(figure)
+
+
+def report(scores: Scores) -> str:
     sets = scores.sets
 
     def rows(score: str, references: dict[str, str | list[str]], digits: int, sign: int = 1, scale: float = 1.0):
@@ -193,6 +235,7 @@ def report(records: list[dict]) -> str:
         scores,
         {title: row_of(scores.differences(score, BEFORE), sets, 3) for score, title in REPRESENTATION.items()},
     )
+    lines += over_sets(scores)
     lines += table(
         "CPU time",
         "Ratios of means, measured while another process worked on the same machine.",
@@ -227,7 +270,9 @@ def main() -> None:
         for record in read_records(HERE / "results.jsonl")
         if record["model"] == MODEL and record["versions"]["qbmscvi"] == "0.1.0"
     ]
-    (HERE / "PRIOR.md").write_text(report(before + read_records(records)))
+    scores = Scores(before + read_records(records))
+    (HERE / "PRIOR.md").write_text(report(scores))
+    draw(scores, HERE / "results" / "differences.png")
 
 
 if __name__ == "__main__":
