@@ -35,7 +35,7 @@ from qbmscvi.samplers.testing import tiny_problems
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 
-from laws import Law  # noqa: E402
+from oracles import Distribution  # noqa: E402
 from test_wrappers import BELIEVED_BETA, TRUE_BETA, Device, answers_by_layer, worst_mean  # noqa: E402
 
 TRIP_SECONDS, SAMPLE_SECONDS = 20e-3, 50e-6
@@ -155,17 +155,17 @@ def draw_figure(records: list[dict], path: Path) -> None:
 
 def repair_table() -> list[str]:
     problem = tiny_problems(torch.float32)["bipartite-3x5"]
-    target = Law.boltzmann(problem, 1.0)
+    target = Distribution.boltzmann(problem, 1.0)
     ratio = TRUE_BETA / BELIEVED_BETA
-    hot = Law.boltzmann(problem, ratio)
+    hot = Distribution.boltzmann(problem, ratio)
     noise = np.sqrt((1 - target.mean**2) / N_DRAWS).max()
     lines = [
         "## What each layer repairs",
         "",
         f"A device of 8 bits at an inverse temperature of {TRUE_BETA} where {BELIEVED_BETA:g} is believed, with a "
         f"field of {Device().bias} added to every spin in its own units; {N_DRAWS:,} samples of 8 spins, exact "
-        f"but for these faults. Largest error of a mean spin; one standard error is {noise:.4f}. Against the law at "
-        f"beta = 1, which is asked for, and at {ratio:.2f}, the law that is left when only the field is gone.",
+        f"but for these faults. Largest error of a mean spin; one standard error is {noise:.4f}. Compared with the "
+        f"distribution at beta = 1, which is requested, and at {ratio:.2f}, which is left when only the field is gone.",
         "",
         "| outermost layer | error at beta = 1 | error at the device's own beta | effective beta measured |",
         "|---|---|---|---|",

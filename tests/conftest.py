@@ -1,4 +1,4 @@
-"""Fixtures that every test may use. Plain functions (oracles, gates, problems) are in ``laws.py``."""
+"""Fixtures that every test may use. Plain functions (oracles, gates, problems) are in ``oracles.py``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 # Test modules are imported one by one (importlib mode), so the folder of the shared ones has to be named.
 sys.path.insert(0, str(Path(__file__).parent))
-pytest.register_assert_rewrite("laws")
+pytest.register_assert_rewrite("oracles")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from laws import Law, state_table
 from lightning.pytorch.callbacks import Callback
+from oracles import Distribution, state_table
 
 from qbmscvi.exceptions import SamplerTimeout
 from qbmscvi.samplers import Draw, ExactSampler, Sampler
@@ -94,9 +94,9 @@ def wait_for_answer(pl_module) -> None:
 
 def moment_z_scores(prior, mean: torch.Tensor, edge_mean: torch.Tensor, n_samples: int) -> np.ndarray:
     """Deviations of spin means and edge means from their exact values, in exact standard errors."""
-    law = Law.boltzmann(prior.to_ising())
+    distribution = Distribution.boltzmann(prior.to_ising())
     i, j = prior.graph.edges.T
-    exact = np.concatenate([law.mean, law.second[i, j]])
+    exact = np.concatenate([distribution.mean, distribution.second[i, j]])
     return (torch.cat([mean, edge_mean]).double().numpy() - exact) / np.sqrt((1.0 - exact**2) / n_samples)
 
 
@@ -143,7 +143,7 @@ class SteppedDevice(Faulty):
 
     @staticmethod
     def asked_at(request) -> int:
-        """Step of a question, from its name."""
+        """Step of a request, from its name."""
         return int(request.request_id.split("-")[2])
 
     def is_ready(self, request) -> bool:

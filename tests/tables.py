@@ -50,7 +50,7 @@ def over(names: str | tuple[str, ...], cases: Iterable, ids: Iterable | Callable
 
 
 def corners(*axes: Mapping | Iterable) -> list:
-    """As few cases as have every value of every axis, for laws whose axes do not interact: a walk along a diagonal."""
+    """As few cases as have every value of every axis, where axes do not interact: a walk along a diagonal."""
     named = [[*axis.items()] if isinstance(axis, Mapping) else [(str(value), value) for value in axis] for axis in axes]
     cases = [[axis[i % len(axis)] for axis in named] for i in range(max(map(len, named)))]
     return [pytest.param(*(v for _, v in case), id="-".join(name for name, _ in case)) for case in cases]

@@ -312,7 +312,7 @@ def train(adata, sampler, schedule=SamplingSchedule(every_n_steps=1, latency=3),
     return model
 
 
-def test_one_question_a_step_serves_moments_and_log_z(adata):
+def test_one_request_a_step_serves_moments_and_log_z(adata):
     sampler = Counting()
     model = train(adata, sampler)
     ledger = model.trainer.lightning_module.sampling.broker.ledger
@@ -389,8 +389,8 @@ def test_recorded_training_replays_bit_for_bit_without_the_device(adata, tmp_pat
     """Answers that come in time, of which every third is a failure."""
     sampler, callbacks = Counting(is_remote=True, fails=lambda call: call % 3 == 0), [Pace()]
     with pytest.warns(RuntimeWarning, match="the line is down"):
-        recorded = train(adata, Recorded(sampler, tmp_path / "tape.jsonl"), callbacks=callbacks)
-    replayed = Replayed(tmp_path / "tape.jsonl")
+        recorded = train(adata, Recorded(sampler, tmp_path / "recording.jsonl"), callbacks=callbacks)
+    replayed = Replayed(tmp_path / "recording.jsonl")
     assert replayed.traits.is_remote
     with pytest.warns(RuntimeWarning, match="the line is down"):
         again = train(adata, replayed)

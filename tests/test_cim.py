@@ -1,6 +1,6 @@
 """The simulated coherent Ising machine, and the matrix that it shares with a real one.
 
-Sign, ancilla, scale and rounding are checked by enumeration. Gates on samples: alpha 1e-4 (``laws.judge``).
+Sign, ancilla, scale and rounding are checked by enumeration. Gates on samples: alpha 1e-4 (``oracles.judge``).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from laws import PROBLEMS, Law, assert_follows, energy_table, judge, random_problem, state_table
+from oracles import PROBLEMS, Distribution, assert_follows, energy_table, judge, random_problem, state_table
 from tables import corners
 
 from qbmscvi.boltzmann import graphs
@@ -37,11 +37,11 @@ def with_ancilla(spins: np.ndarray, ancilla: int) -> np.ndarray:
     return ancilla * np.concatenate([spins, np.ones((len(spins), 1), dtype=spins.dtype)], axis=1)
 
 
-def moment_error(spins: torch.Tensor, law: Law) -> float:
+def moment_error(spins: torch.Tensor, distribution: Distribution) -> float:
     """Largest deviation of a mean spin or a pair product."""
     rows = spins.double().numpy()
     i, j = np.triu_indices(rows.shape[1], 1)
-    errors = np.concatenate([rows.mean(0) - law.mean, (rows.T @ rows / len(rows) - law.second)[i, j]])
+    errors = np.concatenate([rows.mean(0) - distribution.mean, (rows.T @ rows / len(rows) - distribution.second)[i, j]])
     return float(np.abs(errors).max())
 
 
@@ -91,8 +91,8 @@ def test_what_does_not_fit_the_range_is_scaled_down_and_not_clipped():
 def test_answers_are_read_against_the_ancilla_in_random_order(name):
     problem = PROBLEMS[name]()
     program = IsingMatrix.from_problem(problem, 1.0, 2.0, 8)
-    law = Law.boltzmann(problem)
-    drawn = law.draw(500, seed=1).numpy()
+    distribution = Distribution.boltzmann(problem)
+    drawn = distribution.draw(500, seed=1).numpy()
     flips = np.random.default_rng(0).choice([-1, 1], size=(500, 1))
     states = flips * with_ancilla(drawn, 1)
     spins, facts = program.read(states, 500, np.random.default_rng(0))
@@ -156,17 +156,17 @@ def test_ground_states_are_found_where_it_is_asked_for_cold_ones(name):
 def test_calibration_and_polish_make_boltzmann_samples_of_what_is_none(name, capsys):
     """5,000 samples at twice the usual inverse temperature; moments, whose error is at most 1 / sqrt(5000) = 0.014."""
     problem, beta, n_samples = PROBLEMS[name](), 2.0, 5_000
-    law = Law.boltzmann(problem, beta)
+    distribution = Distribution.boltzmann(problem, beta)
     raw = CoherentIsingSampler().sample(SamplingRequest(problem, n_samples, beta, seed=1))
     stack = build_coherent_ising_sampler()
     for seed in range(2, 6):
         mended = stack.sample(SamplingRequest(problem, n_samples, beta, seed=seed))
-    before, after = moment_error(raw.spins, law), moment_error(mended.spins, law)
+    before, after = moment_error(raw.spins, distribution), moment_error(mended.spins, distribution)
     with capsys.disabled():
         print(f"\n{name}: largest error of a moment {before:.3f} raw, {after:.3f} calibrated and polished")
-    assert judge(raw.spins, law).p_value < 1e-10
+    assert judge(raw.spins, distribution).p_value < 1e-10
     assert before > 0.1
-    assert_follows(mended.spins, law)
+    assert_follows(mended.spins, distribution)
     assert after < 5 / np.sqrt(n_samples)
     assert mended.info["effective_beta"] == pytest.approx(beta, rel=0.1)
 

@@ -1,4 +1,4 @@
-"""Laws of the generated counts: the stated truth is the truth, and the difficulty is the stated one."""
+"""Generated counts: the stated truth is the truth, and the difficulty is the stated one."""
 
 from __future__ import annotations
 

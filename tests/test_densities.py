@@ -1,4 +1,4 @@
-"""Laws of the rival priors: normalization, draws and divergences against enumeration and closed forms."""
+"""Rival priors: normalization, draws and divergences against enumeration and closed forms."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from laws import ALPHA, Law, assert_follows, judge, state_table
+from oracles import ALPHA, Distribution, assert_follows, judge, state_table
 from scipy import special, stats
 from torch.distributions import Normal
 
@@ -72,9 +72,9 @@ def table(density) -> np.ndarray:
     return density.log_prob(torch.tensor(STATES, dtype=torch.float32)).double().numpy()
 
 
-def law_of(density) -> Law:
+def distribution_of(density) -> Distribution:
     log_p = table(density)
-    return Law(STATES, -log_p, np.exp(log_p) / np.exp(log_p).sum())
+    return Distribution(STATES, -log_p, np.exp(log_p) / np.exp(log_p).sum())
 
 
 @cache
@@ -102,19 +102,19 @@ def test_a_spin_that_sees_itself_breaks_the_sum():
 
 def test_draws_follow_the_probabilities(fitted):
     draws = fitted.sample(20_000, torch.Generator().manual_seed(1)).to(torch.int8)
-    assert_follows(draws, law_of(fitted))
+    assert_follows(draws, distribution_of(fitted))
     # The draws come in no order that says which component or member made them.
-    assert_follows(draws[:10_000], law_of(fitted))
-    assert judge(draws.roll(1, dims=1), law_of(fitted)).p_value < ALPHA
+    assert_follows(draws[:10_000], distribution_of(fitted))
+    assert judge(draws.roll(1, dims=1), distribution_of(fitted)).p_value < ALPHA
 
 
 @pytest.mark.parametrize("name", ["mixture", "autoregressive"])
 def test_draws_without_dependence_are_told_apart(name):
     """Independent spins with the right means."""
-    law = law_of(fit_once(name))
-    independent = IndependentSpins(torch.tensor(2.0 * np.arctanh(law.mean)))
+    distribution = distribution_of(fit_once(name))
+    independent = IndependentSpins(torch.tensor(2.0 * np.arctanh(distribution.mean)))
     draws = independent.sample(20_000, torch.Generator().manual_seed(1)).to(torch.int8)
-    assert judge(draws, law).p_value < ALPHA
+    assert judge(draws, distribution).p_value < ALPHA
 
 
 @pytest.mark.parametrize("target", [two_modes, three_body])

@@ -1,7 +1,7 @@
 """Training on real counts through devices whose temperature is not what is believed, and what their layers are worth.
 
 Each device is a stand-in: an annealer behind D-Wave's client, a coherent Ising machine behind the worker of the Kaiwu
-SDK, and a simulated one that does not sample a Boltzmann law at all. No real one was ever reached.
+SDK, and a simulated one that does not sample a Boltzmann distribution at all. No real one was ever reached.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ DEVICES = {
     "coherent_ising": Device(
         partial(CoherentIsingSampler, device_beta=6.0),
         partial(build_coherent_ising_sampler, device_beta=6.0),
-        "at 6 in its units; around 2.5, though its law is another one",
+        "at 6 in its units; around 2.5, though its distribution is another one",
     ),
 }
 

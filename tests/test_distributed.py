@@ -1,4 +1,4 @@
-"""Training in two processes: equal models, one question to the sampler, and no process left waiting."""
+"""Training in two processes: equal models, one request to the sampler, and no process left waiting."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_ranks_see_different_cells(dumps):
 @pytest.mark.parametrize("case", CASES)
 def test_rank_0_asks_for_all(dumps, case):
     first, second = dumps[case]
-    # the last question to a remote sampler is answered on the spot and not used
+    # the last request to a remote sampler is answered on the spot and not used
     assert first["n_calls"] == N_STEPS
     assert second["n_calls"] == 0
 

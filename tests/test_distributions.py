@@ -1,4 +1,4 @@
-r"""Laws of the factorial posterior and of the three relaxations of a spin.
+r"""The factorial posterior and the three relaxations of a spin.
 
 Gradients are compared in expectation, without sampling where that is possible: the uniform noise that leads to each
 corner of the cube is fed in and weighted with the corner's probability (straight-through), or integrated by
@@ -15,7 +15,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from laws import binomial_p_value
+from oracles import binomial_p_value
 from scipy import special, stats
 from scvi.nn import Encoder
 from tables import over
@@ -97,7 +97,7 @@ def test_entropy_gradient_is_exact_on_both_sides_of_zero():
 
 
 @each_dtype
-def test_samples_have_the_stated_law(dtype):
+def test_samples_have_the_stated_distribution(dtype):
     """Mean spins by exact binomial, alpha 1e-4 after Bonferroni; and no correlation."""
     q, n = posterior(5, batch=(), dtype=dtype), 40_000
     torch.manual_seed(2)
@@ -114,7 +114,7 @@ def test_draws_have_the_shape_of_the_samples_before_that_of_the_logits():
     assert q.sample((2, 3)).shape == q.rsample((2, 3)).shape == (2, 3, 4, 3)
 
 
-# Forward laws of the relaxations -----------------------------------------------------------------------------------
+# Forward distributions of the relaxations -----------------------------------------------------------------------------
 
 
 def relaxed(smoothing, n=20_000, seed=4):
@@ -137,7 +137,7 @@ def test_straight_through_is_exactly_plus_or_minus_one(dtype):
     assert (zeta.abs() == 1).all()
 
 
-def test_gumbel_follows_the_concrete_law():
+def test_gumbel_follows_the_concrete_distribution():
     """Kolmogorov-Smirnov against the closed form of the distribution function; alpha 1e-4 over four spins."""
     zeta, temperature = relaxed(SMOOTHINGS["gumbel"]), 0.4
     for i, logit in enumerate(LOGITS.tolist()):
@@ -153,7 +153,7 @@ def spike_cdf(zeta, sharpness=3.5):
     return np.expm1(sharpness * (zeta + 1) / 2) / np.expm1(sharpness)
 
 
-def test_spike_exponential_follows_the_mixture_law():
+def test_spike_exponential_follows_the_mixture_distribution():
     """Binomial for the spike, Kolmogorov-Smirnov above it; alpha 1e-4 over eight tests."""
     zeta = relaxed(SMOOTHINGS["spike-exponential"])
     for i, q in enumerate(special.expit(LOGITS.numpy())):
@@ -162,7 +162,7 @@ def test_spike_exponential_follows_the_mixture_law():
         assert stats.kstest(above, spike_cdf).pvalue > 1e-4 / 8
 
 
-def test_spike_exponential_emits_the_law_it_was_trained_with():
+def test_spike_exponential_emits_the_distribution_it_was_trained_with():
     spins = torch.tensor(np.random.default_rng(6).choice([-1.0, 1.0], size=30_000))
     zeta = SMOOTHINGS["spike-exponential"].emit(spins, torch.tensor(np.random.default_rng(7).random(30_000)))
     assert (zeta[spins < 0] == -1).all()
@@ -332,9 +332,9 @@ def test_spike_exponential_is_unbiased_for_its_own_model(sharpness, pair):
     slab = weight * sharpness * torch.exp(sharpness * unit) / math.expm1(sharpness)  # density on [0, 1]
     zeta = torch.cat([torch.tensor([-1.0]).double(), 2 * unit - 1])
     table = smooth(torch.stack(torch.meshgrid(zeta, zeta, indexing="ij"), dim=-1))
-    law = [torch.cat([(1 - p)[None], p * slab]) for p in q]
+    distribution = [torch.cat([(1 - p)[None], p * slab]) for p in q]
     slope = [p * (1 - p) * torch.cat([torch.tensor([-1.0]).double(), slab]) for p in q]
-    expected = torch.stack([slope[0] @ table @ law[1], law[0] @ table @ slope[1]])
+    expected = torch.stack([slope[0] @ table @ distribution[1], distribution[0] @ table @ slope[1]])
     assert torch.allclose(found, expected, rtol=0, atol=1e-9)
 
 

@@ -1,6 +1,6 @@
 """QBMSCVI in the workflows of SCVI: minified data, query data, saving, data modules, other parts of scvi-tools.
 
-``tests/scvi_suite.py`` runs scvi-tools' own tests of SCVI; here are the laws that those do not state.
+``tests/scvi_suite.py`` runs scvi-tools' own tests of SCVI; here is what those do not test.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""D-Wave annealers: embedding, ranges, the law of the answers, faults and secrets.
+"""D-Wave annealers: embedding, ranges, the distribution of the answers, faults and secrets.
 
 D-Wave's real client talks to ``sapi_server.py`` on this machine, which samples what was submitted. No quantum annealer
 was ever reached.
@@ -22,11 +22,11 @@ import networkx as nx
 import numpy as np
 import pytest
 import torch
-from annealer import majority_law
+from annealer import majority_distribution
 from dwave.embedding import embed_bqm, verify_embedding
 from dwave.system.testing import MockDWaveSampler
 from faulty import Pace
-from laws import PROBLEMS, Law, assert_follows, energy_table, judge, random_problem, state_table
+from oracles import PROBLEMS, Distribution, assert_follows, energy_table, judge, random_problem, state_table
 from sapi_server import TOKEN, SapiServer, Solver, working_graph
 from tables import corners
 
@@ -247,8 +247,8 @@ def test_the_total_coupling_of_a_group_limits_the_scale(service, name, limits, i
     assert np.allclose(program.J[~found.is_chain], program.scale * couplings[~found.is_chain])
     gauge = torch.ones(problem.n_spins)
     gauge[::2] = -1
-    for question in (problem, problem.gauged(gauge)):
-        flipped = fit(question, found, ranges, **settings)
+    for other in (problem, problem.gauged(gauge)):
+        flipped = fit(other, found, ranges, **settings)
         assert flipped.scale == pytest.approx(program.scale, rel=1e-12)
         assert solver.complaint(*flipped.on_chip(), parameters) is None
     refusals = []
@@ -267,7 +267,7 @@ def test_a_solver_with_coupling_groups_answers_within_them(service, monkeypatch)
     device = sampler(solver="Loop_advantage2")
     batch = device.sample(SamplingRequest(problem, 4_000, seed=1))
     assert batch.info["scale"] < 0.8 * free
-    assert_follows(batch.spins, Law.boltzmann(problem, batch.info["effective_beta"]))
+    assert_follows(batch.spins, Distribution.boltzmann(problem, batch.info["effective_beta"]))
     device._ranges = replace(device.ranges, group_of={})  # a sampler that does not know of groups
     with pytest.raises(SamplerUnavailable, match="per_group_coupling_range"):
         device.sample(SamplingRequest(problem, 4_000, seed=1))
@@ -288,22 +288,22 @@ def test_chains_hold_where_couplings_are_zero():
     batch = sampler().sample(SamplingRequest(problem, 4_000, seed=3))
     assert batch.info["max_chain_length"] == 2
     assert batch.info["chain_break_rate"] < 0.05
-    assert judge(batch.spins, Law.boltzmann(problem)).moments > 1e-6
+    assert judge(batch.spins, Distribution.boltzmann(problem)).moments > 1e-6
 
 
-# The law -----------------------------------------------------------------------------------------------------------
+# The distribution --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "topology"), corners(list(PROBLEMS), ["zephyr", "pegasus"]))
-def test_answers_follow_the_law_through_embedding_and_back(name, topology):
+def test_answers_follow_the_distribution_through_embedding_and_back(name, topology):
     """Alpha 1e-4 a case. Chains so strong that 1.8 * 2 * 5 keeps them from breaking."""
     problem = PROBLEMS[name]()
     device = sampler(topology=topology, chain_strength=1.8)
     batch = device.sample(SamplingRequest(problem, 4_000, beta=0.8, seed=1))
-    assert_follows(batch.spins, Law.boltzmann(problem, 0.8))
+    assert_follows(batch.spins, Distribution.boltzmann(problem, 0.8))
     assert batch.info["chain_break_rate"] < 1e-3
     assert batch.info["scale"] == pytest.approx(0.8 / TRUE_BETA)
-    assert judge(batch.spins, Law.boltzmann(problem, 0.6)).p_value < 1e-4
+    assert judge(batch.spins, Distribution.boltzmann(problem, 0.6)).p_value < 1e-4
 
 
 def test_problems_beyond_the_ranges_are_hotter_and_info_says_so():
@@ -311,34 +311,34 @@ def test_problems_beyond_the_ranges_are_hotter_and_info_says_so():
     batch = sampler().sample(SamplingRequest(problem, 4_000, seed=1))
     assert batch.info["is_range_limited"]
     assert batch.info["effective_beta"] < 0.5
-    assert_follows(batch.spins, Law.boltzmann(problem, batch.info["effective_beta"]))
-    assert judge(batch.spins, Law.boltzmann(problem, 1.0)).p_value < 1e-4
+    assert_follows(batch.spins, Distribution.boltzmann(problem, batch.info["effective_beta"]))
+    assert judge(batch.spins, Distribution.boltzmann(problem, 1.0)).p_value < 1e-4
 
 
 WEAK = 0.25  # chains of two break with odds of exp(-2.5) times what the fields add
 
 
-def test_majority_votes_follow_the_law_that_enumeration_of_the_qubits_gives():
+def test_majority_votes_follow_the_distribution_that_enumeration_of_the_qubits_gives():
     problem = random_problem(graphs.complete(5), seed=9)
     device = sampler(chain_strength=WEAK)
     program = device.program(problem)
     assert program.embedding.n_qubits <= 12
     batch = device.sample(SamplingRequest(problem, 6_000, seed=1))
     assert 0.02 < batch.info["chain_break_rate"] < 0.3
-    law = majority_law(program, problem, TRUE_BETA)
-    assert law.probabilities.sum() == pytest.approx(1.0)
-    assert_follows(batch.spins, law)
-    assert judge(batch.spins, Law.boltzmann(problem)).p_value < 1e-4  # what broken chains cost
+    distribution = majority_distribution(program, problem, TRUE_BETA)
+    assert distribution.probabilities.sum() == pytest.approx(1.0)
+    assert_follows(batch.spins, distribution)
+    assert judge(batch.spins, Distribution.boltzmann(problem)).p_value < 1e-4  # what broken chains cost
 
 
-def test_without_broken_chains_the_law_is_that_of_the_problem():
+def test_without_broken_chains_the_distribution_is_that_of_the_problem():
     """The same weak chains; given that all of them hold, the energy is that of the problem."""
     problem = random_problem(graphs.complete(5), seed=9)
     device = sampler(chain_strength=WEAK, chain_break="discard")
     batch = device.sample(SamplingRequest(problem, 6_000, seed=1))
     assert batch.info["chain_break_rate"] > 0.02
     assert len(batch.info["job_ids"]) > 1  # what was discarded was asked for again
-    assert_follows(batch.spins, Law.boltzmann(problem))
+    assert_follows(batch.spins, Distribution.boltzmann(problem))
 
 
 def test_too_many_broken_chains_are_an_error():
@@ -352,11 +352,11 @@ def test_gauges_average_the_bias_of_the_device_out(service, monkeypatch):
     """A field of 0.05 on every qubit, 0.25 in units of the problem; 64 gauges leave an eighth of it at random."""
     problem = random_problem(graphs.bipartite(3, 5), seed=5, scale=0.3)
     monkeypatch.setattr(service.solvers["Loop_zephyr"], "bias", 0.05)
-    law = Law.boltzmann(problem)
+    distribution = Distribution.boltzmann(problem)
 
     def error(device) -> float:
         batch = device.sample(SamplingRequest(problem, 16_000, seed=2))
-        return float(np.abs(batch.spins.double().mean(0).numpy() - law.mean).max())
+        return float(np.abs(batch.spins.double().mean(0).numpy() - distribution.mean).max())
 
     device = sampler()
     alone, averaged = error(device), error(SpinReversed(device, 64))
@@ -371,8 +371,8 @@ def test_calibration_finds_the_temperature_of_the_device():
     second = device.sample(SamplingRequest(problem, 8_000, seed=2))
     assert first.info["effective_beta"] == pytest.approx(TRUE_BETA / 8.0, rel=0.1)
     assert second.info["effective_beta"] == pytest.approx(1.0, rel=0.1)
-    assert judge(first.spins, Law.boltzmann(problem)).p_value < 1e-4
-    assert judge(second.spins, Law.boltzmann(problem)).moments > 1e-4
+    assert judge(first.spins, Distribution.boltzmann(problem)).p_value < 1e-4
+    assert judge(second.spins, Distribution.boltzmann(problem)).moments > 1e-4
 
 
 def test_a_mock_sampler_stands_in_for_a_solver():
@@ -398,7 +398,7 @@ def test_a_mock_sampler_stands_in_for_a_solver():
     assert device.name == "DWaveSampler[MockDWaveSampler]"
     batch = device.sample(SamplingRequest(problem, 3_000, seed=1))
     assert batch.info["embedding"] == "clique"
-    assert_follows(batch.spins, Law.boltzmann(problem))
+    assert_follows(batch.spins, Distribution.boltzmann(problem))
     with pytest.raises(ValueError, match="`device` is given"):
         DWaveSampler(device=mock, topology="pegasus")
 
@@ -516,7 +516,7 @@ def test_the_ready_chain_has_its_layers_and_is_what_the_name_builds(problem):
     ready = Polished(build_dwave_sampler(device_beta=8.0, topology="zephyr", n_gauges=2))
     for seed in range(3):
         batch = ready.sample(SamplingRequest(problem, 4_000, seed=seed))
-    assert_follows(batch.spins, Law.boltzmann(problem))
+    assert_follows(batch.spins, Distribution.boltzmann(problem))
     assert batch.info["gain"] == pytest.approx(TRUE_BETA / 8.0, rel=0.1)
     assert batch.info["n_gauges"] == 2
     assert batch.info["n_attempts"] == 1
@@ -563,7 +563,7 @@ def test_every_fault_ends_in_an_error_of_its_kind_in_time(service, problem, plac
 
 
 def test_training_outlives_every_fault(service):
-    """A question every two steps, and a fault for each of the first; those that come after are answered."""
+    """A request every two steps, and a fault for each of the first; those that come after are answered."""
     adata = synthetic_counts(n_cells=240, n_genes=30, seed=0)
     QBMSCVI.setup_anndata(adata)
     device = patient(2.0)
@@ -686,11 +686,11 @@ def test_closing_waits_for_nobody(service, problem):
 
 
 def test_the_token_is_nowhere_but_in_the_requests(service, problem, configured, caplog):
-    """Names, states, tapes, logs and tracebacks with all local variables; the token is what the server demands."""
+    """Names, states, recordings, logs and tracebacks with all local variables; the token is what the server demands."""
     caplog.set_level(logging.DEBUG)
     assert TOKEN in (configured / "dwave.conf").read_text()
     device = patient(1.0)
-    stack = Recorded(Polished(Calibrated(SpinReversed(Retrying(device, pause=0.01), 2)), 2), configured / "tape")
+    stack = Recorded(Polished(Calibrated(SpinReversed(Retrying(device, pause=0.01), 2)), 2), configured / "recording")
     seen = []
     batch = stack.sample(SamplingRequest(problem, 100, seed=1))
     for place, fault in (
@@ -714,7 +714,7 @@ def test_the_token_is_nowhere_but_in_the_requests(service, problem, configured, 
         service.calm()
     assert len(seen) > 5 * 5
     seen += [repr(device), str(stack), repr(batch.info), pickle.dumps(device).decode("latin-1")]
-    seen += [repr(device.__getstate__()), (configured / "tape").read_text(), caplog.text]
+    seen += [repr(device.__getstate__()), (configured / "recording").read_text(), caplog.text]
     assert [text for text in seen if TOKEN in text] == []
     assert "dwave.cloud" in caplog.text  # D-Wave's client did log
 

@@ -1,4 +1,4 @@
-"""Laws of exact enumeration: sums over all states, written out anew, and a tree decomposition agree with it."""
+"""Exact enumeration: sums over all states, written out anew, and a tree decomposition agree with it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from dwave.samplers import TreeDecompositionSampler
-from laws import PROBLEMS, Law, assert_follows, random_problem, ring
+from oracles import PROBLEMS, Distribution, assert_follows, random_problem, ring
 from tables import corners, over
 
 from qbmscvi.boltzmann import enumeration, graphs
@@ -40,38 +40,42 @@ each_beta = over("beta", [pytest.param(beta, id=f"beta-{beta}") for beta in (0.3
 @each_problem
 def test_log_z_is_the_sum_over_all_states(make, beta):
     problem = make()
-    assert math.isclose(exact_log_z(problem, beta), Law.boltzmann(problem, beta).log_z, rel_tol=1e-12, abs_tol=1e-11)
+    assert math.isclose(
+        exact_log_z(problem, beta), Distribution.boltzmann(problem, beta).log_z, rel_tol=1e-12, abs_tol=1e-11
+    )
 
 
 @each_beta
 @each_problem
 def test_moments_are_the_sums_over_all_states(make, beta):
     problem = make()
-    law = Law.boltzmann(problem, beta)
+    distribution = Distribution.boltzmann(problem, beta)
     mean, second = exact_moments(problem, beta)
     assert (mean.dtype, second.dtype) == (torch.float64, torch.float64)
-    assert np.allclose(mean.numpy(), law.mean, rtol=0, atol=1e-12)
-    assert np.allclose(second.numpy(), law.second, rtol=0, atol=1e-12)
+    assert np.allclose(mean.numpy(), distribution.mean, rtol=0, atol=1e-12)
+    assert np.allclose(second.numpy(), distribution.second, rtol=0, atol=1e-12)
 
 
 @each_problem
 def test_enumerated_states_have_their_marginal_probabilities(make):
     problem = make()
-    law = Law.boltzmann(problem, 0.7)
+    distribution = Distribution.boltzmann(problem, 0.7)
     table = enumerate_ising(problem, 0.7)
     assert sorted(torch.cat([table.rest, table.summed]).tolist()) == list(range(problem.n_spins))
-    kept = law.states[:, table.rest.numpy()]
+    kept = distribution.states[:, table.rest.numpy()]
     for state, probability in zip(table.states.numpy(), table.probabilities.tolist(), strict=True):
         rows = (kept == state).all(axis=1)
-        assert math.isclose(probability, law.probabilities[rows].sum(), abs_tol=1e-13)
+        assert math.isclose(probability, distribution.probabilities[rows].sum(), abs_tol=1e-13)
 
 
 @each_problem
 def test_log_z_derivative_in_beta_is_minus_the_mean_energy(make):
     problem, beta, step = make(), 0.7, 1e-4
     slope = (exact_log_z(problem, beta + step) - exact_log_z(problem, beta - step)) / (2 * step)
-    law = Law.boltzmann(problem, beta)
-    assert math.isclose(slope, -law.probabilities @ law.energies, abs_tol=1e-6)  # step**2 times a third derivative
+    distribution = Distribution.boltzmann(problem, beta)
+    assert math.isclose(
+        slope, -distribution.probabilities @ distribution.energies, abs_tol=1e-6
+    )  # step**2 times a third derivative
 
 
 @each_beta
@@ -114,12 +118,12 @@ def test_splitting_the_states_into_chunks_changes_nothing(monkeypatch):
 
 
 @over(("make", "beta"), corners(CASES, (0.3, 0.7, 2.0)))
-def test_exact_draws_follow_the_law(make, beta):
-    """Gate of ``laws.judge`` at its alpha of 1e-4."""
+def test_exact_draws_follow_the_distribution(make, beta):
+    """Gate of ``oracles.judge`` at its alpha of 1e-4."""
     problem = make()
     spins = draw_exact(problem, 20_000, beta, torch.Generator().manual_seed(41))
     assert spins.dtype == torch.int8
-    assert_follows(spins, Law.boltzmann(problem, beta))
+    assert_follows(spins, Distribution.boltzmann(problem, beta))
 
 
 def test_equal_generators_give_equal_draws_and_leave_the_global_stream_alone():
@@ -135,9 +139,9 @@ def test_equal_generators_give_equal_draws_and_leave_the_global_stream_alone():
 @pytest.mark.parametrize("beta", [pytest.param(60.0, id="cold"), pytest.param(1e-6, id="hot")])
 def test_extreme_temperatures_neither_overflow_nor_underflow(beta):
     problem = CASES["complete-6"]()
-    law = Law.boltzmann(problem, beta)
-    assert math.isclose(exact_log_z(problem, beta), law.log_z, rel_tol=1e-12)
-    assert np.allclose(exact_moments(problem, beta)[0].numpy(), law.mean, rtol=0, atol=1e-12)
+    distribution = Distribution.boltzmann(problem, beta)
+    assert math.isclose(exact_log_z(problem, beta), distribution.log_z, rel_tol=1e-12)
+    assert np.allclose(exact_moments(problem, beta)[0].numpy(), distribution.mean, rtol=0, atol=1e-12)
 
 
 def test_a_float32_problem_is_enumerated_in_float64():

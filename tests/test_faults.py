@@ -136,7 +136,7 @@ class Broken(ExactSampler):
     ("method", "after"), [pytest.param("_sample_batch", 0, id="draw"), pytest.param("check", 1, id="check")]
 )
 def test_a_device_that_is_gone_is_replaced(adata, method, after, is_remote):
-    """``check`` passes before training, and is asked with every question again."""
+    """``check`` passes before training, and is called with every request again."""
     model = train(adata, Broken(method, ConnectionError("no route"), after, is_remote), latency=2)
     assert_survived(model, 5 if is_remote else N_STEPS, "ConnectionError: no route")
 
@@ -209,13 +209,13 @@ def test_a_run_that_ends_before_its_first_answer_says_so(adata):
     assert "schedule=SamplingSchedule(latency=0, every_n_steps=1)" in warning
 
 
-def test_answers_to_the_question_before_are_carried_to_the_parameters_of_now(adata):
-    """A queue that is one question behind: nothing shows, but age; the sweeps of the chains make up for it."""
-    questions = []
+def test_answers_to_the_request_before_are_carried_to_the_current_parameters(adata):
+    """A queue that is one request behind: nothing shows, but age; the sweeps of the chains make up for it."""
+    problems = []
 
     def one_behind(sampler, request, draw):
-        questions.append(request.problem)
-        old = questions[-2] if len(questions) > 1 else request.problem
+        problems.append(request.problem)
+        old = problems[-2] if len(problems) > 1 else request.problem
         return Draw(ExactSampler().sample(replace(request, problem=old)).spins)
 
     model = train(adata, Faulty(one_behind, lambda call: True, is_remote=True), latency=2)
@@ -235,16 +235,16 @@ def test_training_goes_on_when_the_budget_is_spent(adata, is_remote):
 
 def test_a_full_disk_costs_the_recording_and_not_the_run(adata, tmp_path):
     """The folder of the recording disappears after the third call."""
-    folder = tmp_path / "tapes"
+    folder = tmp_path / "recordings"
     folder.mkdir()
 
     def lose_disk(sampler, request, draw):
         with contextlib.suppress(FileNotFoundError):
-            (folder / "tape").rename(tmp_path / "gone")
+            (folder / "recording").rename(tmp_path / "gone")
             folder.rmdir()
         return draw
 
-    model = train(adata, Recorded(Faulty(lose_disk, lambda call: call == 3), folder / "tape"))
+    model = train(adata, Recorded(Faulty(lose_disk, lambda call: call == 3), folder / "recording"))
     (warning,) = model.warned
     assert "stopped" in warning
     model.warned = []
@@ -260,17 +260,17 @@ def test_a_full_disk_costs_the_recording_and_not_the_run(adata, tmp_path):
 )
 def test_a_recording_that_does_not_fit_is_replaced(adata, tmp_path, damage, words, n_failures):
     """A line that does not match its checksum is refused before training; see ``test_recordings.py``."""
-    tape = tmp_path / "tape"
-    train(adata, Recorded(ExactSampler(), tape))
-    lines = tape.read_text().splitlines()
-    tape.write_text("\n".join(damage(lines)) + "\n")
-    assert_survived(train(adata, Replayed(tape)), n_failures, words)
+    recording = tmp_path / "recording"
+    train(adata, Recorded(ExactSampler(), recording))
+    lines = recording.read_text().splitlines()
+    recording.write_text("\n".join(damage(lines)) + "\n")
+    assert_survived(train(adata, Replayed(recording)), n_failures, words)
 
 
 # A run that is over ------------------------------------------------------------------------------------------------
 
 
-def test_no_thread_outlives_a_run_by_more_than_its_question(adata):
+def test_no_thread_outlives_a_run_by_more_than_its_request(adata):
     device = SteppedDevice(None, lambda call: False, [None])
     n_threads = threading.active_count()
     train(adata, device, pace=SteppedClock(device), latency=2)

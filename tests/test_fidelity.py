@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from annealer import majority_law
+from annealer import majority_distribution
 from devices import annealer_service, connected
-from laws import Law, random_problem, state_table
+from oracles import Distribution, random_problem, state_table
 
 from qbmscvi.boltzmann import graphs
 from qbmscvi.boltzmann.ising import IsingModel
@@ -24,17 +24,17 @@ def device(**settings) -> DWaveSampler:
     return connected(DWaveSampler, **{"device_beta": BETA, **settings})
 
 
-def divergence(p: Law, q: Law) -> float:
+def divergence(p: Distribution, q: Distribution) -> float:
     return float(p.probabilities @ (np.log(p.probabilities) - np.log(q.probabilities)))
 
 
-def intact_law(program, problem: IsingModel, h, J, beta: float) -> Law:
-    """Law over spins of what the qubits of a copy are programmed to, all chains intact."""
+def intact_distribution(program, problem: IsingModel, h, J, beta: float) -> Distribution:
+    """Distribution over spins of what the qubits of a copy are programmed to, all chains intact."""
     embedding, states = program.embedding, state_table(problem.n_spins)
     qubits = states[:, embedding.spin_of]
     energy = qubits @ h + (qubits[:, embedding.couplers[:, 0]] * qubits[:, embedding.couplers[:, 1]]) @ J
     weights = np.exp(-beta * (energy - energy.min()))
-    return Law(states, energy, weights / weights.sum())
+    return Distribution(states, energy, weights / weights.sum())
 
 
 def test_a_problem_that_fits_without_chains_loses_nothing():
@@ -57,7 +57,7 @@ def test_broken_chains_and_rounding_match_enumeration(chain_strength, n_bits):
     if n_bits:
         h, J = 4.0 / 15 * np.round(h * 15 / 4.0), 2.0 / 15 * np.round(J * 15 / 2.0)
     rounded = type(program)(program.embedding, h, J, program.scale, program.chain_strength, False)
-    expected = divergence(Law.boltzmann(problem), majority_law(rounded, problem, BETA))
+    expected = divergence(Distribution.boltzmann(problem), majority_distribution(rounded, problem, BETA))
     assert report.counts_broken_chains
     assert report.kl == pytest.approx(expected, rel=1e-9)
     assert report.kl > 5e-4
@@ -69,7 +69,9 @@ def test_discarded_samples_leave_the_divergence_of_intact_chains():
     assert device_fidelity(sampler, problem).kl == pytest.approx(0.0, abs=1e-9)
     report, program = device_fidelity(sampler, problem, n_bits=5), sampler.program(problem)
     h, J = 4.0 / 15 * np.round(program.h * 15 / 4.0), 2.0 / 15 * np.round(program.J * 15 / 2.0)
-    assert report.kl == pytest.approx(divergence(Law.boltzmann(problem), intact_law(program, problem, h, J, BETA)))
+    assert report.kl == pytest.approx(
+        divergence(Distribution.boltzmann(problem), intact_distribution(program, problem, h, J, BETA))
+    )
     assert not report.counts_broken_chains
 
 
@@ -77,11 +79,13 @@ def test_ranges_and_a_wrong_temperature_match_enumeration():
     problem = random_problem(graphs.bipartite(4, 4), seed=8, scale=8.0)
     report = device_fidelity(device(), problem)
     assert report.is_range_limited
-    hot = Law.boltzmann(problem, report.effective_beta)
-    assert report.kl == pytest.approx(divergence(Law.boltzmann(problem), hot), rel=1e-6)
+    hot = Distribution.boltzmann(problem, report.effective_beta)
+    assert report.kl == pytest.approx(divergence(Distribution.boltzmann(problem), hot), rel=1e-6)
     cool = random_problem(graphs.bipartite(4, 4), seed=8)
     report = device_fidelity(device(device_beta=8.0), cool, device_beta=BETA)
-    assert report.kl == pytest.approx(divergence(Law.boltzmann(cool), Law.boltzmann(cool, BETA / 8.0)), rel=1e-6)
+    assert report.kl == pytest.approx(
+        divergence(Distribution.boltzmann(cool), Distribution.boltzmann(cool, BETA / 8.0)), rel=1e-6
+    )
 
 
 def test_estimates_agree_with_enumeration():

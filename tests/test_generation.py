@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from laws import ALPHA, Law, assert_follows, binomial_p_value, energy_table, judge, state_table
+from oracles import ALPHA, Distribution, assert_follows, binomial_p_value, energy_table, judge, state_table
 from tables import over
 
 from qbmscvi import QBMSCANVI, QBMSCVI
@@ -84,8 +84,8 @@ def labels_up(label: int) -> np.ndarray:
     return np.where(np.arange(len(TYPES)) == label, 1, -1)
 
 
-def law_of_latent_spins(prior, label: int | None) -> Law:
-    """Law of the latent spins given a type, or of all states: all else is summed out."""
+def distribution_of_latent_spins(prior, label: int | None) -> Distribution:
+    """Distribution of the latent spins given a type, or of all states: all else is summed out."""
     h, J = (p.detach().double().numpy() for p in (prior.h, prior.J))
     states = state_table(prior.n_spins)
     pairs = states[:, prior.graph.edges[:, 0]] * states[:, prior.graph.edges[:, 1]] @ J
@@ -93,7 +93,7 @@ def law_of_latent_spins(prior, label: int | None) -> Law:
     if label is not None:
         weights = weights * (states[:, -len(TYPES) :] == labels_up(label)).all(1)
     weights = weights.reshape(2**N_SPINS, -1).sum(1)  # the latent spins change slowest
-    return Law(state_table(N_SPINS), -np.log(weights), weights / weights.sum())
+    return Distribution(state_table(N_SPINS), -np.log(weights), weights / weights.sum())
 
 
 def test_clamped_prior_has_the_energies_of_the_joint_problem():
@@ -113,19 +113,19 @@ def test_clamped_prior_has_the_energies_of_the_joint_problem():
 
 
 @pytest.mark.parametrize("sampler", ["gibbs", "exact"])
-def test_cells_of_a_type_follow_the_conditional_law(annotated, sampler):
+def test_cells_of_a_type_follow_the_conditional_distribution(annotated, sampler):
     """Chi-square, moments and energy at alpha = 1e-4; the gate sees another type, and no type."""
     prior = annotated.module.prior
     for label, cell_type in enumerate(TYPES):
         z = annotated.generate(8_000, cell_type=cell_type, library_size=10, sampler=sampler, seed=label).obsm["z"]
         spins = torch.from_numpy(z)
-        assert_follows(spins, law_of_latent_spins(prior, label))
+        assert_follows(spins, distribution_of_latent_spins(prior, label))
         for other in {0, 1, 2, None} - {label}:
-            assert judge(spins, law_of_latent_spins(prior, other)).p_value < ALPHA
+            assert judge(spins, distribution_of_latent_spins(prior, other)).p_value < ALPHA
 
 
 def test_type_of_a_cell_that_was_not_asked_for_is_the_most_probable_one(annotated):
-    """By the energies of the joint law, written out; and the latent variables are those of `sample_prior`."""
+    """By the energies of the joint distribution, written out; and the latent variables are those of `sample_prior`."""
     generated = annotated.generate(200, seed=4)
     prior = annotated.module.prior
     z = generated.obsm["z"]

@@ -1,4 +1,4 @@
-"""Laws of interaction graphs: each edge once, color classes without edges inside, patches as D-Wave cuts them."""
+"""Interaction graphs: each edge once, color classes without edges inside, patches as D-Wave cuts them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import networkx as nx
 import numpy as np
 import pytest
-from laws import ring, scrambled_bipartite
+from oracles import ring, scrambled_bipartite
 from tables import over
 
 from qbmscvi.boltzmann import graphs

@@ -1,4 +1,4 @@
-"""Laws of Ising problems and sample batches: one energy in every form, moments from the definition."""
+"""Ising problems and sample batches: one energy in every form, moments from the definition."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import dimod
 import numpy as np
 import pytest
 import torch
-from laws import PROBLEMS, energy_table, random_problem, ring, scrambled_bipartite, state_table
+from oracles import PROBLEMS, energy_table, random_problem, ring, scrambled_bipartite, state_table
 from tables import over
 
 from qbmscvi.boltzmann import graphs

@@ -22,7 +22,7 @@ import pytest
 import torch
 from faulty import Pace
 from kaiwu_platform import SECRETS, TRUE_BETA, Platform, make_interpreter
-from laws import Law, assert_follows, energy_table, random_problem, state_table
+from oracles import Distribution, assert_follows, energy_table, random_problem, state_table
 
 from qbmscvi import QBMSCVI, SamplingSchedule
 from qbmscvi.boltzmann import graphs
@@ -93,10 +93,10 @@ def problem():
 
 
 @pytest.mark.parametrize("beta", [0.5, 1.0])
-def test_samples_have_the_law_of_the_problem(device, problem, beta):
+def test_samples_have_the_distribution_of_the_problem(device, problem, beta):
     """Sign, ancilla, scale and order at once: the stand-in enumerates the matrix that it gets. Alpha 1e-4."""
     batch = device.sample(SamplingRequest(problem, 4_001, beta=beta, seed=1))
-    assert_follows(batch.spins, Law.boltzmann(problem, beta))
+    assert_follows(batch.spins, Distribution.boltzmann(problem, beta))
     info = batch.info
     assert info["is_sorted"]  # as it came
     assert not info["is_deduplicated"]
@@ -142,7 +142,7 @@ def test_jobs_that_compute_are_looked_at_no_faster_than_allowed(device, platform
         assert min(np.diff(times)) > 0.15
 
 
-def test_the_same_question_finds_its_job_after_a_restart(device, platform, problem):
+def test_the_same_request_finds_its_job_after_a_restart(device, platform, problem):
     """By its name, on the platform: folder and worker are new."""
     platform.compute_for(2)
     request = SamplingRequest(problem, 50, seed=1, request_id="refresh-1-20-abc")
@@ -162,7 +162,7 @@ def test_the_same_question_finds_its_job_after_a_restart(device, platform, probl
     again.close()
 
 
-def test_a_restarted_run_finds_the_job_of_its_question(platform, problem):
+def test_a_restarted_run_finds_the_job_of_its_request(platform, problem):
     """Through the whole chain, whose calibration has changed what is asked; the process is another one."""
     broker = Broker(build_kaiwu_sampler(device_beta=3.0), latency=1)
     for step, n_polls in ((0, 0), (1, 9_999)):
@@ -188,7 +188,7 @@ def test_a_restarted_run_finds_the_job_of_its_question(platform, problem):
     assert broker.sampler.log_gain == gain
     broker._trip.future.exception(timeout=60.0)
     (batch,) = broker.collect(2)
-    assert_follows(batch.spins, Law.boltzmann(problem))
+    assert_follows(batch.spins, Distribution.boltzmann(problem))
     assert len(platform.jobs) == 2
     assert len({call["pid"] for call in platform.calls()} - workers) == 1
     broker.sampler.cancel()
@@ -236,7 +236,7 @@ def test_the_ready_chain_has_its_layers_and_is_what_the_name_builds(platform, pr
     ready = Polished(build_kaiwu_sampler(device_beta=3.0), 20)
     for seed in range(3):
         batch = ready.sample(SamplingRequest(problem, 4_000, seed=seed))
-    assert_follows(batch.spins, Law.boltzmann(problem))
+    assert_follows(batch.spins, Distribution.boltzmann(problem))
     assert batch.info["gain"] == pytest.approx(TRUE_BETA / 3.0, rel=0.1)
 
 
@@ -281,7 +281,7 @@ def test_every_fault_ends_in_an_error_of_its_kind_in_time(device, platform, prob
 
 
 def test_training_outlives_every_fault(device, platform):
-    """A question every two steps, and a fault for each of the first; those that come after are answered."""
+    """A request every two steps, and a fault for each of the first; those that come after are answered."""
     adata = synthetic_counts(n_cells=240, n_genes=30, seed=0)
     QBMSCVI.setup_anndata(adata)
     model = QBMSCVI(adata, n_latent=8, n_hidden_spins=0, n_chains=64)  # states repeat
@@ -374,9 +374,9 @@ def test_a_worker_that_does_not_start_is_an_error_in_time(tmp_path):
 
 
 def test_credentials_are_nowhere_but_in_the_environment(device, platform, problem, tmp_path, caplog, capfd):
-    """States, names, tapes, logs, output, and tracebacks with all local variables."""
+    """States, names, recordings, logs, output, and tracebacks with all local variables."""
     caplog.set_level(logging.DEBUG)
-    stack = Recorded(Polished(Calibrated(Retrying(device, pause=0.01)), 2), tmp_path / "tape")
+    stack = Recorded(Polished(Calibrated(Retrying(device, pause=0.01)), 2), tmp_path / "recording")
     batch = stack.sample(SamplingRequest(problem, 50, seed=1))
     assert platform.calls("init")  # the worker has used them
     seen = []
@@ -393,7 +393,7 @@ def test_credentials_are_nowhere_but_in_the_environment(device, platform, proble
         platform.plan()
     assert len(seen) > 5 * 6
     seen += [repr(device), str(stack), repr(batch.info), pickle.dumps(device).decode("latin-1"), repr(vars(device))]
-    seen += [(tmp_path / "tape").read_text(), caplog.text, *capfd.readouterr()]
+    seen += [(tmp_path / "recording").read_text(), caplog.text, *capfd.readouterr()]
     for secret in (*SECRETS.values(), TOKEN):
         assert [text for text in seen if secret in text] == []
 

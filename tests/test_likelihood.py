@@ -117,7 +117,7 @@ def codes_of(model: QBMSCVI) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     states = spin_states(prior.n_spins)
     if not isinstance(smoothing, SpikeExponential):
         return states, states, np.zeros(len(states))
-    # zeta given s = +1 at the midpoints of 80 equal shares of its law; one value given s = -1.
+    # zeta given s = +1 at the midpoints of 80 equal shares of its distribution; one value given s = -1.
     shares = torch.linspace(0.0, 1.0, 161, dtype=torch.float64)[1::2]
     up = smoothing.emit(torch.ones_like(shares), shares).numpy()
     choices = [(-1.0, -1.0, 0.0), *((1.0, zeta, -math.log(len(up))) for zeta in up)]
@@ -265,7 +265,7 @@ def test_elbo_is_that_of_enumeration_and_below_the_likelihood(name):
     assert judge(mean, error, exact) < MAX_Z
     assert (exact <= evidence + 1e-6).all()
     assert (mean <= evidence + MAX_Z * error).all()
-    assert (evidence - exact).max() > 0.01  # the two differ: the law above is no identity
+    assert (evidence - exact).max() > 0.01  # the two differ: the distribution above is no identity
 
 
 def enumerated_elbo_with_library(model):

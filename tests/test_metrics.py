@@ -1,4 +1,4 @@
-"""Laws of the scores, on latents whose right answer is known."""
+"""The scores, on latents whose right answer is known."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_line_has_its_order(line):
 
 
 def test_long_line_is_reported_where_scanpy_loses_its_order():
-    """The law is the report: the same line with twice the cells mixes four times as slowly."""
+    """The report holds the rule: the same line with twice the cells mixes four times as slowly."""
     latent, order = make_line(300)
     with pytest.warns(UserWarning, match="1 diffusion components have an eigenvalue of 0.9994 or more"):
         scores = score_latent(latent, (order > 0.5).astype(int), order=order)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from laws import set_exact_moments
+from oracles import set_exact_moments
 from scvi.module._constants import MODULE_KEYS
 
 from qbmscvi.boltzmann.enumeration import all_states

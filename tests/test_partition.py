@@ -1,4 +1,4 @@
-"""Laws of log Z: annealed importance sampling inside its own interval, and the estimate carried along in training."""
+"""log Z: annealed importance sampling inside its own interval, and the estimate carried along in training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from laws import PROBLEMS, Law, random_problem, ring, scrambled_bipartite
+from oracles import PROBLEMS, Distribution, random_problem, ring, scrambled_bipartite
 from scipy import stats
 from tables import over
 
@@ -36,10 +36,10 @@ def run_family(make, n_problems=N_PROBLEMS, n_steps=30):
     rows = []
     for seed in range(200, 200 + n_problems):
         problem = make(seed)
-        law = Law.boltzmann(problem)
-        samples = law.draw(500, seed) if seed % 2 else None
+        distribution = Distribution.boltzmann(problem)
+        samples = distribution.draw(500, seed) if seed % 2 else None
         estimate = estimate_log_z(problem, samples=samples, n_chains=64, n_steps=n_steps, seed=seed, method="ais")
-        rows.append((estimate, law.log_z))
+        rows.append((estimate, distribution.log_z))
     return rows
 
 
@@ -129,7 +129,7 @@ def test_longer_annealing_narrows_the_interval(make):
 def test_annealing_is_exact_without_couplings():
     problem = random_problem(graphs.independent(7), seed=1)
     estimate = estimate_log_z(problem, n_chains=2, n_steps=1, method="ais")
-    assert math.isclose(estimate.value, Law.boltzmann(problem).log_z, rel_tol=1e-12)
+    assert math.isclose(estimate.value, Distribution.boltzmann(problem).log_z, rel_tol=1e-12)
     assert estimate.scale < 1e-12
 
 

@@ -1,4 +1,4 @@
-"""Laws of the figures: what is drawn is what was given."""
+"""Figures: what is drawn is what was given."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-r"""Laws of the Boltzmann prior: KL and its gradients, the Ising problem behind it, and learning from samples alone.
+r"""The Boltzmann prior: KL and its gradients, the Ising problem behind it, and learning from samples alone.
 
 The oracle writes KL, log Z and the moments out as sums over all spin states in plain torch, so that autograd gives
 its gradients.
@@ -11,7 +11,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from laws import Law, binomial_p_value, random_problem, ring, scrambled_bipartite, set_exact_moments
+from oracles import Distribution, binomial_p_value, random_problem, ring, scrambled_bipartite, set_exact_moments
 from tables import over
 from torch.autograd import grad
 from torch.distributions import kl_divergence
@@ -152,7 +152,7 @@ def test_encoder_gradient_does_not_depend_on_the_moments(make):
 
     before = encoder_gradient()
     for seed in (1, 2):
-        spins = Law.boltzmann(prior.to_ising(), 0.01).draw(30, seed)
+        spins = Distribution.boltzmann(prior.to_ising(), 0.01).draw(30, seed)
         prior.set_moments(SampleBatch(spins, torch.zeros(30, dtype=torch.float64)))
         prior.log_z.fill_(1000.0 * seed)
         assert torch.equal(before, encoder_gradient())
@@ -186,7 +186,7 @@ def test_log_prob_is_normalized_and_its_gradient_too(make):
     set_exact(prior)
     p = prior.distribution().log_prob(all_states(prior.n_spins)).exp()
     assert math.isclose(p.sum().item(), 1.0, rel_tol=1e-12)
-    assert np.allclose(p.detach(), Law.boltzmann(prior.to_ising()).probabilities, rtol=1e-10)
+    assert np.allclose(p.detach(), Distribution.boltzmann(prior.to_ising()).probabilities, rtol=1e-10)
 
 
 def test_distribution_describes_its_shape_and_does_not_sample():
@@ -226,7 +226,7 @@ def test_log_partition_has_exactly_the_buffers_value_in_float32():
 def test_log_partition_gradient_is_minus_the_mean_gradient_of_the_energy(make):
     """For any batch, not only an exact one: -<dE / dtheta>."""
     prior = make()
-    spins = Law.boltzmann(prior.to_ising(), 0.3).draw(40, seed=10)
+    spins = Distribution.boltzmann(prior.to_ising(), 0.3).draw(40, seed=10)
     prior.set_moments(SampleBatch(spins, torch.zeros(40, dtype=torch.float64)))
     parameters = [prior.h, prior.J]
     found = grad(prior.log_partition(), parameters)
@@ -239,7 +239,7 @@ def test_log_partition_gradient_is_minus_the_mean_gradient_of_the_energy(make):
 def test_moments_go_into_buffers_of_fixed_shape(make):
     prior = make()
     before = {name: tuple(value.shape) for name, value in prior.named_buffers()}
-    spins = Law.boltzmann(prior.to_ising()).draw(40, seed=10)
+    spins = Distribution.boltzmann(prior.to_ising()).draw(40, seed=10)
     prior.set_moments(SampleBatch(spins, torch.zeros(40, dtype=torch.float64)))
     s = spins.double().numpy()
     i, j = prior.graph.edges.T
@@ -293,7 +293,7 @@ LEARNING_STEPS, LEARNING_CHAINS = 250, 1024
 def learn(optimizer, sign=1.0):
     """Fit a fully visible bipartite model to 20,000 exact samples by PCD; return the worst moment error."""
     target = random_problem(graphs.bipartite(5, 5), seed=61, offset=0.0)
-    data = Law.boltzmann(target).draw(20_000, seed=62).float()
+    data = Distribution.boltzmann(target).draw(20_000, seed=62).float()
     torch.manual_seed(63)
     prior = BoltzmannPrior(target.graph, n_chains=LEARNING_CHAINS)
     optimizer = optimizer(prior.parameters())
@@ -353,16 +353,16 @@ def ferromagnet(J):
 
 def crossing_rate(problem, n_sweeps=1):
     """Exact chance that the total spin changes sign in a sweep at equilibrium; no change through zero is counted."""
-    law = Law.boltzmann(problem)
+    distribution = Distribution.boltzmann(problem)
     matrix, h = problem.couplings().double().numpy(), problem.h.double().numpy()
-    total = law.states.sum(1)
+    total = distribution.states.sum(1)
     # Left layer given right, then right given the new left: T(s, t) = p(t_left | s_right) p(t_right | t_left).
-    field = h + law.states @ matrix
+    field = h + distribution.states @ matrix
     up = 1 / (1 + np.exp(2 * field))  # (state, spin)
-    chance = np.where(law.states[None] > 0, up[:, None], 1 - up[:, None])  # (from, to, spin)
+    chance = np.where(distribution.states[None] > 0, up[:, None], 1 - up[:, None])  # (from, to, spin)
     left = chance[:, :, :4].prod(-1)
     right = chance[:, :, 4:].prod(-1).diagonal()  # given the left layer of the new state itself
-    return float(law.probabilities @ ((left * right) * (total[:, None] * total[None] < 0)).sum(1))
+    return float(distribution.probabilities @ ((left * right) * (total[:, None] * total[None] < 0)).sum(1))
 
 
 @pytest.mark.parametrize(
@@ -376,9 +376,9 @@ def test_persistent_chains_keep_both_modes_in_their_shares_and_cross_as_often_as
     standard errors over chains. Run with -s for the rates.
     """
     problem, n_chains = ferromagnet(J), 1000
-    law = Law.boltzmann(problem)
-    total = law.states.sum(1)
-    share = float(law.probabilities[total > 0].sum())
+    distribution = Distribution.boltzmann(problem)
+    total = distribution.states.sum(1)
+    share = float(distribution.probabilities[total > 0].sum())
     sampler = BlockGibbsSampler()
     spins = sampler.sample(SamplingRequest(problem, n_chains, n_sweeps=burn_in, seed=71)).spins
     signs = [spins.sum(1).sign()]
@@ -403,8 +403,8 @@ def test_persistent_chains_keep_both_modes_in_their_shares_and_cross_as_often_as
 def test_chains_started_in_one_mode_are_found_out():
     """The gate of the modes has power: 100 sweeps at J = -0.6 do not cross, and the share says so."""
     problem = ferromagnet(-0.6)
-    law = Law.boltzmann(problem)
-    share = float(law.probabilities[law.states.sum(1) > 0].sum())
+    distribution = Distribution.boltzmann(problem)
+    share = float(distribution.probabilities[distribution.states.sum(1) > 0].sum())
     start = torch.ones(1000, 8, dtype=torch.int8)
     spins = BlockGibbsSampler().sample(SamplingRequest(problem, 1000, initial_spins=start, n_sweeps=100, seed=73)).spins
     assert binomial_p_value(int((spins.sum(1) > 0).sum()), 1000, share) < 1e-20

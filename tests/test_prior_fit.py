@@ -46,12 +46,12 @@ def draw_codes(target: BoltzmannPrior, n: int, seed: int) -> Codes:
     return codes_of(spins[:, :N_VISIBLE])
 
 
-def law(prior: BoltzmannPrior) -> torch.Tensor:
+def distribution(prior: BoltzmannPrior) -> torch.Tensor:
     return torch.softmax(-prior.energy(all_states(N_VISIBLE).float()).detach().double(), 0)
 
 
 def divergence(target: BoltzmannPrior, prior: BoltzmannPrior) -> float:
-    p, q = law(target), law(prior)
+    p, q = distribution(target), distribution(prior)
     return float((p * (p / q).log()).sum())
 
 
@@ -76,7 +76,7 @@ def test_a_machine_is_found_again_from_its_samples(target, sampler, n_steps):
     assert before > 0.5
     assert found < 0.02
     # Held-out codes that are sure of their spins: KL is minus the log likelihood, here with log Z by enumeration.
-    entropy = float(-(law(target) * law(target).log()).sum())
+    entropy = float(-(distribution(target) * distribution(target).log()).sum())
     assert fit.kl == pytest.approx(entropy + found, abs=4 * 1.5 / 1_000**0.5)
     assert fit.log_z.method == "exact"
     assert fit.kl < fit.kl_before - 0.5
@@ -154,7 +154,7 @@ def test_training_ends_with_a_fit_unless_the_prior_is_frozen_or_it_is_refused(mo
 
 
 class Device(Sampler):
-    """Remote sampler of exact samples that counts its questions and fails at some of them."""
+    """Remote sampler of exact samples that counts its requests and fails at some of them."""
 
     traits = SamplerTraits(is_remote=True)
 

@@ -1,4 +1,4 @@
-"""The prior fitted with samples of stand-ins of D-Wave's service and of the Kaiwu SDK: questions, faults, replay."""
+"""The prior fitted with samples of stand-ins of D-Wave's service and of the Kaiwu SDK: requests, faults, replay."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def fit(model):
     model.module.prior.load_state_dict(before)
 
 
-def test_a_hundred_questions_to_dwaves_client_do_what_block_gibbs_does(fit):
+def test_a_hundred_requests_to_dwaves_client_do_what_block_gibbs_does(fit):
     service = annealer_service()
     n_before = len(service.jobs)
     found, _ = fit(connected(build_dwave_sampler, device_beta=12.0, n_gauges=2))  # in truth at 5
@@ -68,19 +68,21 @@ def test_faults_of_dwaves_service_cost_a_warning_and_a_recording_plays_them_back
     schedule = SamplingSchedule(every_n_steps=30, latency=0)
     service.plan("run", "short", n_times=3)
     with pytest.warns(RuntimeWarning, match="reads") as caught:
-        found, recorded = fit(Recorded(connected(DWaveSampler, device_beta=5.0), tmp_path / "tape"), schedule=schedule)
+        found, recorded = fit(
+            Recorded(connected(DWaveSampler, device_beta=5.0), tmp_path / "recording"), schedule=schedule
+        )
     service.calm()
     assert len(caught) == 1
     assert (found.n_requests, found.n_failures) == (10, 3)
     n_before = len(service.jobs)
     with pytest.warns(RuntimeWarning, match="reads"):
-        again, replayed = fit(Replayed(tmp_path / "tape"), schedule=schedule)
+        again, replayed = fit(Replayed(tmp_path / "recording"), schedule=schedule)
     assert len(service.jobs) == n_before
     assert again.history.equals(found.history)
     assert all(torch.equal(value, replayed[name]) for name, value in recorded.items())
 
 
-def test_a_few_questions_to_the_kaiwu_sdk_do_what_block_gibbs_does(fit, tmp_path, monkeypatch):
+def test_a_few_requests_to_the_kaiwu_sdk_do_what_block_gibbs_does(fit, tmp_path, monkeypatch):
     platform = Platform(tmp_path / "platform")
     for name, value in platform.environment(make_interpreter(tmp_path / "interpreter")).items():
         monkeypatch.setenv(name, value)
@@ -89,18 +91,18 @@ def test_a_few_questions_to_the_kaiwu_sdk_do_what_block_gibbs_does(fit, tmp_path
     platform.plan("short", "narrow")
     device = build_kaiwu_sampler(device_beta=6.0, timeout=60.0)  # in truth at 2
     with pytest.warns(RuntimeWarning, match="states|spins") as caught:
-        found, recorded = fit(Recorded(device, tmp_path / "tape"), schedule=schedule)
+        found, recorded = fit(Recorded(device, tmp_path / "recording"), schedule=schedule)
     device.cancel()
     assert len(caught) == 1
     assert (found.n_requests, found.n_failures) == (
         12,
         1,
-    )  # the first answer was bad, and so was the one to the same question again
+    )  # the first answer was bad, and so was the one to the same request again
     assert len(platform.calls()) == 13
     local, _ = fit("gibbs")
     assert found.kl < found.kl_before - 0.2
     assert found.kl == pytest.approx(local.kl, abs=0.1)
     with pytest.warns(RuntimeWarning, match="states|spins"):
-        _, replayed = fit(Replayed(tmp_path / "tape"), schedule=schedule)
+        _, replayed = fit(Replayed(tmp_path / "recording"), schedule=schedule)
     assert len(platform.calls()) == 13
     assert all(torch.equal(value, replayed[name]) for name, value in recorded.items())

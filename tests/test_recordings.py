@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import scvi
 import torch
-from laws import random_problem, ring
+from oracles import random_problem, ring
 from tables import over
 
 from qbmscvi import QBMSCVI, SamplingSchedule
@@ -75,7 +75,7 @@ def requests_of(dtype=torch.float64) -> list[SamplingRequest]:
 
 
 @pytest.fixture
-def tape(tmp_path) -> Path:
+def recording(tmp_path) -> Path:
     """Four answers of different sizes; 9 x 8 + 1 x 6 + 300 x 12 + 13 x 7 bits."""
     path = tmp_path / "run.jsonl"
     recorder = Recorded(Talkative(), path)
@@ -93,7 +93,7 @@ def entries(path) -> list[dict]:
 
 
 def rewrite(path, change, line=2) -> Path:
-    """Change a line of a tape, given and taken as text, the header being line 1."""
+    """Change a line of a recording, given and taken as text, the header being line 1."""
     lines = path.read_text().splitlines()
     lines[line - 1] = change(lines[line - 1])
     changed = path.with_name(f"{path.name}-changed")
@@ -117,10 +117,10 @@ def checksum(entry) -> str:
     ],
 )
 def test_replayed_answers_equal_recorded_ones_bit_for_bit(build, dtype, tmp_path):
-    recorder = Recorded(build(), tmp_path / "tape")
+    recorder = Recorded(build(), tmp_path / "recording")
     requests = [replace(request, n_samples=request.n_samples + 200) for request in requests_of(dtype)]
     recorded = [recorder.sample(request) for request in requests]
-    player = Replayed(tmp_path / "tape")
+    player = Replayed(tmp_path / "recording")
     for request, first in zip(requests, recorded, strict=True):
         second = player.sample(request)
         assert second.spins.dtype == torch.int8
@@ -134,8 +134,8 @@ def test_replayed_answers_equal_recorded_ones_bit_for_bit(build, dtype, tmp_path
         assert (first.info["is_recorded"], second.info["is_replayed"]) == (True, True)
 
 
-def test_facts_that_json_can_hold_are_kept(tape):
-    info = Replayed(tape).sample(requests_of()[0]).info
+def test_facts_that_json_can_hold_are_kept(recording):
+    info = Replayed(recording).sample(requests_of()[0]).info
     kept = {"job": "7f-é", "n_breaks": 3, "effective_beta": 0.1 + 0.2, "is_range_limited": False, "nothing": None}
     assert {key: info[key] for key in kept} == kept
     assert isinstance(info["is_range_limited"], bool)
@@ -145,13 +145,13 @@ def test_facts_that_json_can_hold_are_kept(tape):
 
 
 def test_a_batch_is_one_call_of_the_recording(tmp_path):
-    together = Recorded(ExactSampler(), tmp_path / "tape").sample_batch(requests_of())
-    assert [len(call["answers"]) for call in calls(tmp_path / "tape")] == [4]
-    again = Replayed(tmp_path / "tape").sample_batch(requests_of())
+    together = Recorded(ExactSampler(), tmp_path / "recording").sample_batch(requests_of())
+    assert [len(call["answers"]) for call in calls(tmp_path / "recording")] == [4]
+    again = Replayed(tmp_path / "recording").sample_batch(requests_of())
     assert all(torch.equal(a.spins, b.spins) for a, b in zip(together, again, strict=True))
     for part in (requests_of()[:3], requests_of()[::-1]):
         with pytest.raises(InvalidSamples, match="Call 1 of .* belongs to another problem"):
-            Replayed(tmp_path / "tape").sample_batch(part)
+            Replayed(tmp_path / "recording").sample_batch(part)
 
 
 class Failing(ExactSampler):
@@ -171,10 +171,10 @@ class Failing(ExactSampler):
     "error", [SamplerTimeout("no answer"), BudgetExceeded("spent"), OSError("line cut"), SamplerError("odd")], ids=repr
 )
 def test_failures_are_played_back_where_they_happened(error, tmp_path):
-    recorder = Recorded(Failing(error), tmp_path / "tape")
+    recorder = Recorded(Failing(error), tmp_path / "recording")
     player = None
     for sampler in (recorder, None):
-        player = sampler or Replayed(tmp_path / "tape")
+        player = sampler or Replayed(tmp_path / "recording")
         for k, request in enumerate(requests_of()):
             if k % 2 == 0:
                 assert player.sample(request).n_samples == request.n_samples
@@ -188,7 +188,7 @@ def test_failures_are_played_back_where_they_happened(error, tmp_path):
 
 def test_unknown_failures_of_a_recording_call_nothing(tmp_path):
     """The type of a failure is a word to look up in a short list, not a name to evaluate."""
-    recorder = Recorded(Failing(SamplerTimeout("no answer")), tmp_path / "tape")
+    recorder = Recorded(Failing(SamplerTimeout("no answer")), tmp_path / "recording")
     recorder.sample(requests_of()[0])
     with pytest.raises(SamplerTimeout):
         recorder.sample(requests_of()[1])
@@ -197,7 +197,7 @@ def test_unknown_failures_of_a_recording_call_nothing(tmp_path):
         body = {"failure": {"type": "require_integer", "message": "x"}}
         return json.dumps({**body, "sha256": checksum(body)})
 
-    player = Replayed(rewrite(tmp_path / "tape", rename, 3))
+    player = Replayed(rewrite(tmp_path / "recording", rename, 3))
     player.sample(requests_of()[0])
     with pytest.raises(SamplerError, match="^x$"):
         player.sample(requests_of()[1])
@@ -205,16 +205,16 @@ def test_unknown_failures_of_a_recording_call_nothing(tmp_path):
 
 def test_recording_changes_nothing(tmp_path):
     request = requests_of()[2]
-    plain, recorded = ExactSampler().sample(request), Recorded(ExactSampler(), tmp_path / "tape").sample(request)
+    plain, recorded = ExactSampler().sample(request), Recorded(ExactSampler(), tmp_path / "recording").sample(request)
     assert torch.equal(plain.spins, recorded.spins)
     assert recorded.info["sampler"] == "Recorded(ExactSampler)"
 
 
 def test_seeds_are_drawn_once_and_written_down(tmp_path):
     torch.manual_seed(4)
-    Recorded(ExactSampler(), tmp_path / "tape").sample(replace(requests_of()[0], seed=None))
+    Recorded(ExactSampler(), tmp_path / "recording").sample(replace(requests_of()[0], seed=None))
     torch.manual_seed(4)
-    (entry,) = entries(tmp_path / "tape")
+    (entry,) = entries(tmp_path / "recording")
     assert entry["info"]["seed"] == int(torch.randint(2**31 - 1, ()))
 
 
@@ -227,11 +227,11 @@ class RemoteChains(BlockGibbsSampler):
     [(ExactSampler, False, False), (BlockGibbsSampler, False, True), (RemoteChains, True, True)],
 )
 def test_a_recording_has_the_traits_that_a_run_depends_on(build, is_remote, is_persistent, tmp_path):
-    recorder = Recorded(build(), tmp_path / "tape")
+    recorder = Recorded(build(), tmp_path / "recording")
     request = SamplingRequest(PROBLEM, 4, seed=1)
     first = recorder.sample(request)
     second = recorder.sample(replace(request, initial_spins=first.spins))
-    player = Replayed(tmp_path / "tape")
+    player = Replayed(tmp_path / "recording")
     expected = SamplerTraits(is_remote=is_remote, is_persistent=is_persistent, is_slow=is_remote, is_replay=True)
     assert player.traits == expected
     player.sample(request)
@@ -241,32 +241,32 @@ def test_a_recording_has_the_traits_that_a_run_depends_on(build, is_remote, is_p
 def test_a_recording_inside_other_wrappers(tmp_path):
     """Recorded at the device, replayed at the device: the layers around it do the same again."""
     request = SamplingRequest(PROBLEM, 40, 1.3, seed=5)
-    first = Polished(SpinReversed(Recorded(ExactSampler(), tmp_path / "tape"), 3), 2).sample(request)
-    second = Polished(SpinReversed(Replayed(tmp_path / "tape"), 3), 2).sample(request)
+    first = Polished(SpinReversed(Recorded(ExactSampler(), tmp_path / "recording"), 3), 2).sample(request)
+    second = Polished(SpinReversed(Replayed(tmp_path / "recording"), 3), 2).sample(request)
     assert torch.equal(first.spins, second.spins)
 
 
 # The file ----------------------------------------------------------------------------------------------------------
 
 
-def test_header_names_format_and_version(tape):
-    header = json.loads(tape.read_text().splitlines()[0])
+def test_header_names_format_and_version(recording):
+    header = json.loads(recording.read_text().splitlines()[0])
     traits = dict.fromkeys(("is_remote", "is_persistent", "is_slow"), False)
     assert header == {"format": "qbmscvi-recording", "version": 1, **traits}
 
 
-def test_the_file_is_plain_json_lines(tape):
-    text = tape.read_bytes().decode("ascii")
+def test_the_file_is_plain_json_lines(recording):
+    text = recording.read_bytes().decode("ascii")
     assert text.endswith("\n")
     assert text.count("\n") == 5
-    for call in calls(tape):
+    for call in calls(recording):
         assert set(call) == {"answers", "sha256"}
         assert [set(answer) for answer in call["answers"]] == [{"request", "shape", "spins", "info"}]
         assert call["sha256"] == checksum({"answers": call["answers"]})
 
 
-def test_spins_and_facts_can_be_rebuilt_by_hand(tape):
-    for request, entry in zip(requests_of(), entries(tape), strict=True):
+def test_spins_and_facts_can_be_rebuilt_by_hand(recording):
+    for request, entry in zip(requests_of(), entries(recording), strict=True):
         n_samples, n_spins = entry["shape"]
         number = int.from_bytes(base64.b64decode(entry["spins"]), "big")
         n_bits = len(base64.b64decode(entry["spins"])) * 8
@@ -280,14 +280,14 @@ def test_spins_and_facts_can_be_rebuilt_by_hand(tape):
 
 def test_a_recording_grows_answer_by_answer(tmp_path):
     """What a run that dies leaves behind can be replayed."""
-    recorder = Recorded(ExactSampler(), tmp_path / "tape")
-    assert Replayed(tmp_path / "tape")._calls == []
+    recorder = Recorded(ExactSampler(), tmp_path / "recording")
+    assert Replayed(tmp_path / "recording")._calls == []
     for k, request in enumerate(requests_of(), start=1):
         recorder.sample(request)
-        assert len(entries(tmp_path / "tape")) == k
+        assert len(entries(tmp_path / "recording")) == k
 
 
-def test_nothing_is_pickled(tape, monkeypatch):
+def test_nothing_is_pickled(recording, monkeypatch):
     """Neither in the file nor on the way in: a recording from elsewhere can run nothing."""
 
     def refuse(*args, **kwargs):
@@ -296,10 +296,10 @@ def test_nothing_is_pickled(tape, monkeypatch):
 
     for module, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load"), (np, "load")):
         monkeypatch.setattr(module, name, refuse)
-    assert Replayed(tape).sample(requests_of()[0]).n_samples == 9
+    assert Replayed(recording).sample(requests_of()[0]).n_samples == 9
     source = inspect.getsource(_recordings)
     assert not any(word in source for word in ("pickle", "torch.load", "np.load", "eval(", "exec("))
-    assert b"\x80\x04" not in tape.read_bytes()
+    assert b"\x80\x04" not in recording.read_bytes()
 
 
 def test_facts_that_are_not_finite_are_json_all_the_same(tmp_path):
@@ -311,14 +311,14 @@ def test_facts_that_are_not_finite_are_json_all_the_same(tmp_path):
         msg = f"{word} is not JSON"
         raise ValueError(msg)
 
-    Recorded(Odd(), tmp_path / "tape").sample(requests_of()[0])
-    for line in (tmp_path / "tape").read_text().splitlines():
+    Recorded(Odd(), tmp_path / "recording").sample(requests_of()[0])
+    for line in (tmp_path / "recording").read_text().splitlines():
         json.loads(line, parse_constant=refuse)
 
 
 def test_facts_of_a_budget_are_kept(tmp_path):
-    Recorded(Budgeted(ExactSampler(), n_calls=5), tmp_path / "tape").sample(requests_of()[0])
-    assert entries(tmp_path / "tape")[0]["info"]["spent"]["n_calls"] == 1
+    Recorded(Budgeted(ExactSampler(), n_calls=5), tmp_path / "recording").sample(requests_of()[0])
+    assert entries(tmp_path / "recording")[0]["info"]["spent"]["n_calls"] == 1
 
 
 # Damage ------------------------------------------------------------------------------------------------------------
@@ -336,44 +336,44 @@ def test_facts_of_a_budget_are_kept(tmp_path):
         pytest.param(lambda line: line.replace('"shape": [9, 8]', '"shape": [8, 9]'), "checksum", id="changed-shape"),
     ],
 )
-def test_a_damaged_line_is_named(tape, change, match):
+def test_a_damaged_line_is_named(recording, change, match):
     with pytest.raises(InvalidSamples, match=match):
-        Replayed(rewrite(tape, change))
+        Replayed(rewrite(recording, change))
 
 
-def test_a_wrong_checksum_is_found_in_any_line(tape):
+def test_a_wrong_checksum_is_found_in_any_line(recording):
     for number in (2, 5):
-        copy = tape.with_name(f"copy-{number}")
-        copy.write_text(tape.read_text())
+        copy = recording.with_name(f"copy-{number}")
+        copy.write_text(recording.read_text())
         digest = calls(copy)[number - 2]["sha256"]
         with pytest.raises(InvalidSamples, match=f"Line {number} of the recording .* does not match its checksum"):
             Replayed(rewrite(copy, lambda line, digest=digest: line.replace(digest, "0" * 64), number))
 
 
-def test_a_last_line_that_was_cut_off_is_found(tape):
-    """At any byte within the line; cut off right behind it, the tape is a shorter tape."""
-    whole = tape.read_bytes()
+def test_a_last_line_that_was_cut_off_is_found(recording):
+    """At any byte within the line; cut off right behind it, the recording is a shorter recording."""
+    whole = recording.read_bytes()
     last = whole.rindex(b"\n", 0, -1) + 1
     for stop in (last + 1, last + 40, len(whole) - 5, len(whole) - 2):
-        tape.write_bytes(whole[:stop])
+        recording.write_bytes(whole[:stop])
         with pytest.raises(InvalidSamples, match="Line 5 of the recording .* is damaged"):
-            Replayed(tape)
-    tape.write_bytes(whole[:last])
-    assert len(Replayed(tape)._calls) == 3
+            Replayed(recording)
+    recording.write_bytes(whole[:last])
+    assert len(Replayed(recording)._calls) == 3
 
 
-def test_no_single_changed_character_goes_unnoticed(tape):
+def test_no_single_changed_character_goes_unnoticed(recording):
     """Three hundred characters of the first answer, each replaced by another one; or else the content is the same."""
-    lines = tape.read_text().splitlines()
+    lines = recording.read_text().splitlines()
     rng = np.random.default_rng(6)
     due = json.loads(lines[1])
     for _ in range(300):
         k = int(rng.integers(len(lines[1])))
         other = chr(rng.integers(33, 127))
         changed = lines[1][:k] + other + lines[1][k + 1 :]
-        tape.write_text("\n".join([lines[0], changed, *lines[2:]]) + "\n")
+        recording.write_text("\n".join([lines[0], changed, *lines[2:]]) + "\n")
         try:
-            player = Replayed(tape)
+            player = Replayed(recording)
         except InvalidSamples as error:
             assert "Line 2 of the recording" in str(error)
         else:
@@ -384,7 +384,6 @@ def test_no_single_changed_character_goes_unnoticed(tape):
     "header",
     [
         pytest.param('{"format": "qbmscvi-recording", "version": 2}', id="later-version"),
-        pytest.param('{"format": "qbmscvi-tape", "version": 2}', id="earlier-format"),
         pytest.param('{"format": "qbmscvi-recording"}', id="no-version"),
         pytest.param('{"format": "other", "version": 1}', id="other-format"),
         pytest.param("{}", id="no-header"),
@@ -394,22 +393,22 @@ def test_no_single_changed_character_goes_unnoticed(tape):
         ),
     ],
 )
-def test_files_of_other_versions_and_formats_are_refused(tape, header):
+def test_files_of_other_versions_and_formats_are_refused(recording, header):
     with pytest.raises(InvalidSamples, match=r"is not a recording of version 1: it begins with \["):
-        Replayed(rewrite(tape, lambda line: header, 1))
+        Replayed(rewrite(recording, lambda line: header, 1))
 
 
-@pytest.mark.parametrize("content", ["", "cell,gene\n1,2\n", "[]\n", "null\n", '"tape"\n'], ids=repr)
+@pytest.mark.parametrize("content", ["", "cell,gene\n1,2\n", "[]\n", "null\n", '"recording"\n'], ids=repr)
 def test_files_that_are_no_recordings_are_refused(tmp_path, content):
-    (tmp_path / "tape").write_text(content)
+    (tmp_path / "recording").write_text(content)
     with pytest.raises(InvalidSamples, match="recording"):
-        Replayed(tmp_path / "tape")
+        Replayed(tmp_path / "recording")
 
 
 def test_binary_files_are_refused(tmp_path):
-    (tmp_path / "tape").write_bytes(b"\x89HDF\r\n\x1a\n\x00\xff")
+    (tmp_path / "recording").write_bytes(b"\x89HDF\r\n\x1a\n\x00\xff")
     with pytest.raises(InvalidSamples, match="not a recording"):
-        Replayed(tmp_path / "tape")
+        Replayed(tmp_path / "recording")
 
 
 def test_a_missing_file_is_missing(tmp_path):
@@ -431,47 +430,47 @@ OTHERS = {
 
 
 @over("change", [pytest.param(change, id=name) for name, change in OTHERS.items()])
-def test_another_question_is_not_answered(tape, change):
-    player = Replayed(tape)
+def test_another_request_is_not_answered(recording, change):
+    player = Replayed(recording)
     for request in requests_of()[:3]:
         player.sample(request)
     with pytest.raises(InvalidSamples, match=r"Call 4 of .* belongs to another problem.*same data, seed and"):
         player.sample(change(requests_of()[3]))
-    assert player.sample(requests_of()[3]).n_samples == 13  # the wrong question did not use the answer up
+    assert player.sample(requests_of()[3]).n_samples == 13  # the wrong request did not use the answer up
 
 
-def test_seeds_and_chain_states_are_not_part_of_the_question(tape):
+def test_seeds_and_chain_states_are_not_part_of_the_request(recording):
     request = requests_of()[0]
     other = replace(request, seed=99, initial_spins=torch.ones(9, 8), n_sweeps=4, purpose="refresh")
-    assert torch.equal(Replayed(tape).sample(other).spins, Replayed(tape).sample(request).spins)
+    assert torch.equal(Replayed(recording).sample(other).spins, Replayed(recording).sample(request).spins)
 
 
-def test_a_recording_at_its_end_has_no_more_answers(tape):
-    player = Replayed(tape)
+def test_a_recording_at_its_end_has_no_more_answers(recording):
+    player = Replayed(recording)
     for request in requests_of():
         player.sample(request)
     with pytest.raises(SamplerUnavailable, match="ends after 4 calls, but another was made"):
         player.sample(requests_of()[0])
 
 
-def test_answers_come_in_the_order_of_the_recording(tape):
+def test_answers_come_in_the_order_of_the_recording(recording):
     with pytest.raises(InvalidSamples, match="Call 1"):
-        Replayed(tape).sample(requests_of()[1])
+        Replayed(recording).sample(requests_of()[1])
 
 
 # Writing -----------------------------------------------------------------------------------------------------------
 
 
-def test_an_existing_file_is_not_written_over(tape):
-    before = tape.read_bytes()
+def test_an_existing_file_is_not_written_over(recording):
+    before = recording.read_bytes()
     with pytest.raises(FileExistsError, match="exists. Recording would append to another run: choose a new name"):
-        Recorded(ExactSampler(), tape)
-    assert tape.read_bytes() == before
+        Recorded(ExactSampler(), recording)
+    assert recording.read_bytes() == before
 
 
 def test_a_folder_that_is_missing_is_found_at_once(tmp_path):
     with pytest.raises(FileNotFoundError):
-        Recorded(ExactSampler(), tmp_path / "nowhere" / "tape")
+        Recorded(ExactSampler(), tmp_path / "nowhere" / "recording")
 
 
 def disk_full(monkeypatch, path):
@@ -490,12 +489,14 @@ def path_gone(monkeypatch, path):
     ("accident", "match"), [(disk_full, "No space left on device"), (path_gone, "No such file")], ids=lambda v: None
 )
 def test_a_recording_that_cannot_be_written_costs_the_recording_and_not_the_run(tmp_path, monkeypatch, accident, match):
-    path = tmp_path / "folder" / "tape"
+    path = tmp_path / "folder" / "recording"
     path.parent.mkdir()
     recorder = Recorded(ExactSampler(), path)
     assert recorder.sample(requests_of()[0]).info["is_recorded"]
     accident(monkeypatch, path)
-    with pytest.warns(RuntimeWarning, match=rf"Recording to .*tape stopped: .*{match}.* Sampling continues") as caught:
+    with pytest.warns(
+        RuntimeWarning, match=rf"Recording to .*recording stopped: .*{match}.* Sampling continues"
+    ) as caught:
         batch = recorder.sample(requests_of()[1])
     assert len(caught) == 1
     assert batch.info["is_recorded"] is False
@@ -506,14 +507,14 @@ def test_a_recording_that_cannot_be_written_costs_the_recording_and_not_the_run(
 
 
 def test_what_was_written_before_the_disk_was_full_can_be_replayed(tmp_path, monkeypatch):
-    recorder = Recorded(ExactSampler(), tmp_path / "tape")
+    recorder = Recorded(ExactSampler(), tmp_path / "recording")
     first = recorder.sample(requests_of()[0])
     with monkeypatch.context() as patch:
         disk_full(patch, None)
         with pytest.warns(RuntimeWarning, match="stopped"):
             recorder.sample(requests_of()[1])
     recorder.sample(requests_of()[2])  # space is back, but a recording with a gap would be worthless
-    player = Replayed(tmp_path / "tape")
+    player = Replayed(tmp_path / "recording")
     assert torch.equal(player.sample(requests_of()[0]).spins, first.spins)
     with pytest.raises(SamplerUnavailable, match="ends after 1 calls"):
         player.sample(requests_of()[1])
@@ -547,12 +548,12 @@ def unequal_weights(first: QBMSCVI, second: QBMSCVI) -> list[str]:
 def test_training_with_a_recording_gives_bit_equal_weights(child, tmp_path):
     adata = synthetic_counts(200, 40, seed=1)
     QBMSCVI.setup_anndata(adata, batch_key="batch")
-    first = trained(adata, Recorded(child(), tmp_path / "tape"))
-    second = trained(adata, Replayed(tmp_path / "tape"))
+    first = trained(adata, Recorded(child(), tmp_path / "recording"))
+    second = trained(adata, Replayed(tmp_path / "recording"))
     assert unequal_weights(first, second) == []
     for key in ("train_loss", "prior_energy", "prior_log_z"):
         assert first.history[key].equals(second.history[key])
     assert float(second.history["sampling_fallbacks"].iloc[-1, 0]) == 0
-    assert len(entries(tmp_path / "tape")) >= 4
+    assert len(entries(tmp_path / "recording")) >= 4
     if child is Entropic:  # the seed alone would not do
         assert unequal_weights(first, trained(adata, child()))

@@ -108,7 +108,7 @@ def test_invalid_answers_are_retried():
     assert ask(Retrying(Bits(), 2, pause=0.0)).info["n_attempts"] == 2
 
 
-def test_every_attempt_asks_the_same_question(pauses):
+def test_every_attempt_sends_the_same_request(pauses):
     """Without a seed as well: it is drawn once."""
     child = Unreliable(SamplerError("one"), SamplerError("two"))
     requests = [SamplingRequest(PROBLEM, n, seed=None) for n in (2, 3)]
@@ -119,8 +119,8 @@ def test_every_attempt_asks_the_same_question(pauses):
     assert None not in [seed for _, _, seed in asked[0]]
 
 
-def test_a_canceled_question_is_not_asked_again(pauses, monkeypatch):
-    """Neither when the call under way fails, nor when the cancel comes in a pause; the next question is another one."""
+def test_a_canceled_request_is_not_sent_again(pauses, monkeypatch):
+    """Neither when the call under way fails, nor when the cancel comes in a pause; the next request is another one."""
 
     class GivesUp(Unreliable):
         def _sample_batch(self, requests, seeds):

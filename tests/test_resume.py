@@ -27,7 +27,7 @@ N_EPOCHS = 6
 
 
 class Remembering(BlockGibbsSampler):
-    """Block Gibbs that keeps what it was asked; "remote" questions wait until the gate opens."""
+    """Block Gibbs that keeps what it was asked; "remote" requests wait until the gate opens."""
 
     def __init__(self, *, is_remote: bool = False) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ SCHEDULE = SamplingSchedule(latency=4, every_n_steps=10)  # asks at 0, uses at 4
 
 
 class Remote(Remembering):
-    """Device that answers the first ``n_answers`` questions and writes down all of them."""
+    """Device that answers the first ``n_answers`` requests and writes down all of them."""
 
     def __init__(self, path: Path, n_answers: float) -> None:
         super().__init__(is_remote=True)
@@ -200,8 +200,8 @@ def remains(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("epoch", [1, 2], ids=["checkpoint-before-the-question", "checkpoint-after-the-question"])
-def test_question_under_way_when_the_process_was_killed_is_asked_once_more_by_its_name(adata, remains, tmp_path, epoch):
+@pytest.mark.parametrize("epoch", [1, 2], ids=["checkpoint-before-the-request", "checkpoint-after-the-request"])
+def test_request_under_way_when_the_process_was_killed_is_sent_once_more_by_its_name(adata, remains, tmp_path, epoch):
     before = (remains / "asked").read_text().split()
     assert len(before) == 2
     sampler = Remote(tmp_path / "again", n_answers=9)
@@ -214,7 +214,7 @@ def test_question_under_way_when_the_process_was_killed_is_asked_once_more_by_it
     assert (ledger.n_requests, ledger.n_samples, ledger.n_late, ledger.n_failures) == (3, 2 * 64, 0, 0)
 
 
-def test_a_run_resumed_with_a_local_sampler_does_not_ask_the_old_question(adata, tmp_path):
+def test_a_run_resumed_with_a_local_sampler_does_not_send_the_old_request(adata, tmp_path):
     remote = Remote(tmp_path / "asked", n_answers=0)
     train(adata, [Saver(tmp_path / "run.ckpt", step=4)], remote, schedule=SCHEDULE)
     local = Remembering()
@@ -224,7 +224,7 @@ def test_a_run_resumed_with_a_local_sampler_does_not_ask_the_old_question(adata,
     assert {name for name, *_ in local.asked} == {None}
 
 
-def test_a_question_that_was_given_up_is_not_asked_again(adata, tmp_path):
+def test_a_request_that_was_given_up_is_not_sent_again(adata, tmp_path):
     schedule = SamplingSchedule(every_n_steps=1, latency=2, max_staleness=4)
     remote = Remote(tmp_path / "asked", n_answers=0)
     with pytest.warns(RuntimeWarning, match="has not answered within max_staleness=4 steps"):

@@ -1,8 +1,8 @@
-"""Laws of kernels, the gate of the tests against planted faults, and the contract of the public methods.
+"""Distributions of kernels, the gate of the tests against planted faults, and the contract of the public methods.
 
-That samplers follow the Boltzmann distribution is tested in ``test_laws.py``. Here their kernels are tested sharply:
-``laws.block_gibbs_law`` and ``laws.random_scan_law`` evolve the law of a chain exactly, and short runs, far from
-equilibrium, must follow it.
+That samplers follow the Boltzmann distribution is tested in ``test_sampler_contract.py``. Here their kernels are tested
+sharply: ``oracles.block_gibbs_distribution`` and ``oracles.random_scan_distribution`` evolve the distribution of a
+chain exactly, and short runs, far from equilibrium, must follow it.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ import numpy as np
 import pytest
 import torch
 from dwave.samplers import RandomSampler, SteepestDescentSampler
-from laws import (
+from oracles import (
     ALPHA,
     FAULTS,
     PROBLEMS,
-    Law,
+    Distribution,
     assert_follows,
     binomial_p_value,
-    block_gibbs_law,
+    block_gibbs_distribution,
     energy_table,
     faulty_draws,
     judge,
     random_problem,
-    random_scan_law,
+    random_scan_distribution,
     state_table,
 )
 from tables import corners, over
@@ -59,17 +59,17 @@ each_sampler = pytest.mark.parametrize("sampler", [pytest.param(s, id=name) for 
 each_problem = pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in PROBLEMS.items()])
 
 
-# The law -----------------------------------------------------------------------------------------------------------
+# The distribution --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n_sweeps", [pytest.param(1, id="one-sweep"), pytest.param(3, id="three-sweeps")])
 @each_problem
-def test_short_gibbs_runs_follow_the_law_of_their_kernel(make, n_sweeps):
+def test_short_gibbs_runs_follow_the_distribution_of_their_kernel(make, n_sweeps):
     """From one state, far from equilibrium: any slip in order, fields or Gaussian block shows. Alpha 1e-4 a case."""
     problem = make()
     start = np.where(np.arange(problem.n_spins) % 3 == 0, -1, 1)
-    law = block_gibbs_law(problem, 0.7, n_sweeps, start)
-    assert law.distance(Law.boltzmann(problem, 0.7)) > 0.01
+    distribution = block_gibbs_distribution(problem, 0.7, n_sweeps, start)
+    assert distribution.distance(Distribution.boltzmann(problem, 0.7)) > 0.01
     request = SamplingRequest(
         problem,
         N_SAMPLES,
@@ -78,31 +78,35 @@ def test_short_gibbs_runs_follow_the_law_of_their_kernel(make, n_sweeps):
         n_sweeps=n_sweeps,
         seed=53,
     )
-    assert_follows(BlockGibbsSampler().sample(request).spins, law)
+    assert_follows(BlockGibbsSampler().sample(request).spins, distribution)
 
 
 @pytest.mark.parametrize("n_ramp", [pytest.param(None, id="continued"), pytest.param(4, id="fresh")])
 @each_problem
-def test_short_annealing_runs_follow_the_law_of_their_kernel(make, n_ramp):
+def test_short_annealing_runs_follow_the_distribution_of_their_kernel(make, n_ramp):
     """Three sweeps at beta = 0.7 from one state, or a ramp of four from uniform spins. Alpha 1e-4 a case."""
     problem = make()
     start = np.where(np.arange(problem.n_spins) % 3 == 0, -1, 1)
     ramp = np.geomspace(0.01, 1.0, n_ramp) if n_ramp else np.empty(0)
-    law = random_scan_law(problem, 0.7 * np.concatenate([ramp, np.ones(3)]), None if n_ramp else start)
-    assert law.distance(Law.boltzmann(problem, 0.7)) > 0.01
+    distribution = random_scan_distribution(
+        problem, 0.7 * np.concatenate([ramp, np.ones(3)]), None if n_ramp else start
+    )
+    assert distribution.distance(Distribution.boltzmann(problem, 0.7)) > 0.01
     initial = None if n_ramp else torch.tensor(start).expand(N_SAMPLES, -1)
     request = SamplingRequest(problem, N_SAMPLES, 0.7, initial_spins=initial, n_sweeps=3, seed=54)
-    assert_follows(SimulatedAnnealingSampler(n_ramp=n_ramp or 1).sample(request).spins, law)
+    assert_follows(SimulatedAnnealingSampler(n_ramp=n_ramp or 1).sample(request).spins, distribution)
 
 
 @each_problem
 @pytest.mark.parametrize("sampler", PERSISTENT)
 def test_two_sweeps_leave_exact_draws_distributed_as_they_were(sampler, make):
     problem, beta = make(dtype=torch.float32), 1.3
-    law = Law.boltzmann(problem, beta)
-    request = SamplingRequest(problem, N_SAMPLES, beta, initial_spins=law.draw(N_SAMPLES, seed=55), n_sweeps=2, seed=56)
+    distribution = Distribution.boltzmann(problem, beta)
+    request = SamplingRequest(
+        problem, N_SAMPLES, beta, initial_spins=distribution.draw(N_SAMPLES, seed=55), n_sweeps=2, seed=56
+    )
     after = sampler.sample(request).spins
-    assert_follows(after, law)
+    assert_follows(after, distribution)
     assert not torch.equal(after, request.initial_spins)
 
 
@@ -124,9 +128,9 @@ def test_chains_of_one_call_and_of_two_seeds_are_independent(sampler):
 @pytest.mark.parametrize(("make", "beta"), corners(PROBLEMS, BETAS))
 @over("fault", FAULTS)
 def test_gate_rejects_exact_draws_of_a_faulty_problem(make, beta, fault):
-    """Each planted fault of ``laws.FAULTS`` fails the gate of the table, at a hundredth of its alpha and less."""
+    """Each planted fault of ``oracles.FAULTS`` fails the gate of the table, at a hundredth of its alpha and less."""
     problem = make()
-    verdict = judge(faulty_draws(fault, problem, beta, N_SAMPLES, seed=57), Law.boltzmann(problem, beta))
+    verdict = judge(faulty_draws(fault, problem, beta, N_SAMPLES, seed=57), Distribution.boltzmann(problem, beta))
     print(f"{verdict.p_value:.0e}")
     assert verdict.p_value < 1e-2 * ALPHA
 
@@ -141,23 +145,23 @@ def test_gate_rejects_a_block_update_that_ignores_its_own_edges(make):
     for _ in range(50):
         up = 1 / (1 + np.exp(2 * beta * (h + spins @ matrix)))
         spins = np.where(generator.random(up.shape) < up, 1, -1)
-    assert judge(torch.from_numpy(spins), Law.boltzmann(problem, beta)).p_value < 1e-2 * ALPHA
+    assert judge(torch.from_numpy(spins), Distribution.boltzmann(problem, beta)).p_value < 1e-2 * ALPHA
 
 
 @pytest.mark.parametrize(("make", "beta"), corners(PROBLEMS, BETAS))
 def test_gate_accepts_exact_draws(make, beta):
     """At alpha = 0.05 at most 11 of 60 exact sets fail: a gate that held its level would exceed that in 1e-4."""
     problem = make()
-    law = Law.boltzmann(problem, beta)
-    p = [judge(law.draw(N_SAMPLES // 10, seed), law).p_value for seed in range(60)]
+    distribution = Distribution.boltzmann(problem, beta)
+    p = [judge(distribution.draw(N_SAMPLES // 10, seed), distribution).p_value for seed in range(60)]
     assert sum(value < 0.05 for value in p) <= 11
 
 
 def test_gate_merges_unlikely_states_until_each_cell_expects_five():
-    law = Law.boltzmann(PROBLEMS["chimera-12"](), 2.0)
-    verdict = judge(law.draw(2000, seed=0), law)
+    distribution = Distribution.boltzmann(PROBLEMS["chimera-12"](), 2.0)
+    verdict = judge(distribution.draw(2000, seed=0), distribution)
     assert 20 < verdict.n_cells < 200
-    assert judge(law.draw(6, seed=0), law).n_cells == 1
+    assert judge(distribution.draw(6, seed=0), distribution).n_cells == 1
 
 
 # The contract ------------------------------------------------------------------------------------------------------
@@ -267,7 +271,7 @@ def test_malformed_answers_are_refused(problem, answer):
 
 @over("dtype", [torch.int8, torch.int64, torch.float32], ids=str)
 def test_energies_are_recomputed_from_the_spins(problem, dtype):
-    spins = Law.boltzmann(problem, 0.7).draw(4, seed=1)
+    spins = Distribution.boltzmann(problem, 0.7).draw(4, seed=1)
     batch = Scripted(Draw(spins.to(dtype), info={"energies": "nonsense"})).sample(SamplingRequest(problem, 4, 0.7))
     assert batch.spins.dtype == torch.int8
     code = ((spins.numpy() + 1) // 2) @ (1 << np.arange(7, -1, -1))
@@ -493,8 +497,8 @@ def test_steepest_descent_returns_local_minima(make):
 def test_random_sampler_ignores_the_energy(problem):
     """Uniform bits; the gate passes at beta near zero and rejects the asked beta."""
     batch = DimodSampler(RandomSampler()).sample(SamplingRequest(problem, N_SAMPLES, 1.0, seed=3))
-    assert_follows(batch.spins, Law.boltzmann(problem, 1e-12))
-    assert judge(batch.spins, Law.boltzmann(problem, 1.0)).p_value < 1e-2 * ALPHA
+    assert_follows(batch.spins, Distribution.boltzmann(problem, 1e-12))
+    assert judge(batch.spins, Distribution.boltzmann(problem, 1.0)).p_value < 1e-2 * ALPHA
 
 
 def test_dimod_sampler_declares_what_it_was_told():

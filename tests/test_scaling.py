@@ -41,7 +41,7 @@ def test_samplers_of_one_file_share_its_budget(tmp_path):
 
 @pytest.mark.slow
 def test_processes_share_one_budget(tmp_path):
-    """Four processes ask 40 times each at once: 25 questions are answered in all, each of them once."""
+    """Four processes send 40 requests each at once: 25 are answered in all, each of them once."""
     (tmp_path / "shared.py").write_text(fence_with("class SharedBudget"))
     (tmp_path / "trial.py").write_text(
         textwrap.dedent("""
@@ -82,7 +82,7 @@ def test_rounded_numbers_of_the_page_are_those_of_the_report():
 
 @pytest.mark.slow
 def test_trials_of_autotune_share_one_budget(tmp_path):
-    """Two trials of at least six questions each, five calls between them. Needs ``scvi-tools[autotune]``."""
+    """Two trials of at least six requests each, five calls between them. Needs ``scvi-tools[autotune]``."""
     for package in ("hyperopt", "ray.tune", "scib_metrics"):
         pytest.importorskip(package)
     from ray import tune

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import scvi
 import torch
-from laws import energy_table, set_exact_moments, state_table
+from oracles import energy_table, set_exact_moments, state_table
 from torch.distributions import kl_divergence
 
 from qbmscvi import QBMSCANVI, QBMSCVI
@@ -51,7 +51,7 @@ def joint_energies(prior, states) -> np.ndarray:
 STATES = state_table(5).astype(float)
 
 
-def test_classifier_is_the_conditional_of_the_joint_law(prior):
+def test_classifier_is_the_conditional_of_the_joint_distribution(prior):
     expected = torch.softmax(torch.from_numpy(-joint_energies(prior, STATES)), dim=1)
     torch.testing.assert_close(torch.softmax(prior.label_logits(torch.from_numpy(STATES)), dim=1), expected)
 
@@ -61,7 +61,7 @@ def test_energy_sums_the_types_out(prior):
     np.testing.assert_allclose(prior.energy(torch.from_numpy(STATES)).detach().numpy(), expected, atol=1e-12)
 
 
-def test_ising_problem_is_the_joint_law(prior):
+def test_ising_problem_is_the_joint_distribution(prior):
     energies = energy_table(prior.to_ising()).reshape(len(STATES), -1)  # label spins change fastest
     of_types = [int((state_table(N_LABELS) == labels_up(y)).all(1).argmax()) for y in range(N_LABELS)]
     np.testing.assert_allclose(energies[:, of_types], joint_energies(prior, STATES), atol=1e-12)
@@ -74,24 +74,24 @@ def a_posterior() -> FactorialPosterior:
 def exact_terms(prior: LabeledPrior, q: FactorialPosterior) -> tuple[np.ndarray, float, np.ndarray]:
     """``E(s, t_y)`` of each state and y, ``H(q)`` and the probability of each state, all from sums over states."""
     up = torch.sigmoid(q.logits[0]).numpy()
-    law = np.prod(np.where(STATES > 0, up, 1 - up), axis=1)
-    return joint_energies(prior, STATES), -(law * np.log(law)).sum(), law
+    distribution = np.prod(np.where(STATES > 0, up, 1 - up), axis=1)
+    return joint_energies(prior, STATES), -(distribution * np.log(distribution)).sum(), distribution
 
 
 def test_term_of_a_labeled_cell_is_exact(prior):
     q = a_posterior()
-    energies, entropy, law = exact_terms(prior, q)
+    energies, entropy, distribution = exact_terms(prior, q)
     for y in range(N_LABELS):
         value = kl_divergence(q, prior.distribution(torch.tensor([y]))).sum()
-        expected = law @ energies[:, y] - entropy + float(prior.log_z)
+        expected = distribution @ energies[:, y] - entropy + float(prior.log_z)
         assert float(value.detach()) == pytest.approx(expected, abs=1e-10)
 
 
 def test_term_of_an_unlabeled_cell_has_the_best_factorial_type(prior):
     """Minimal over q(y), found here by its stationarity, and no lower than with q(y | s) for every s."""
     q = a_posterior()
-    energies, entropy, law = exact_terms(prior, q)
-    mean = law @ energies
+    energies, entropy, distribution = exact_terms(prior, q)
+    mean = distribution @ energies
     choice = np.exp(-mean) / np.exp(-mean).sum()
     expected = choice @ (mean + np.log(choice)) - entropy + float(prior.log_z)
     for labels in (None, torch.tensor([N_LABELS]), torch.tensor([-1])):
@@ -99,11 +99,11 @@ def test_term_of_an_unlabeled_cell_has_the_best_factorial_type(prior):
         assert value == pytest.approx(expected, abs=1e-10)
     others = np.random.default_rng(0).dirichlet(np.ones(N_LABELS), 50)
     assert (others @ mean + (others * np.log(others)).sum(1) - entropy + float(prior.log_z) > expected).all()
-    exact = law @ -np.logaddexp.reduce(-energies, axis=1) - entropy + float(prior.log_z)
+    exact = distribution @ -np.logaddexp.reduce(-energies, axis=1) - entropy + float(prior.log_z)
     assert exact < expected
 
 
-def test_gradients_of_the_joint_law_are_those_of_enumeration(prior):
+def test_gradients_of_the_joint_distribution_are_those_of_enumeration(prior):
     """Of -log p(z, y) with exact moments, against autograd through the sum over all states."""
     states = torch.from_numpy(state_table(8)).double()
     set_exact_moments(prior)

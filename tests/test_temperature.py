@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from laws import Law, energy_table, random_problem, state_table
+from oracles import Distribution, energy_table, random_problem, state_table
 from scipy import optimize, stats
 from tables import corners, over
 
@@ -23,7 +23,7 @@ each_problem = pytest.mark.parametrize("name", list(PROBLEMS))
 
 def exact_batch(problem: IsingModel, beta: float, n_samples: int, seed: int) -> SampleBatch:
     """Independent draws by numpy; negative temperatures too."""
-    spins = Law.boltzmann(problem, beta).draw(n_samples, seed)
+    spins = Distribution.boltzmann(problem, beta).draw(n_samples, seed)
     return SampleBatch(spins, problem.energy(spins))
 
 
@@ -53,10 +53,10 @@ def test_pseudo_likelihood_estimate_maximizes_the_pseudo_likelihood(name):
 def test_pseudo_likelihood_is_consistent(name, beta):
     """States as often as their probability says, rounded in the order of energies: a third of the sampling error."""
     problem = PROBLEMS[name]
-    law = Law.boltzmann(problem, beta)
-    order = law.energies.argsort()
-    counts = np.diff(np.rint(40_000 * law.probabilities[order].cumsum()), prepend=0).astype(int)
-    spins = torch.from_numpy(np.repeat(law.states[order], counts, axis=0).astype(np.int8))
+    distribution = Distribution.boltzmann(problem, beta)
+    order = distribution.energies.argsort()
+    counts = np.diff(np.rint(40_000 * distribution.probabilities[order].cumsum()), prepend=0).astype(int)
+    spins = torch.from_numpy(np.repeat(distribution.states[order], counts, axis=0).astype(np.int8))
     estimate = effective_beta(problem, SampleBatch(spins, problem.energy(spins)))
     assert abs(estimate.value - beta) < estimate.scale / 3
 

@@ -1,8 +1,8 @@
-"""``qbmscvi.samplers.testing``: honest samplers keep the contract, each planted fault breaks the law that it should.
+"""``qbmscvi.samplers.testing``: honest samplers keep the contract, each planted fault breaks the rule that it should.
 
-Wrong signs, temperatures and node orders and lost edges are planted around samplers in ``test_laws.py``.
+Wrong signs, temperatures and node orders and lost edges are planted around samplers in ``test_sampler_contract.py``.
 
-The gates are compared with those of ``laws.py``, which were written separately and call none of the package's sums.
+The gates are compared with those of ``oracles.py``, which were written separately and call none of the package's sums.
 """
 
 from __future__ import annotations
@@ -15,7 +15,14 @@ import numpy as np
 import pytest
 import torch
 from dwave.samplers import RandomSampler, SteepestDescentSampler
-from laws import Law, block_gibbs_law, energy_table, judge, random_problem, random_scan_law
+from oracles import (
+    Distribution,
+    block_gibbs_distribution,
+    energy_table,
+    judge,
+    random_problem,
+    random_scan_distribution,
+)
 from scipy import stats
 from tables import corners, over
 
@@ -75,12 +82,12 @@ def test_tiny_problems_are_the_same_in_every_precision():
 
 @each_problem
 def test_honest_short_chains_mix_on_tiny_problems(name):
-    """Exact law of 30 sweeps at beta = 2 from uniform spins: within 1e-3 of the target."""
+    """Exact distribution of 30 sweeps at beta = 2 from uniform spins: within 1e-3 of the target."""
     problem = tiny_problems()[name]
-    target = Law.boltzmann(problem, 2.0)
+    target = Distribution.boltzmann(problem, 2.0)
     distances = (
-        block_gibbs_law(problem, 2.0, 30).distance(target),
-        random_scan_law(problem, 2.0 * np.ones(30)).distance(target),
+        block_gibbs_distribution(problem, 2.0, 30).distance(target),
+        random_scan_distribution(problem, 2.0 * np.ones(30)).distance(target),
     )
     assert max(distances) < 1e-3
 
@@ -93,7 +100,7 @@ def test_without_dwave_networkx_another_sparse_problem_takes_the_place_of_chimer
     problem = problems["chorded-ring-9"]
     assert (problem.n_spins, problem.graph.n_edges) == (9, 13)
     assert len(problem.graph.color_classes) == 3
-    assert random_scan_law(problem, 2.0 * np.ones(30)).distance(Law.boltzmann(problem, 2.0)) < 1e-3
+    assert random_scan_distribution(problem, 2.0 * np.ones(30)).distance(Distribution.boltzmann(problem, 2.0)) < 1e-3
     check_sampler(ExactSampler(), n_samples=1000)
 
 
@@ -105,7 +112,7 @@ def test_no_field_or_coupling_can_be_lost_unnoticed(name):
     faults = [replace(problem, h=problem.h.index_fill(0, torch.tensor(i), 0.0)) for i in range(problem.n_spins)]
     faults += [replace(problem, J=problem.J.index_fill(0, torch.tensor(e), 0.0)) for e in range(problem.graph.n_edges)]
     for fault in faults:
-        draws = ((beta, Law.boltzmann(fault, beta).draw(N_SAMPLES, seed=1)) for beta in (1.0, 0.3, 2.0))
+        draws = ((beta, Distribution.boltzmann(fault, beta).draw(N_SAMPLES, seed=1)) for beta in (1.0, 0.3, 2.0))
         assert any(compare_with_boltzmann(problem, batch_of(problem, s), beta).p_value < alpha for beta, s in draws)
 
 
@@ -115,26 +122,26 @@ def test_no_field_or_coupling_can_be_lost_unnoticed(name):
 @pytest.mark.parametrize(("name", "beta"), corners(PROBLEM_NAMES, [0.3, 1.0, 2.0]))
 def test_comparison_agrees_with_the_gate_of_the_tests(name, beta):
     problem = tiny_problems()[name]
-    law = Law.boltzmann(problem, beta)
-    spins = law.draw(N_SAMPLES, seed=2)
-    verdict, other = compare_with_boltzmann(problem, batch_of(problem, spins), beta), judge(spins, law)
+    distribution = Distribution.boltzmann(problem, beta)
+    spins = distribution.draw(N_SAMPLES, seed=2)
+    verdict, other = compare_with_boltzmann(problem, batch_of(problem, spins), beta), judge(spins, distribution)
     assert verdict.moments == pytest.approx(other.moments, rel=1e-6)
     assert verdict.worst_moment == other.worst_moment
     assert verdict.energy == pytest.approx(other.energy, rel=1e-6)
     code = ((spins.numpy() + 1) // 2) @ (1 << np.arange(problem.n_spins - 1, -1, -1))
     frequencies = np.bincount(code, minlength=2**problem.n_spins) / N_SAMPLES
-    assert verdict.distance == pytest.approx(0.5 * np.abs(frequencies - law.probabilities).sum(), rel=1e-9)
+    assert verdict.distance == pytest.approx(0.5 * np.abs(frequencies - distribution.probabilities).sum(), rel=1e-9)
 
 
 @pytest.mark.parametrize("n_samples", [150, 3000])
 def test_distance_by_chance_is_the_mean_over_exact_draws(n_samples):
     """Within 5 standard errors of 300 simulated sets; the formula is exact."""
     problem = tiny_problems()["complete-6"]
-    law = Law.boltzmann(problem, 1.0)
+    distribution = Distribution.boltzmann(problem, 1.0)
     rng = np.random.default_rng(3)
-    sets = rng.multinomial(n_samples, law.probabilities, size=300) / n_samples
-    distances = 0.5 * np.abs(sets - law.probabilities).sum(1)
-    verdict = compare_with_boltzmann(problem, batch_of(problem, law.draw(n_samples, 0)), 1.0)
+    sets = rng.multinomial(n_samples, distribution.probabilities, size=300) / n_samples
+    distances = 0.5 * np.abs(sets - distribution.probabilities).sum(1)
+    verdict = compare_with_boltzmann(problem, batch_of(problem, distribution.draw(n_samples, 0)), 1.0)
     assert abs(verdict.distance_by_chance - distances.mean()) < 5 * distances.std() / np.sqrt(300)
 
 
@@ -142,22 +149,24 @@ def test_distance_by_chance_is_the_mean_over_exact_draws(n_samples):
 def test_gate_holds_its_level(name):
     """At alpha = 0.05 at most 11 of 60 exact sets fail: a gate that held its level would exceed that in 1e-4."""
     problem, beta = tiny_problems()[name], 1.5
-    law = Law.boltzmann(problem, beta)
+    distribution = Distribution.boltzmann(problem, beta)
     n_failed = 0
     for seed in range(60):
         try:
-            assert_boltzmann(problem, batch_of(problem, law.draw(2000, seed)), beta, alpha=0.05)
+            assert_boltzmann(problem, batch_of(problem, distribution.draw(2000, seed)), beta, alpha=0.05)
         except SamplerCheckError:
             n_failed += 1
     assert n_failed <= 11
 
 
 def test_correlations_of_three_spins_show_in_the_cells_alone():
-    """``p + c s_0 s_1 s_2`` has the moments and the energy of ``p``: a law that only the distribution gives away."""
+    """``p + c s_0 s_1 s_2`` has the moments and the energy of ``p``: only the table of states shows the difference."""
     problem, beta = tiny_problems()["complete-6"], 0.3
-    law = Law.boltzmann(problem, beta)
-    probabilities = law.probabilities + 0.9 * law.probabilities.min() * law.states[:, :3].prod(1)
-    spins = replace(law, probabilities=probabilities).draw(N_SAMPLES, seed=9)
+    distribution = Distribution.boltzmann(problem, beta)
+    probabilities = distribution.probabilities + 0.9 * distribution.probabilities.min() * distribution.states[
+        :, :3
+    ].prod(1)
+    spins = replace(distribution, probabilities=probabilities).draw(N_SAMPLES, seed=9)
     verdict = compare_with_boltzmann(problem, batch_of(problem, spins), beta)
     assert min(verdict.moments, verdict.energy) > testing.ALPHA
     assert verdict.cells < testing.ALPHA / 100
@@ -168,10 +177,10 @@ def test_correlations_of_three_spins_show_in_the_cells_alone():
 def test_chi_square_of_the_cells_is_pearsons():
     """Cells large enough that none is merged: scipy's test on the same table."""
     problem = tiny_problems()["complete-6"]
-    law = Law.boltzmann(problem, 0.3)
-    spins = law.draw(20_000, seed=10)
+    distribution = Distribution.boltzmann(problem, 0.3)
+    spins = distribution.draw(20_000, seed=10)
     code = ((spins.numpy() + 1) // 2) @ (1 << np.arange(5, -1, -1))
-    due = 20_000 * law.probabilities
+    due = 20_000 * distribution.probabilities
     assert due.min() > 10
     expected = stats.chisquare(np.bincount(code, minlength=64), due).pvalue
     assert compare_with_boltzmann(problem, batch_of(problem, spins), 0.3).cells == pytest.approx(expected, rel=1e-9)
@@ -200,7 +209,7 @@ def test_samples_that_are_all_equal_are_rejected():
 
 def test_comparisons_without_meaning_are_refused():
     problem = tiny_problems()["complete-6"]
-    spins = Law.boltzmann(problem, 1.0).draw(200, seed=8)
+    spins = Distribution.boltzmann(problem, 1.0).draw(200, seed=8)
     with pytest.raises(ValueError, match=r"samples have shape \(200, 5\), the problem 6 spins"):
         compare_with_boltzmann(problem, SampleBatch(spins[:, :5], torch.zeros(200)), 1.0)
     with pytest.raises(ValueError, match="at least 100 samples, but there are 99"):
@@ -214,7 +223,7 @@ def test_comparisons_without_meaning_are_refused():
 
 
 def test_an_honest_sampler_keeps_the_contract():
-    """Alpha 1e-4. Every other sampler: ``test_laws.py``."""
+    """Alpha 1e-4. Every other sampler: ``test_sampler_contract.py``."""
     sampler = ExactSampler()
     before = torch.get_rng_state(), random.getstate()
     report = check_sampler(sampler)
@@ -232,18 +241,18 @@ def test_an_honest_sampler_keeps_the_contract():
 def test_too_short_chains_are_found():
     with pytest.raises(SamplerCheckError) as caught:
         check_sampler(BlockGibbsSampler(burn_in=1), dtypes=(torch.float32,))
-    assert laws_of(caught) == {"distribution"}
+    assert rules_of(caught) == {"distribution"}
 
 
-def test_a_sampler_of_an_approximate_law_gets_its_distance_reported():
-    """Uniform spins: far away where the law is not uniform, and that is no failure."""
+def test_a_sampler_of_an_approximate_distribution_gets_its_distance_reported():
+    """Uniform spins: far away where the distribution is not uniform, and that is no failure."""
     report = check_sampler(DimodSampler(RandomSampler()), betas=(1e-6, 2.0), dtypes=(torch.float64,))
     assert report.has_passed
     assert set(report.distances) == set(report.verdicts)
     for name, problem in tiny_problems().items():
         hot, cold = (report.verdicts[f"{name}, float64, beta={beta}"] for beta in ("1e-06", "2"))
         assert hot.distance == pytest.approx(hot.distance_by_chance, rel=0.25)
-        probabilities = Law.boltzmann(problem, 2.0).probabilities
+        probabilities = Distribution.boltzmann(problem, 2.0).probabilities
         uniform = 0.5 * np.abs(probabilities - 0.5**problem.n_spins).sum()
         assert cold.distance == pytest.approx(uniform, abs=0.05)
 
@@ -373,12 +382,12 @@ class OutOfReach(ExactSampler):
         raise SamplerUnavailable("no route to the device")
 
 
-def laws_of(caught) -> set[str]:
-    return {failure.law for failure in caught.value.report.failures}
+def rules_of(caught) -> set[str]:
+    return {failure.rule for failure in caught.value.report.failures}
 
 
 @pytest.mark.parametrize(
-    ("fault", "laws", "finding"),
+    ("fault", "rules", "finding"),
     [
         (
             LostCoupling,
@@ -399,17 +408,17 @@ def laws_of(caught) -> set[str]:
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_planted_faults_break_the_law_that_they_should_and_no_other(fault, laws, finding):
+def test_planted_faults_break_the_rules_that_they_should_and_no_others(fault, rules, finding):
     with pytest.raises(SamplerCheckError, match=finding) as caught:
         check_sampler(fault())
     report = caught.value.report
-    assert laws_of(caught) == laws
+    assert rules_of(caught) == rules
     assert not report.has_passed
     lines = str(caught.value).splitlines()
     assert lines[0] == f"{fault.__name__} breaks the contract of a sampler in {len(lines) - 1} cases:"
     assert [line[2:] for line in lines[1:]] == [str(failure) for failure in report.failures]
-    if "distribution" in laws:  # in either precision
-        cases = [failure.case for failure in report.failures if failure.law == "distribution"]
+    if "distribution" in rules:  # in either precision
+        cases = [failure.case for failure in report.failures if failure.rule == "distribution"]
         assert any("float32" in case for case in cases)
         assert any("float64" in case for case in cases)
 
@@ -444,5 +453,5 @@ def test_rows_of_all_states_are_counted_as_the_gate_counts_them():
     problem = tiny_problems()["bipartite-3x5"]
     states = all_states(8, torch.int8)
     verdict = compare_with_boltzmann(problem, batch_of(problem, states), 1.0)
-    law = np.exp(-energy_table(problem))
-    assert verdict.distance == pytest.approx(0.5 * np.abs(1 / 256 - law / law.sum()).sum(), rel=1e-9)
+    distribution = np.exp(-energy_table(problem))
+    assert verdict.distance == pytest.approx(0.5 * np.abs(1 / 256 - distribution / distribution.sum()).sum(), rel=1e-9)

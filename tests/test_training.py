@@ -326,7 +326,7 @@ class Waiting(RecordingSampler):
         self.gate.set()
 
 
-def test_early_stopping_drops_the_question_under_way(adata):
+def test_early_stopping_drops_the_request_under_way(adata):
     sampler = Waiting()
     arguments = {"early_stopping_patience": 2, "early_stopping_min_delta": 1e9}
     model = train(build(adata), max_epochs=20, early_stopping=True, sampler=sampler, **arguments)
@@ -338,7 +338,7 @@ def test_early_stopping_drops_the_question_under_way(adata):
     assert n_updates(model) == 4 * N_STEPS
 
 
-def test_an_exception_drops_the_question_under_way(adata):
+def test_an_exception_drops_the_request_under_way(adata):
     class Broken(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             raise KeyError("the user's own")

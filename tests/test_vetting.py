@@ -8,7 +8,7 @@ import dimod
 import pytest
 import torch
 from faulty import ground_states
-from laws import Law
+from oracles import Distribution
 from tables import corners, over
 
 from qbmscvi.boltzmann import graphs
@@ -49,7 +49,7 @@ class Device(Sampler):
 
 def exact(request, ratio=1.0) -> torch.Tensor:
     """Independent draws at ``ratio`` times the inverse temperature asked for."""
-    return Law.boltzmann(request.problem, ratio * request.beta).draw(request.n_samples, request.seed)
+    return Distribution.boltzmann(request.problem, ratio * request.beta).draw(request.n_samples, request.seed)
 
 
 def is_refused(answer, problem, n_samples=512, beta=1.0, seed=0) -> str:
@@ -92,8 +92,8 @@ def test_honest_answers_pass(problem, beta, n_samples):
     The cases of few states and of eight samples are where standard errors estimated from the answer itself, or a
     bound on how much the number of states may grow, refuse up to a third of all honest answers.
     """
-    law = Law.boltzmann(problem, beta)
-    sampler = Vetted(Device(lambda request: law.draw(request.n_samples, request.seed)))
+    distribution = Distribution.boltzmann(problem, beta)
+    sampler = Vetted(Device(lambda request: distribution.draw(request.n_samples, request.seed)))
     for seed in range(10):
         sampler.sample(SamplingRequest(problem, n_samples, beta=beta, seed=seed))
 
@@ -162,7 +162,7 @@ def test_reversible_sweeps_can_be_exchanged(name):
     Sweeps in one direction are not reversible; on the complete graph the same test finds them out.
     """
     problem, n = PROBLEMS[name], 100_000
-    spins = Law.boltzmann(problem).draw(n, seed=0).to(problem.h)
+    spins = Distribution.boltzmann(problem).draw(n, seed=0).to(problem.h)
 
     def chi_square(is_reversible):
         generator = torch.Generator().manual_seed(1)

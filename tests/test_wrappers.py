@@ -1,8 +1,8 @@
 """Wrappers: each removes from a bad child what it says it removes, and nests.
 
-That they keep the law of a good child is tested in ``test_laws.py``. The bad child is a device as annealers are: one
-temperature that is not the one believed, a field that it adds to every spin, limited ranges and eight bits. What it
-does is known exactly, so that what a wrapper leaves is, too.
+That they keep the distribution of a good child is tested in ``test_sampler_contract.py``. The bad child is a device as
+annealers are: one temperature that is not the one believed, a field that it adds to every spin, limited ranges and
+eight bits. What it does is known exactly, so that what a wrapper leaves is, too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 import torch
 from devices import BELIEVED_BETA, TRUE_BETA, Device, Faulty, OffTemperature, rescaled
 from dwave.samplers import RandomSampler, SteepestDescentSampler
-from laws import Law, assert_follows, block_gibbs_law, random_problem
+from oracles import Distribution, assert_follows, block_gibbs_distribution, random_problem
 from tables import corners, over
 
 from qbmscvi.boltzmann import graphs
@@ -66,7 +66,7 @@ class Frozen(Sampler):
 
 
 class Reporting(ExactSampler):
-    """Tells the device time and the fields and couplings of every question."""
+    """Tells the device time and the fields and couplings of every request."""
 
     def _sample(self, request, seed):
         return replace(super()._sample(request, seed), info={"device_seconds": 2.0, "chain_breaks": 0.01})
@@ -79,8 +79,8 @@ def ask(sampler, problem, n_samples=2000, beta=1.0, seed=0, **kwargs):
 # The device --------------------------------------------------------------------------------------------------------
 
 
-def worst_mean(batch, law) -> float:
-    return float(np.abs(batch.spins.double().mean(0).numpy() - law.mean).max())
+def worst_mean(batch, distribution) -> float:
+    return float(np.abs(batch.spins.double().mean(0).numpy() - distribution.mean).max())
 
 
 def answers_by_layer(problem, n):
@@ -101,19 +101,19 @@ def answers_by_layer(problem, n):
 
 def test_each_layer_around_a_device_removes_what_it_says(capsys):
     problem, n = PROBLEMS["bipartite-3x5"].to(torch.float32), 40_000
-    target = Law.boltzmann(problem, 1.0)
-    hot = Law.boltzmann(problem, TRUE_BETA / BELIEVED_BETA)
+    target = Distribution.boltzmann(problem, 1.0)
+    hot = Distribution.boltzmann(problem, TRUE_BETA / BELIEVED_BETA)
     noise = np.sqrt((1 - target.mean**2) / n).max()
 
     batches = answers_by_layer(problem, n)
     worst = {stage: worst_mean(batch, target) for stage, batch in batches.items()}
     worst_hot = {stage: worst_mean(batch, hot) for stage, batch in batches.items()}
     with capsys.disabled():
-        print(f"\nlargest error of <s_i>, one standard error {noise:.4f}; in brackets against the law at 0.74")
+        print(f"\nlargest error of <s_i>, one standard error {noise:.4f}; in brackets against the distribution at 0.74")
         for stage in batches:
             print(f"  {stage:26} {worst[stage]:.4f}  ({worst_hot[stage]:.4f})")
 
-    # The field is gone: what is left is the law at the true temperature.
+    # The field is gone: what is left is the distribution at the true temperature.
     assert worst_hot["Rescaled"] > 10 * noise
     assert worst_hot["SpinReversed"] < 5 * noise
     assert worst["SpinReversed"] > 10 * noise
@@ -135,9 +135,9 @@ def test_each_layer_around_a_device_removes_what_it_says(capsys):
 def test_gauges_average_a_field_out_up_to_second_order():
     """The mean over all 256 gauges, enumerated: above 0.1 before, 0.006 after."""
     problem, bias = PROBLEMS["bipartite-3x5"].scaled(1 / BELIEVED_BETA), Device().bias
-    target = Law.boltzmann(problem, TRUE_BETA).mean
+    target = Distribution.boltzmann(problem, TRUE_BETA).mean
     means = [
-        Law.boltzmann(replace(problem, h=problem.h + bias * torch.tensor(gauge)), TRUE_BETA).mean
+        Distribution.boltzmann(replace(problem, h=problem.h + bias * torch.tensor(gauge)), TRUE_BETA).mean
         for gauge in itertools.product((-1.0, 1.0), repeat=8)
     ]
     assert np.abs(means[-1] - target).max() > 0.1
@@ -147,13 +147,13 @@ def test_gauges_average_a_field_out_up_to_second_order():
 def test_many_gauges_leave_no_field_beyond_their_standard_error():
     """Standard errors from the spread between 400 gauges of 50 samples; 5 of them over 8 spins, alpha 5e-6."""
     problem, n_gauges = PROBLEMS["bipartite-3x5"], 400
-    law = Law.boltzmann(problem, TRUE_BETA / BELIEVED_BETA)
+    distribution = Distribution.boltzmann(problem, TRUE_BETA / BELIEVED_BETA)
     batch = ask(SpinReversed(rescaled(Device()), n_gauges), problem, 50 * n_gauges, seed=4)
     by_gauge = batch.spins.double().reshape(n_gauges, 50, 8).mean(1).numpy()
-    z = (by_gauge.mean(0) - law.mean) / (by_gauge.std(0, ddof=1) / np.sqrt(n_gauges))
+    z = (by_gauge.mean(0) - distribution.mean) / (by_gauge.std(0, ddof=1) / np.sqrt(n_gauges))
     assert np.abs(z).max() < 5
     plain = ask(rescaled(Device()), problem, 50 * n_gauges, seed=4)
-    assert (np.abs(plain.spins.double().mean(0).numpy() - law.mean) > 0.05).sum() >= 6
+    assert (np.abs(plain.spins.double().mean(0).numpy() - distribution.mean) > 0.05).sum() >= 6
 
 
 # Rescaled ----------------------------------------------------------------------------------------------------------
@@ -321,14 +321,14 @@ def test_chains_that_do_not_move_come_back_as_they_were(name, dtype, build):
     assert torch.equal(initial, torch.tensor(rows, dtype=dtype))
 
 
-def test_chains_through_gauges_keep_the_law():
+def test_chains_through_gauges_keep_the_distribution():
     """Two sweeps from exact draws, gauges drawn anew each time; alpha 1e-4."""
     problem = PROBLEMS["chimera-12"]
-    sampler, law = SpinReversed(BlockGibbsSampler(), 5), Law.boltzmann(problem, 1.3)
-    spins = law.draw(5000, seed=8)
+    sampler, distribution = SpinReversed(BlockGibbsSampler(), 5), Distribution.boltzmann(problem, 1.3)
+    spins = distribution.draw(5000, seed=8)
     for seed in (81, 82, 83):
         spins = ask(sampler, problem, 5000, 1.3, seed=seed, initial_spins=spins, n_sweeps=2).spins
-    assert_follows(spins, law)
+    assert_follows(spins, distribution)
 
 
 # Calibrated --------------------------------------------------------------------------------------------------------
@@ -418,13 +418,13 @@ def test_calibrated_passes_flat_problems_on_and_refuses_noise_and_the_opposite_s
 
 @pytest.mark.parametrize(("name", "n_sweeps"), corners(list(PROBLEMS), [1, 3]))
 def test_polish_is_so_many_gibbs_sweeps_at_the_requested_temperature(name, n_sweeps):
-    """From uniform spins, far from equilibrium, to the exact law of the sweeps. Alpha 1e-4 a case."""
+    """From uniform spins, far from equilibrium, to the exact distribution of the sweeps. Alpha 1e-4 a case."""
     problem = PROBLEMS[name]
-    law = block_gibbs_law(problem, 1.7, n_sweeps)
-    assert law.distance(Law.boltzmann(problem, 1.7)) > 0.01
+    distribution = block_gibbs_distribution(problem, 1.7, n_sweeps)
+    assert distribution.distance(Distribution.boltzmann(problem, 1.7)) > 0.01
     batch = ask(Polished(DimodSampler(RandomSampler()), n_sweeps), problem, 10_000, 1.7, seed=14)
     assert batch.info["n_polish_sweeps"] == n_sweeps
-    assert_follows(batch.spins, law)
+    assert_follows(batch.spins, distribution)
     assert torch.allclose(batch.energies, problem.energy(batch.spins))
 
 
@@ -436,15 +436,15 @@ def test_polish_starts_from_the_childs_states_and_moves_them():
     assert not torch.equal(ask(Polished(Frozen(), 1), problem, 50, 0.5, initial_spins=initial).spins, initial)
 
 
-def test_polish_upon_polish_keeps_the_law():
+def test_polish_upon_polish_keeps_the_distribution():
     """Exact draws stay exact under any sweeps with random numbers of their own; alpha 1e-4."""
     problem = PROBLEMS["complete-6"]
     assert_boltzmann(problem, ask(Polished(Polished(ExactSampler(), 1), 1), problem, 2000), 1.0)
 
 
-def test_polished_chains_with_seeds_in_sequence_keep_the_law():
+def test_polished_chains_with_seeds_in_sequence_keep_the_distribution():
     problem, sampler = PROBLEMS["bipartite-3x5"], Polished(BlockGibbsSampler(n_sweeps=1), 1)
-    spins = Law.boltzmann(problem, 2.0).draw(40_000, seed=15)
+    spins = Distribution.boltzmann(problem, 2.0).draw(40_000, seed=15)
     for step in range(3):
         batch = ask(sampler, problem, 40_000, 2.0, seed=step, initial_spins=spins)
         spins = batch.spins

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from laws import Law, binomial_p_value, state_table
+from oracles import Distribution, binomial_p_value, state_table
 from scipy import special, stats
 from scvi import REGISTRY_KEYS
 from scvi.criticism import PosteriorPredictiveCheck
@@ -54,10 +54,10 @@ class Oracle:
         batch = torch.tensor(adata.obs["_scvi_batch"].to_numpy()[rows].astype(int))[:, None]
         encoder = module.z_encoder
         logits = encoder.logit_encoder(encoder.encoder(torch.log1p(x))).double().numpy()
-        law = Law.boltzmann(model.get_ising_model())
+        distribution = Distribution.boltzmann(model.get_ising_model())
         codes = state_table(model.module.prior.n_visible)
         # Hidden spins come last and change fastest in the table of all states.
-        log_p = np.log(law.probabilities.reshape(len(codes), -1).sum(1))
+        log_p = np.log(distribution.probabilities.reshape(len(codes), -1).sum(1))
         library = x.sum(1, keepdim=True).log()
         z = torch.tensor(codes, dtype=torch.float32)
         scale, rate = [], []
@@ -327,15 +327,15 @@ def check_draws_of_a_population(model, n_draws=12_000):
     score = exact.scale[0] @ direction / np.linalg.norm(direction)
     shift = (target - proposal) @ score
     arguments = {"indices": rows, "n_samples_overall": n_draws, "return_numpy": True}
-    for weights, law in (("uniform", proposal), ("importance", target)):
+    for weights, distribution in (("uniform", proposal), ("importance", target)):
         more = {"n_mc_samples": 20_000} if weights == "importance" else {}
         draws = model.get_normalized_expression(weights=weights, **arguments, **more) @ direction
-        squares = (score - law @ score) ** 2
+        squares = (score - distribution @ score) ** 2
         # Draws are resampled from a pool of as many: variance of the weighted pool, and of resampling.
-        error = np.sqrt(((law**2 / proposal) @ squares + law @ squares) / n_draws)
+        error = np.sqrt(((distribution**2 / proposal) @ squares + distribution @ squares) / n_draws)
         if abs(shift) < 2 * SE * error:
             pytest.fail("there is no difference to be seen")  # no AssertionError: no fault was found
-        assert abs(draws.mean() / np.linalg.norm(direction) - law @ score) < SE * error
+        assert abs(draws.mean() / np.linalg.norm(direction) - distribution @ score) < SE * error
 
 
 @check

@@ -10,8 +10,8 @@ import scvi
 import torch
 from devices import OffTemperature
 from dwave import samplers as dwave_samplers
-from laws import Law, assert_follows, random_problem
 from lightning.pytorch.callbacks import ModelCheckpoint
+from oracles import Distribution, assert_follows, random_problem
 from scvi.train import SaveCheckpoint
 from tables import corners, over
 from without_float64 import DEVICE, WithoutFloat64
@@ -208,10 +208,10 @@ PROBLEM = random_problem(graphs.bipartite(6, 6), seed=5)
 
 @each_foreign
 def test_answers_of_a_dimod_sampler_are_taken_as_they_come(kind):
-    """The law at 0.7, which the sampler never hears of; alpha 1e-4 a case."""
+    """The distribution at 0.7, which the sampler never hears of; alpha 1e-4 a case."""
     batch = DimodSampler(kind()).sample(SamplingRequest(PROBLEM, 3000, 0.7, seed=3))
     assert batch.spins.shape == (3000, 12)
-    assert_follows(batch.spins, Law.boltzmann(PROBLEM, 0.7))
+    assert_follows(batch.spins, Distribution.boltzmann(PROBLEM, 0.7))
 
 
 @pytest.mark.parametrize("kind", [Foreign, Booleans, WithoutReads, WithoutSeed], ids=lambda kind: kind.__name__)
@@ -273,8 +273,8 @@ def test_a_class_in_place_of_an_instance_is_refused_at_once(take, kind):
 
 def test_a_class_is_no_child_of_a_recording(tmp_path):
     with pytest.raises(TypeError, match="BlockGibbsSampler is a class"):
-        Recorded(BlockGibbsSampler, tmp_path / "tape")
-    assert not (tmp_path / "tape").exists()
+        Recorded(BlockGibbsSampler, tmp_path / "recording")
+    assert not (tmp_path / "recording").exists()
 
 
 @over("kind", CLASSES.values(), ids=CLASSES)
@@ -287,7 +287,8 @@ def test_training_with_a_class_is_refused_before_it_starts(kind, adata):
 
 def test_a_layer_takes_a_dimod_sampler_as_it_is():
     assert_follows(
-        Calibrated(Foreign()).sample(SamplingRequest(PROBLEM, 3000, 0.7, seed=3)).spins, Law.boltzmann(PROBLEM, 0.7)
+        Calibrated(Foreign()).sample(SamplingRequest(PROBLEM, 3000, 0.7, seed=3)).spins,
+        Distribution.boltzmann(PROBLEM, 0.7),
     )
 
 
@@ -368,7 +369,7 @@ def test_spins_keep_their_places_on_a_structured_sampler(first_label):
     sampler = structured(12, first_label)
     problem = random_problem(graphs.from_networkx(sampler.to_networkx_graph()), seed=6)
     batch = DimodSampler(sampler).sample(SamplingRequest(problem, 3000, 0.7, seed=3))
-    assert_follows(batch.spins, Law.boltzmann(problem, 0.7))
+    assert_follows(batch.spins, Distribution.boltzmann(problem, 0.7))
 
 
 def test_a_part_of_the_graph_will_do():
@@ -386,34 +387,34 @@ def test_the_stand_in_for_a_d_wave_machine_is_refused_without_an_embedding(adata
 # State -------------------------------------------------------------------------------------------------------------
 
 
-def mean_energy_z(law: Law, spins: np.ndarray) -> float:
+def mean_energy_z(distribution: Distribution, spins: np.ndarray) -> float:
     """Mean energy of rows less the exact one, over the standard error of so many independent rows."""
     code = ((spins.astype(int) + 1) // 2) @ (1 << np.arange(spins.shape[1] - 1, -1, -1))
-    mean = law.probabilities @ law.energies
-    scale = np.sqrt(law.probabilities @ (law.energies - mean) ** 2 / len(spins))
-    return float((law.energies[code].mean() - mean) / scale)
+    mean = distribution.probabilities @ distribution.energies
+    scale = np.sqrt(distribution.probabilities @ (distribution.energies - mean) ** 2 / len(spins))
+    return float((distribution.energies[code].mean() - mean) / scale)
 
 
 @pytest.mark.parametrize(("n_sweeps", "n_rungs"), [(1, 8), (4, 2), (20, 8)])
 def test_a_new_tempering_sampler_leaves_chains_in_equilibrium(n_sweeps, n_rungs):
-    """Exact draws stay exact draws: mean energy within 5 standard errors, and the whole law at alpha 1e-4."""
+    """Exact draws stay exact draws: mean energy within 5 standard errors, and the whole distribution at alpha 1e-4."""
     problem = random_problem(graphs.bipartite(6, 6), seed=5, scale=0.8)
-    law = Law.boltzmann(problem)
-    start = law.draw(20_000, seed=1)
+    distribution = Distribution.boltzmann(problem)
+    start = distribution.draw(20_000, seed=1)
     sampler = ParallelTemperingSampler(n_rungs)
     spins = sampler.sample(SamplingRequest(problem, 20_000, initial_spins=start, n_sweeps=n_sweeps, seed=2)).spins
-    assert abs(mean_energy_z(law, spins.numpy())) < 5
-    assert_follows(spins, law)
+    assert abs(mean_energy_z(distribution, spins.numpy())) < 5
+    assert_follows(spins, distribution)
 
 
 @pytest.mark.parametrize("n_more", [0, 40])
 def test_hot_replicas_of_another_number_of_chains_are_not_mixed_with_the_chains(n_more):
     problem = random_problem(graphs.bipartite(6, 6), seed=5, scale=0.8)
-    law, sampler = Law.boltzmann(problem), ParallelTemperingSampler(4)
+    distribution, sampler = Distribution.boltzmann(problem), ParallelTemperingSampler(4)
     sampler.sample(SamplingRequest(problem, 20_000 + n_more, seed=1))
-    start = law.draw(20_000, seed=1)
+    start = distribution.draw(20_000, seed=1)
     spins = sampler.sample(SamplingRequest(problem, 20_000, initial_spins=start, n_sweeps=4, seed=2)).spins
-    assert_follows(spins, law)
+    assert_follows(spins, distribution)
 
 
 def test_a_budget_is_not_filled_up_by_a_restart():
@@ -428,12 +429,12 @@ def test_a_budget_is_not_filled_up_by_a_restart():
 
 
 def test_a_recording_goes_on_where_it_was_and_another_one_starts_at_its_beginning(tmp_path):
-    recorder = Recorded(ExactSampler(), tmp_path / "tape")
+    recorder = Recorded(ExactSampler(), tmp_path / "recording")
     requests = [SamplingRequest(PROBLEM, 5, seed=seed) for seed in range(3)]
     recorded = [recorder.sample(request).spins for request in requests]
-    player = Replayed(tmp_path / "tape")
+    player = Replayed(tmp_path / "recording")
     player.sample(requests[0])
-    again = Replayed(tmp_path / "tape")
+    again = Replayed(tmp_path / "recording")
     again.load_state_dict(player.state_dict())
     assert torch.equal(again.sample(requests[1]).spins, recorded[1])
     other = Recorded(ExactSampler(), tmp_path / "other")
@@ -463,7 +464,7 @@ class Unreadable(ExactSampler):
 def test_state_that_is_lost_or_unreadable_breaks_the_contract(kind, match):
     with pytest.raises(SamplerCheckError, match=match) as caught:
         check_sampler(kind(), betas=(1.0,), dtypes=(torch.float64,))
-    assert {failure.law for failure in caught.value.report.failures} == {"state"}
+    assert {failure.rule for failure in caught.value.report.failures} == {"state"}
 
 
 def resumed(adata, folder, build) -> tuple[QBMSCVI, QBMSCVI]:
@@ -556,7 +557,7 @@ def elsewhere(graph) -> tuple[IsingModel, IsingModel]:
 @pytest.mark.parametrize(("build", "graph"), corners(LOCAL, ["bipartite", "sparse"]) + corners(LOCAL, ["sparse"])[:2])
 def test_samplers_answer_for_a_problem_on_a_device_without_float64(build, graph, no_float64, tmp_path):
     _, problem = elsewhere(graph)
-    sampler = Recorded(build(), tmp_path / "tape")
+    sampler = Recorded(build(), tmp_path / "recording")
     batch = sampler.sample(SamplingRequest(problem, 300, seed=1))
     assert batch.spins.device == batch.energies.device == DEVICE
     assert batch.moments(problem.graph)[0].device == DEVICE

@@ -141,10 +141,10 @@ def device_fidelity(
     else:
         kl, kl_scale = _sampled_divergence(problem, realized, beta, true_beta, _gibbs(problem, beta, n_samples, seed))
     if has_chains and can_vote:
-        voted, rate = _voted_law(program, h, J, true_beta)
+        voted, rate = _voted_distribution(program, h, J, true_beta)
         if wants_votes:
-            law = torch.softmax(-beta * problem.energy(all_states(problem.n_spins)), 0).numpy()
-            kl = float(law @ (np.log(law) - np.log(np.maximum(voted, np.finfo(float).tiny))))
+            probabilities = torch.softmax(-beta * problem.energy(all_states(problem.n_spins)), 0).numpy()
+            kl = float(probabilities @ (np.log(probabilities) - np.log(np.maximum(voted, np.finfo(float).tiny))))
     elif has_chains:
         rate = _break_rate(program, h, J, true_beta, _gibbs(problem, beta, _N_RATE, seed))
     return Fidelity(
@@ -196,7 +196,7 @@ def _gibbs(problem: IsingModel, beta: float, n_samples: int, seed: int) -> Tenso
     return BlockGibbsSampler().sample(SamplingRequest(problem, n_samples, beta, seed=seed)).spins
 
 
-def _voted_law(program: Program, h: np.ndarray, J: np.ndarray, beta: float) -> tuple[np.ndarray, float]:
+def _voted_distribution(program: Program, h: np.ndarray, J: np.ndarray, beta: float) -> tuple[np.ndarray, float]:
     """Distribution of the spins after majority votes, over the rows of ``all_states``, and share of broken chains."""
     embedding = program.embedding
     lengths = embedding.chain_lengths
@@ -218,12 +218,12 @@ def _voted_law(program: Program, h: np.ndarray, J: np.ndarray, beta: float) -> t
         table += np.bincount(digits @ strides, weights, minlength=len(table))
         broken += float(weights @ (np.abs(votes) < lengths).sum(1))
         total += float(weights.sum())
-    law = table.reshape(bases)
+    probabilities = table.reshape(bases)
     for axis, base in enumerate(bases):
         if base == 3:
-            lost, tie, won = np.split(law, 3, axis)
-            law = np.concatenate([lost + 0.5 * tie, won + 0.5 * tie], axis)
-    return law.ravel() / total, broken / total / n_spins
+            lost, tie, won = np.split(probabilities, 3, axis)
+            probabilities = np.concatenate([lost + 0.5 * tie, won + 0.5 * tie], axis)
+    return probabilities.ravel() / total, broken / total / n_spins
 
 
 def _break_rate(program: Program, h: np.ndarray, J: np.ndarray, beta: float, spins: Tensor) -> float:

@@ -19,11 +19,11 @@ def main() -> None:
     import dwave_networkx as dnx
     from minorminer.busclique import busgraph_cache
 
-    question = json.load(sys.stdin)
-    build = {"chimera": dnx.chimera_graph, "pegasus": dnx.pegasus_graph, "zephyr": dnx.zephyr_graph}[question["family"]]
-    lattice = build(*question["shape"], node_list=question["nodes"], edge_list=question["edges"])
-    cache = busgraph_cache(lattice, seed=question["seed"])
-    sizes = question["sizes"]
+    request = json.load(sys.stdin)
+    build = {"chimera": dnx.chimera_graph, "pegasus": dnx.pegasus_graph, "zephyr": dnx.zephyr_graph}[request["family"]]
+    lattice = build(*request["shape"], node_list=request["nodes"], edge_list=request["edges"])
+    cache = busgraph_cache(lattice, seed=request["seed"])
+    sizes = request["sizes"]
     find = cache.find_clique_embedding if len(sizes) == 1 else cache.find_biclique_embedding
     chains = find(*sizes)
     json.dump([list(chains[node]) for node in range(sum(sizes))] if chains else None, sys.stdout)

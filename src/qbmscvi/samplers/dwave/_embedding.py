@@ -205,7 +205,7 @@ def _ask_busclique(sides: list[list[int]], lattice: nx.Graph, seed: int, seconds
         "pegasus": lambda: [about["rows"]],
         "zephyr": lambda: [about["rows"], about["tile"]],
     }[about["family"]]()
-    question = {
+    request = {
         "family": about["family"],
         "shape": shape,
         "nodes": sorted(lattice),
@@ -215,7 +215,7 @@ def _ask_busclique(sides: list[list[int]], lattice: nx.Graph, seed: int, seconds
     }
     command = [sys.executable, str(Path(__file__).with_name("_busclique.py"))]
     try:
-        done = subprocess.run(command, input=json.dumps(question), capture_output=True, text=True, timeout=seconds)
+        done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
         return {}
     if done.returncode != 0 or not done.stdout.strip():

@@ -77,7 +77,7 @@ class Link:
         """Kill the worker."""
         self._end()
 
-    def ask(self, question: dict[str, Any], deadline: float) -> dict[str, Any]:
+    def ask(self, message: dict[str, Any], deadline: float) -> dict[str, Any]:
         """Send a request, and wait for its answer.
 
         Raises
@@ -92,7 +92,7 @@ class Link:
             raise SamplerTimeout(msg)
         try:
             number = next(self._numbers)
-            return self._exchange({**question, "id": number}, deadline, {"id": number})
+            return self._exchange({**message, "id": number}, deadline, {"id": number})
         finally:
             self._lock.release()
 

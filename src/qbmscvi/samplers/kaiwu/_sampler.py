@@ -177,14 +177,14 @@ class KaiwuSampler(Sampler):
         rng = np.random.default_rng(derive_seed(seed, "order of the answer"))
         order = _Order(request, program, stem, rng)
         for number, size in enumerate(sizes):
-            question = {
+            message = {
                 "task_name": f"{stem}-{attempt}-{number}",
                 "mode": self.mode,
                 "n_samples": max(_LEAST_READS, size),
                 "n": len(program.values),
                 "matrix": base64.b64encode(program.values.astype("<i4").tobytes()).decode(),
             }
-            order.jobs.append(_Job(question))
+            order.jobs.append(_Job(message))
         return order
 
     def _serve(self, jobs: list[_Job], deadline: float, canceled: threading.Event) -> None:
@@ -209,7 +209,7 @@ class KaiwuSampler(Sampler):
     def _ask(self, job: _Job, deadline: float, canceled: threading.Event) -> None:
         link = self._connected(deadline)
         try:
-            answer = link.ask(job.question, deadline)
+            answer = link.ask(job.message, deadline)
         except SamplerUnavailable:
             if canceled.is_set():
                 answer = None
@@ -237,13 +237,13 @@ class KaiwuSampler(Sampler):
         n_samples, program = order.request.n_samples, order.program
         parts, is_sorted, is_deduplicated = [], True, False
         for job in order.jobs:
-            n_wanted = job.question["n_samples"]
+            n_wanted = job.message["n_samples"]
             spins, found = program.read(job.states, n_wanted, order.rng)
             is_sorted &= found["is_sorted"]
             is_deduplicated |= found["is_deduplicated"]
             if self.mode == "sample" and (len(spins) < n_wanted or found["is_deduplicated"]):
                 msg = (
-                    f"The answer to {job.question['task_name']} has {len(spins)} states, {found['n_distinct']} of them "
+                    f"The answer to {job.message['task_name']} has {len(spins)} states, {found['n_distinct']} of them "
                     f"distinct, but {n_wanted} runs were requested. Repeated states may be missing, which carry the "
                     "probabilities. Repeat the request, or use mode='quota', which accepts lists of candidates."
                 )
@@ -258,7 +258,7 @@ class KaiwuSampler(Sampler):
             "n_distinct": len(states.unique(dim=0)),
             "n_candidates": len(states),
             "mode": self.mode,
-            "task_names": [job.question["task_name"] for job in order.jobs],
+            "task_names": [job.message["task_name"] for job in order.jobs],
             "sdk": order.jobs[0].sdk,
         }
         return Draw(fill_up(states, n_samples, order.rng), info=facts)
@@ -268,7 +268,7 @@ class KaiwuSampler(Sampler):
 class _Job:
     """A request to the worker, and the states that it returned."""
 
-    question: dict[str, Any]
+    message: dict[str, Any]
     states: np.ndarray | None = None
     sdk: str = ""
 

@@ -119,19 +119,19 @@ def _open(settings):
     return kaiwu, None
 
 
-def _solve(kaiwu, question):
+def _solve(kaiwu, request):
     """One call of the SDK, as part of an answer."""
     import numpy as np
 
-    n = question["n"]
-    matrix = np.frombuffer(base64.b64decode(question["matrix"]), dtype="<i4").reshape(n, n).astype(float)
+    n = request["n"]
+    matrix = np.frombuffer(base64.b64decode(request["matrix"]), dtype="<i4").reshape(n, n).astype(float)
     try:
         optimizer = kaiwu.cim.CIMOptimizer(
-            task_name=question["task_name"],
+            task_name=request["task_name"],
             wait=False,
             project_no=os.environ.get("KAIWU_PROJECT_NO"),
-            task_mode=_task_mode(kaiwu, question["mode"]),
-            sample_number=question["n_samples"],
+            task_mode=_task_mode(kaiwu, request["mode"]),
+            sample_number=request["n_samples"],
         )
         states = optimizer.solve(matrix)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever it is, the other end gets it
@@ -164,9 +164,9 @@ def main():
         return
     say({**PROTOCOL, "python": platform.python_version(), "sdk": _version()})
     for line in requests:
-        question = json.loads(line)
-        answer = _solve(kaiwu, question)
-        say({"id": question["id"], "status": "error", **answer})
+        request = json.loads(line)
+        answer = _solve(kaiwu, request)
+        say({"id": request["id"], "status": "error", **answer})
 
 
 def _version():

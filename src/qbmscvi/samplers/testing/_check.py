@@ -144,8 +144,8 @@ class _Examination:
             self.sampler.name, self.sampler.traits.target, self.verdicts, tuple(self.failures.values()), self.skipped
         )
 
-    def fail(self, law: str, case: str, reason: str) -> None:
-        self.failures.setdefault((law, case), Failure(law, case, reason))
+    def fail(self, rule: str, case: str, reason: str) -> None:
+        self.failures.setdefault((rule, case), Failure(rule, case, reason))
 
     def next_seed(self) -> int:
         self.seed += 1

@@ -108,13 +108,13 @@ def compare_with_boltzmann(problem: IsingModel, batch: SampleBatch, beta: float)
     p_cells = distance = by_chance = None
     if problem.n_spins <= _MAX_TABLE_SPINS:
         table_energies = problem.energy(all_states(problem.n_spins))
-        law = torch.softmax(-beta * table_energies, 0).numpy()
-        energy_scale = math.sqrt(law @ np.square(table_energies.numpy() - mean_energy))
+        probabilities = torch.softmax(-beta * table_energies, 0).numpy()
+        energy_scale = math.sqrt(probabilities @ np.square(table_energies.numpy() - mean_energy))
         rows = ((spins + 1) // 2) @ (1 << np.arange(problem.n_spins - 1, -1, -1))  # row of `all_states`
-        counts = np.bincount(rows, minlength=len(law))
-        p_cells = _compare_cells(counts, law)
-        distance = 0.5 * float(np.abs(counts / batch.n_samples - law).sum())
-        by_chance = _mean_distance(law, batch.n_samples)
+        counts = np.bincount(rows, minlength=len(probabilities))
+        p_cells = _compare_cells(counts, probabilities)
+        distance = 0.5 * float(np.abs(counts / batch.n_samples - probabilities).sum())
+        by_chance = _mean_distance(probabilities, batch.n_samples)
     p_energy = 1.0  # all samples at one energy: moments and cells judge
     if energy_scale > 0:
         z = (energies.mean() - mean_energy) / energy_scale * math.sqrt(batch.n_samples)
@@ -159,23 +159,23 @@ def _compare_moments(spins: np.ndarray, mean: np.ndarray, second: np.ndarray) ->
     return min(1.0, len(rates) * min(1.0, 2.0 * float(tails[worst]))), name
 
 
-def _compare_cells(counts: np.ndarray, law: np.ndarray) -> float:
+def _compare_cells(counts: np.ndarray, probabilities: np.ndarray) -> float:
     """p-value of the distribution over states, rare ones merged into cells."""
     n_samples = counts.sum()
-    cell, n_cells, filled = np.empty(len(law), dtype=np.int64), 0, 0.0
-    for state in np.argsort(law, kind="stable"):
+    cell, n_cells, filled = np.empty(len(probabilities), dtype=np.int64), 0, 0.0
+    for state in np.argsort(probabilities, kind="stable"):
         cell[state] = n_cells
-        filled += n_samples * law[state]
+        filled += n_samples * probabilities[state]
         if filled >= _MIN_EXPECTED:
             n_cells, filled = n_cells + 1, 0.0
     cell = np.minimum(cell, n_cells - 1)  # the remainder joins the last cell, which holds the likeliest states
     if n_cells < 2:
         return 1.0
-    due = n_samples * np.bincount(cell, law, n_cells)
+    due = n_samples * np.bincount(cell, probabilities, n_cells)
     return float(stats.chisquare(np.bincount(cell, counts, n_cells), due).pvalue)
 
 
-def _mean_distance(law: np.ndarray, n: int) -> float:
+def _mean_distance(probabilities: np.ndarray, n: int) -> float:
     """Mean total variation distance of ``n`` draws to their distribution (De Moivre, per cell)."""
-    m = np.floor(n * law) + 1.0
-    return float((m * (1.0 - law) * stats.binom.pmf(m, n, law)).sum() / n)
+    m = np.floor(n * probabilities) + 1.0
+    return float((m * (1.0 - probabilities) * stats.binom.pmf(m, n, probabilities)).sum() / n)

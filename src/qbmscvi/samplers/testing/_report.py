@@ -23,12 +23,12 @@ class SamplerCheckError(QBMSCVIError, AssertionError):
 class Failure:
     """A rule that a sampler breaks, the case in which it does, and how."""
 
-    law: str
+    rule: str
     case: str
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.law} ({self.case}): {self.reason}"
+        return f"{self.rule} ({self.case}): {self.reason}"
 
 
 @dataclass(frozen=True)

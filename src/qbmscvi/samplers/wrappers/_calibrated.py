@@ -50,11 +50,11 @@ class Calibrated(Wrapper):
 
     def _sample_batch(self, requests: list[SamplingRequest], seeds: list[int]) -> list[Draw]:
         gain = 1.0 if self.log_gain is None else float(torch.tensor(self.log_gain).exp())
-        asked = [
+        sent = [
             replace(request, beta=request.beta / gain, seed=seed) for request, seed in zip(requests, seeds, strict=True)
         ]
         draws = []
-        for request, question, batch in zip(requests, asked, self.child.sample_batch(asked), strict=True):
+        for request, scaled, batch in zip(requests, sent, self.child.sample_batch(sent), strict=True):
             try:
                 estimate = effective_beta(request.problem, batch)
             except ValueError as error:
@@ -65,7 +65,7 @@ class Calibrated(Wrapper):
                 raise InvalidSamples(msg) from error
             # At the end of its range a device answers too hot, whatever its gain.
             if not batch.info.get("is_range_limited", False):
-                observed = float(torch.tensor(estimate.value / question.beta).log())
+                observed = float(torch.tensor(estimate.value / scaled.beta).log())
                 past = observed if self.log_gain is None else self.log_gain
                 self.log_gain = self.memory * past + (1.0 - self.memory) * observed
             facts = {"effective_beta": estimate.value, "effective_beta_scale": estimate.scale, "gain": gain}

@@ -1,4 +1,4 @@
-"""Training in two processes has the law of training in one."""
+"""Training in two processes has the distribution of training in one."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ FAULTS = ("one shard", "unshared chains")
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, np.ndarray]:
     """Moments and held-out ELBO of runs, shape ``(n_seeds, n_statistics)``, by what was done."""
-    folder = tmp_path_factory.mktemp("laws")
-    run_script("rank_laws.py", folder, "1", str(N_SEEDS), "none", timeout=900)
-    run_script("rank_laws.py", folder, "2", str(N_SEEDS), "none", timeout=1800)
-    run_script("rank_laws.py", folder, "2", str(N_FAULTY_SEEDS), *FAULTS, timeout=1800)
+    folder = tmp_path_factory.mktemp("runs")
+    run_script("rank_statistics.py", folder, "1", str(N_SEEDS), "none", timeout=900)
+    run_script("rank_statistics.py", folder, "2", str(N_SEEDS), "none", timeout=1800)
+    run_script("rank_statistics.py", folder, "2", str(N_FAULTY_SEEDS), *FAULTS, timeout=1800)
     return {file.stem: np.load(file) for file in folder.glob("*.npy")}
 
 
@@ -27,12 +27,12 @@ def standard_error(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def p_value(first: np.ndarray, second: np.ndarray) -> float:
-    """Of equal laws, for all statistics together (Bonferroni); their variances are then equal, too (Student's t)."""
+    """Of equal distributions, hence equal variances (Student's t), for all statistics together (Bonferroni)."""
     return min(1.0, first.shape[1] * stats.ttest_ind(first, second, axis=0).pvalue.min())
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_law_of_one(runs):
+def test_two_processes_have_the_distribution_of_one(runs):
     """First and second moments of the prior and the held-out ELBO, over eight seeds; familywise alpha 1e-3."""
     one, two = runs["1-none"], runs["2-none"]
     assert one.shape == two.shape == (N_SEEDS, 25)

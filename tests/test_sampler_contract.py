@@ -1,6 +1,6 @@
-"""One suite of laws over every sampler and wrapper: ``check_sampler`` on three graphs, two precisions, three betas.
+"""One contract for every sampler and wrapper: ``check_sampler`` on three graphs, two precisions, three betas.
 
-A table says what is demanded of each. Where a law does not hold, the table says so with the reason, and a law that is
+A table says what is demanded of each. Where a rule does not hold, the table says so with the reason, and a rule that is
 kept all the same fails the suite, so that the table cannot rot.
 """
 
@@ -15,7 +15,7 @@ import dwave.samplers
 import pytest
 import torch
 from devices import Device, Faulty, OffTemperature, connected, rescaled
-from laws import random_problem
+from oracles import random_problem
 from scipy import stats
 from tables import corners
 
@@ -63,7 +63,7 @@ class Case:
     """A sampler and what is demanded of it.
 
     ``"boltzmann"``: the distribution passes. ``"approximate"``: it is printed how far off it is, and it must fail.
-    ``"ground_state"``: nothing is compared. ``exempt`` has laws that are broken by design, with the reason.
+    ``"ground_state"``: nothing is compared. ``exempt`` has rules that are broken by design, with the reason.
     """
 
     build: Callable[[Path], Sampler]
@@ -149,14 +149,14 @@ WRAPPERS = {
     "polished": Case(lambda path: Polished(ExactSampler(), 3)),
     "retrying": Case(lambda path: Retrying(ExactSampler())),
     "budgeted": Case(lambda path: Budgeted(ExactSampler(), n_calls=1000)),
-    "recorded": Case(lambda path: Recorded(ExactSampler(), path / "tape")),
+    "recorded": Case(lambda path: Recorded(ExactSampler(), path / "recording")),
     "vetted": Case(lambda path: Vetted(ExactSampler())),
     "stack": Case(lambda path: Polished(SpinReversed(Rescaled(Retrying(ExactSampler()), h_limit=1, J_limit=1), 3), 2)),
     "stack-upside-down": Case(lambda path: Rescaled(SpinReversed(Polished(ExactSampler(), 2), 3), J_limit=0.1)),
     "device": Case(lambda path: rescaled(Device()), "approximate"),
     "device-in-a-stack": Case(
         lambda path: Budgeted(
-            Polished(Calibrated(SpinReversed(rescaled(Recorded(Retrying(Device()), path / "tape")), 4)), 20),
+            Polished(Calibrated(SpinReversed(rescaled(Recorded(Retrying(Device()), path / "recording")), 4)), 20),
             n_calls=1000,
         ),
         exempt=NOT_BOLTZMANN_BELOW,  # of equal seeds the polish makes equal samples: its chains coalesce
@@ -166,12 +166,12 @@ TABLE = SAMPLERS | WRAPPERS
 
 
 def examine(sampler: Sampler, case: Case, **kwargs) -> tuple[set[str], Report]:
-    """Names of all laws that are broken, whether or not the sampler claims to keep them; and the report."""
+    """Names of all rules that are broken, whether or not the sampler claims to keep them; and the report."""
     try:
         report = check_sampler(sampler, n_samples=case.n_samples, **kwargs)
     except SamplerCheckError as error:
         report = error.report
-    broken = {failure.law for failure in report.failures}
+    broken = {failure.rule for failure in report.failures}
     p = [verdict.p_value for verdict in report.verdicts.values()]
     if p and min(p) < ALPHA / len(p):
         broken.add("distribution")
@@ -193,7 +193,7 @@ def layers(sampler: Sampler) -> list[Sampler]:
 
 
 @each(TABLE)
-def test_every_sampler_keeps_the_laws_that_are_demanded_of_it(case, tmp_path, capsys):
+def test_every_sampler_keeps_the_rules_that_are_demanded_of_it(case, tmp_path, capsys):
     """Alpha 1e-4 a case for the distributions, and as much for too many small p-values among them."""
     sampler = case.build(tmp_path)
     broken, report = examine(sampler, case, betas=BETAS, dtypes=DTYPES)
@@ -208,13 +208,13 @@ def test_every_sampler_keeps_the_laws_that_are_demanded_of_it(case, tmp_path, ca
         with capsys.disabled():
             n_rejected = sum(value < ALPHA / len(p) for value in p)
             print(
-                f"\n{report.sampler} is {min(excess):.1f} to {max(excess):.1f} times as far from the law as exact "
-                f"draws; rejected in {n_rejected} of {len(p)} cases"
+                f"\n{report.sampler} is {min(excess):.1f} to {max(excess):.1f} times as far from the distribution as "
+                f"exact draws; rejected in {n_rejected} of {len(p)} cases"
             )
 
 
-def asked_after_a_question(sampler: Sampler, *, state: dict | None = None) -> tuple[dict, list[torch.Tensor]]:
-    """State after a first question, and the answers to two further ones; or these answers from a given state."""
+def answers_after_a_request(sampler: Sampler, *, state: dict | None = None) -> tuple[dict, list[torch.Tensor]]:
+    """State after a first request, and the answers to two further ones; or these answers from a given state."""
     problem = tiny_problems(torch.float32)["complete-6"]
     request = SamplingRequest(problem, 300, 1.5, seed=11)
     start = ExactSampler().sample(request).spins
@@ -229,8 +229,8 @@ def asked_after_a_question(sampler: Sampler, *, state: dict | None = None) -> tu
         sampler.load_state_dict(state)
     further = [replace(request, seed=seed, initial_spins=start, n_sweeps=2) for seed in (12, 13)]
     if not sampler.traits.is_persistent:
-        further = [replace(question, initial_spins=None, n_sweeps=None) for question in further]
-    return state, [sampler.sample(question).spins for question in further]
+        further = [replace(each, initial_spins=None, n_sweeps=None) for each in further]
+    return state, [sampler.sample(each).spins for each in further]
 
 
 @each(
@@ -242,8 +242,8 @@ def test_a_new_instance_goes_on_from_the_state_of_the_old_one_bit_for_bit(case, 
     old, new = (case.build(folder) for folder in (tmp_path / "old", tmp_path / "new") if not folder.mkdir())
     if old.traits.is_remote:
         pytest.skip("equal seeds need not give equal samples")
-    state, due = asked_after_a_question(old)
-    _, found = asked_after_a_question(new, state=state)
+    state, due = answers_after_a_request(old)
+    _, found = answers_after_a_request(new, state=state)
     assert all(torch.equal(first, second) for first, second in zip(due, found, strict=True))
 
 
@@ -275,7 +275,7 @@ def test_traits_and_limits_are_those_of_the_child(case, tmp_path):
 
 
 class Listening(Wrapper):
-    """Keeps every question and its answer."""
+    """Keeps every request and its answer."""
 
     def __init__(self, child):
         super().__init__(child)
@@ -289,9 +289,9 @@ class Listening(Wrapper):
 
 @pytest.mark.parametrize("child", [ExactSampler(), BlockGibbsSampler(burn_in=3)], ids=lambda s: s.name)
 def test_everything_that_a_check_asks_is_replayed_bit_for_bit(child, tmp_path):
-    listener = Listening(Recorded(child, tmp_path / "tape"))
+    listener = Listening(Recorded(child, tmp_path / "recording"))
     examine(listener, Case(None, n_samples=500))
-    player = Replayed(tmp_path / "tape")
+    player = Replayed(tmp_path / "recording")
     state = torch.get_rng_state()
     assert len(listener.heard) >= 6 * (3 + len(BETAS)) + 1
     for requests, recorded in listener.heard:
@@ -308,7 +308,7 @@ def test_everything_that_a_check_asks_is_replayed_bit_for_bit(child, tmp_path):
 def test_planted_errors_fail_on_every_graph_and_in_either_precision(case, fault, tmp_path):
     broken, report = examine(Faulty(case.build(tmp_path), fault), case, betas=(1.0,), dtypes=DTYPES)
     assert broken == {"distribution"} | ({"order"} if fault == "shifted-nodes" else set())
-    failed = {f.case.rpartition(", beta")[0] for f in report.failures if f.law == "distribution"}
+    failed = {f.case.rpartition(", beta")[0] for f in report.failures if f.rule == "distribution"}
     assert failed == {f"{name}, {dtype}" for name in tiny_problems() for dtype in ("float32", "float64")}
 
 

@@ -1,8 +1,8 @@
 r"""Oracles and gates shared by the tests of spins, samplers and log Z.
 
 Nothing here calls :mod:`qbmscvi.boltzmann.enumeration` or :meth:`qbmscvi.boltzmann.ising.IsingModel.energy`: energies,
-log Z, probabilities and the laws of Markov chains of finite length are written out anew, over all states, in numpy and
-float64.
+log Z, probabilities and the distributions of Markov chains of finite length are written out anew, over all states, in
+numpy and float64.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def energy_table(problem: IsingModel) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Law:
-    """A law over :func:`state_table`, with the energies of the problem it belongs to."""
+class Distribution:
+    """A distribution over :func:`state_table`, with the energies of the problem it belongs to."""
 
     states: np.ndarray
     energies: np.ndarray
@@ -73,7 +73,7 @@ class Law:
     log_z: float = math.nan
 
     @classmethod
-    def boltzmann(cls, problem: IsingModel, beta: float = 1.0) -> Law:
+    def boltzmann(cls, problem: IsingModel, beta: float = 1.0) -> Distribution:
         energies = energy_table(problem)
         log_z = float(special.logsumexp(-beta * energies))
         return cls(state_table(problem.n_spins), energies, np.exp(-beta * energies - log_z), log_z)
@@ -86,7 +86,7 @@ class Law:
     def second(self) -> np.ndarray:
         return self.states.T @ (self.probabilities[:, None] * self.states)
 
-    def distance(self, other: Law) -> float:
+    def distance(self, other: Distribution) -> float:
         """Total variation distance."""
         return 0.5 * float(np.abs(self.probabilities - other.probabilities).sum())
 
@@ -98,37 +98,39 @@ class Law:
 
 def set_exact_moments(prior) -> None:
     """Give a prior the exact moments of its spins, as a sampler without sampling error would."""
-    law = Law.boltzmann(prior.to_ising())
+    distribution = Distribution.boltzmann(prior.to_ising())
     i, j = prior.graph.edges.T
     with torch.no_grad():
-        prior.spin_mean.copy_(torch.from_numpy(law.mean))
-        prior.edge_mean.copy_(torch.from_numpy(law.second[i, j]))
+        prior.spin_mean.copy_(torch.from_numpy(distribution.mean))
+        prior.edge_mean.copy_(torch.from_numpy(distribution.second[i, j]))
         prior.n_updates.add_(1)
 
 
-# Laws of chains of finite length -----------------------------------------------------------------------------------
+# Chains of finite length -------------------------------------------------------------------------------------------
 
 
 def _start(problem: IsingModel, start: np.ndarray | None) -> np.ndarray:
-    """Law of the start as a tensor with one axis per spin: one state, or uniform."""
+    """Distribution of the start as a tensor with one axis per spin: one state, or uniform."""
     shape = (2,) * problem.n_spins
     if start is None:
         return np.full(shape, 0.5**problem.n_spins)
-    law = np.zeros(shape)
-    law[tuple((np.asarray(start) + 1) // 2)] = 1.0
-    return law
+    distribution = np.zeros(shape)
+    distribution[tuple((np.asarray(start) + 1) // 2)] = 1.0
+    return distribution
 
 
-def _as_law(problem: IsingModel, tensor: np.ndarray) -> Law:
-    return Law(state_table(problem.n_spins), energy_table(problem), tensor.ravel())
+def _as_distribution(problem: IsingModel, tensor: np.ndarray) -> Distribution:
+    return Distribution(state_table(problem.n_spins), energy_table(problem), tensor.ravel())
 
 
-def block_gibbs_law(problem: IsingModel, beta: float, n_sweeps: int, start: np.ndarray | None = None) -> Law:
-    """Exact law after block Gibbs sweeps, from a state or from uniform spins.
+def block_gibbs_distribution(
+    problem: IsingModel, beta: float, n_sweeps: int, start: np.ndarray | None = None
+) -> Distribution:
+    """Exact distribution after block Gibbs sweeps, from a state or from uniform spins.
 
     Color class after color class, spin by spin (spins of a class do not feel each other).
     """
-    n, law = problem.n_spins, _start(problem, start)
+    n, distribution = problem.n_spins, _start(problem, start)
     axis = np.array([-1.0, 1.0])
     spins = [axis.reshape([-1 if k == i else 1 for k in range(n)]) for i in range(n)]
     h, J = problem.h.double().numpy(), problem.J.double().numpy()
@@ -141,15 +143,15 @@ def block_gibbs_law(problem: IsingModel, beta: float, n_sweeps: int, start: np.n
     heat_bath = [np.concatenate([1.0 - u, u], axis=i) for i, u in enumerate(up)]
     for _ in range(n_sweeps):
         for i in np.concatenate(problem.graph.color_classes):
-            law = law.sum(i, keepdims=True) * heat_bath[i]
-    return _as_law(problem, law)
+            distribution = distribution.sum(i, keepdims=True) * heat_bath[i]
+    return _as_distribution(problem, distribution)
 
 
-def random_scan_law(problem: IsingModel, betas: np.ndarray, start: np.ndarray | None = None) -> Law:
-    """Exact law after heat-bath sweeps of ``n_spins`` updates of random spins, one sweep per entry of ``betas``."""
+def random_scan_distribution(problem: IsingModel, betas: np.ndarray, start: np.ndarray | None = None) -> Distribution:
+    """Exact distribution after heat-bath sweeps, one per value of ``betas``, of ``n_spins`` updates of random spins."""
     n = problem.n_spins
-    law = _start(problem, start)
-    energies = energy_table(problem).reshape(law.shape)
+    distribution = _start(problem, start)
+    energies = energy_table(problem).reshape(distribution.shape)
     before = None
     for beta in betas:
         if beta != before:
@@ -157,8 +159,8 @@ def random_scan_law(problem: IsingModel, betas: np.ndarray, start: np.ndarray | 
             heat_bath = [weight / weight.sum(i, keepdims=True) / n for i in range(n)]
             before = beta
         for _ in range(n):
-            law = sum(law.sum(i, keepdims=True) * heat_bath[i] for i in range(n))
-    return _as_law(problem, law)
+            distribution = sum(distribution.sum(i, keepdims=True) * heat_bath[i] for i in range(n))
+    return _as_distribution(problem, distribution)
 
 
 # The gate ----------------------------------------------------------------------------------------------------------
@@ -179,13 +181,13 @@ class Verdict:
         return min(1.0, 3.0 * min(self.cells, self.moments, self.energy))
 
 
-def judge(spins: torch.Tensor, law: Law) -> Verdict:
-    r"""Test independent draws against a law.
+def judge(spins: torch.Tensor, distribution: Distribution) -> Verdict:
+    r"""Test independent draws against a distribution.
 
     The rows must be independent: one chain each, so that the effective sample size is the number of rows whatever
-    the autocorrelation within a chain. Whether chains are long enough for the stationary law is not a matter of
-    statistics here: :func:`block_gibbs_law` and :func:`random_scan_law` say it exactly. Three tests, Bonferroni
-    over the three:
+    the autocorrelation within a chain. Whether chains are long enough for the stationary distribution is no
+    matter of statistics here: :func:`block_gibbs_distribution` and :func:`random_scan_distribution` say it exactly.
+    Three tests, Bonferroni over the three:
 
     - cells: Pearson's chi-square over all states, merged from the least likely up until each cell expects at
       least 5;
@@ -202,18 +204,20 @@ def judge(spins: torch.Tensor, law: Law) -> Verdict:
     n_spins = rows.shape[1]
 
     code = ((rows + 1) // 2) @ (1 << np.arange(n_spins - 1, -1, -1))
-    cells, n_cells = _merged_chi_square(np.bincount(code, minlength=len(law.states)), n * law.probabilities)
+    cells, n_cells = _merged_chi_square(
+        np.bincount(code, minlength=len(distribution.states)), n * distribution.probabilities
+    )
 
     i, j = np.triu_indices(n_spins, k=1)
     ups = np.concatenate([(rows > 0).sum(0), (rows[:, i] == rows[:, j]).sum(0)])
-    chance = np.clip(0.5 * (1.0 + np.concatenate([law.mean, law.second[i, j]])), 0.0, 1.0)
+    chance = np.clip(0.5 * (1.0 + np.concatenate([distribution.mean, distribution.second[i, j]])), 0.0, 1.0)
     p = binomial_p_value(ups, n, chance)
     worst = int(p.argmin())
     name = f"<s_{worst}>" if worst < n_spins else f"<s_{i[worst - n_spins]} s_{j[worst - n_spins]}>"
 
-    mean_energy = law.probabilities @ law.energies
-    energy_scale = math.sqrt(law.probabilities @ (law.energies - mean_energy) ** 2 / n)
-    z = (law.energies[code].mean() - mean_energy) / energy_scale
+    mean_energy = distribution.probabilities @ distribution.energies
+    energy_scale = math.sqrt(distribution.probabilities @ (distribution.energies - mean_energy) ** 2 / n)
+    z = (distribution.energies[code].mean() - mean_energy) / energy_scale
     return Verdict(cells, min(1.0, len(p) * float(p[worst])), float(2.0 * stats.norm.sf(abs(z))), n_cells, name)
 
 
@@ -239,10 +243,10 @@ def binomial_p_value(count, n, chance):
     return np.minimum(1.0, 2.0 * np.minimum(stats.binom.cdf(count, n, chance), stats.binom.sf(count - 1, n, chance)))
 
 
-def assert_follows(spins: torch.Tensor, law: Law, alpha: float = ALPHA) -> None:
+def assert_follows(spins: torch.Tensor, distribution: Distribution, alpha: float = ALPHA) -> None:
     """Assert that independent draws pass :func:`judge` at level ``alpha``."""
-    verdict = judge(spins, law)
-    assert verdict.p_value > alpha, f"the draws do not follow the law: {verdict}"
+    verdict = judge(spins, distribution)
+    assert verdict.p_value > alpha, f"the draws do not follow the distribution: {verdict}"
 
 
 # Planted faults ----------------------------------------------------------------------------------------------------
@@ -253,11 +257,11 @@ FAULTS = ("sign-of-J", "one-edge-less", "beta-10-percent-high", "shifted-nodes")
 def faulty_draws(fault: str, problem: IsingModel, beta: float, n_samples: int, seed: int) -> torch.Tensor:
     """Exact draws with a fault of :data:`FAULTS`."""
     if fault == "beta-10-percent-high":
-        return Law.boltzmann(problem, 1.1 * beta).draw(n_samples, seed)
+        return Distribution.boltzmann(problem, 1.1 * beta).draw(n_samples, seed)
     if fault == "shifted-nodes":
-        return Law.boltzmann(problem, beta).draw(n_samples, seed).roll(1, dims=1)
+        return Distribution.boltzmann(problem, beta).draw(n_samples, seed).roll(1, dims=1)
     if fault == "sign-of-J":
         J = -problem.J
     else:  # without the coupling that ranks at three quarters by size
         J = problem.J.index_fill(0, problem.J.abs().argsort()[3 * problem.graph.n_edges // 4], 0.0)
-    return Law.boltzmann(replace(problem, J=J), beta).draw(n_samples, seed)
+    return Distribution.boltzmann(replace(problem, J=J), beta).draw(n_samples, seed)

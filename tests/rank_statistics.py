@@ -1,4 +1,4 @@
-"""Script of ``test_distributed_law.py``: trains the same cells many times, in one process or in two.
+"""Script of ``test_distributed_statistics.py``: trains the same cells many times, in one process or in two.
 
 Networks start from the same weights in every run, so that the learned spins keep their names; the order of the cells,
 dropout, chains and draws differ. Batch statistics are off: they are of each process's own cells, so that halves of a
