@@ -135,7 +135,7 @@ def test_remote_answers_are_used_at_a_fixed_age_and_never_waited_for():
     broker = dispatched(Counting(is_remote=True))
     wait_for(broker)
     assert [broker.collect(step) for step in (10, 11, 12)] == [None, None, None]
-    with pytest.raises(RuntimeError, match="A trip is under way"):
+    with pytest.raises(RuntimeError, match="under way"):
         broker.dispatch(11)
     (batch,) = broker.collect(13)
     assert batch.info["staleness"] == 3
@@ -165,7 +165,7 @@ def test_a_job_that_does_not_end_fails_once_and_is_dropped_when_it_does():
     broker = dispatched(sampler)
     for step in range(11, 31):
         assert broker.collect(step) is None
-    with pytest.raises(SamplerTimeout, match="has not answered within max_staleness=20 steps"):
+    with pytest.raises(SamplerTimeout, match="max_staleness=20"):
         broker.collect(31)
     assert [broker.collect(step) for step in (32, 33, 50)] == [None] * 3
     assert broker.is_busy
@@ -284,9 +284,7 @@ def test_answers_sorted_by_energy_are_dealt_out_at_random():
     assert len(first.energies.unique()) > 20
 
 
-@pytest.mark.parametrize(
-    ("latency", "match"), [(-1, "latency=-1 must be at least 0"), (30, "at most max_staleness=20")]
-)
+@pytest.mark.parametrize(("latency", "match"), [(-1, "latency=-1"), (30, "max_staleness=20")])
 def test_latencies_without_meaning_are_refused(latency, match):
     with pytest.raises(ValueError, match=match):
         Broker(ExactSampler(), latency, max_staleness=20)
@@ -356,7 +354,7 @@ def test_slow_remote_sampler_does_not_slow_training(adata):
     gate = threading.Event()
     started = time.perf_counter()
     sampler = Counting(gate=gate, is_remote=True)
-    with pytest.warns(RuntimeWarning, match="has not answered during these 20 steps") as caught:
+    with pytest.warns(RuntimeWarning, match="20 steps") as caught:
         model = train(adata, sampler)
     assert len([w for w in caught if issubclass(w.category, RuntimeWarning)]) == 1
     ledger = model.trainer.lightning_module.sampling.broker.ledger
@@ -369,7 +367,7 @@ def test_slow_remote_sampler_does_not_slow_training(adata):
 
 def test_job_that_never_ends_costs_one_warning(adata):
     sampler = Counting(gate=threading.Event(), is_remote=True)
-    with pytest.warns(RuntimeWarning, match="has not answered within max_staleness=6 steps") as caught:
+    with pytest.warns(RuntimeWarning, match="max_staleness=6") as caught:
         model = train(adata, sampler, schedule=SamplingSchedule(every_n_steps=1, latency=3, max_staleness=6))
     assert len([w for w in caught if "max_staleness" in str(w.message)]) == 1
     assert model.history["sampling_fallbacks"].iloc[-1, 0] == 1

@@ -175,7 +175,7 @@ def test_limits_are_those_of_the_devices():
     machine = CoherentIsingSampler(n_physical_spins=550)
     assert machine.traits.max_spins == 549
     machine.check(random_problem(graphs.independent(549)))
-    with pytest.raises(GraphMismatchError, match="550 spins, but CoherentIsingSampler accepts at most 549"):
+    with pytest.raises(GraphMismatchError, match="550 spins.*CoherentIsingSampler.*549"):
         machine.sample(SamplingRequest(random_problem(graphs.independent(550)), 1))
     for settings in ({"device_beta": 0.0}, {"noise": -1.0}, {"feedback": np.inf}, {"pump": 1.0}, {"latency": -1.0}):
         with pytest.raises(ValueError, match=next(iter(settings))):

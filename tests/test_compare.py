@@ -69,10 +69,10 @@ def test_one_record_per_run_and_none_is_repeated(adata, quick_scores, tmp_path):
 def test_records_of_other_settings_are_not_taken_for_these(adata, quick_scores, tmp_path):
     given = {"models": ["PCA"], "n_seeds": 1, "records": tmp_path / "r.jsonl", "progress": False, **KEYS}
     compare(adata, max_epochs=1, **given)
-    with pytest.raises(ValueError, match="they do not compare"):
+    with pytest.raises(ValueError, match="not compare"):
         compare(adata, max_epochs=2, **given)
     (tmp_path / "r.jsonl").write_text('{"data": "da')
-    with pytest.raises(ValueError, match=r"Line 1 of .* cut off"):
+    with pytest.raises(ValueError, match=r"Line 1 .*cut off"):
         compare(adata, max_epochs=1, **given)
 
 
@@ -125,19 +125,19 @@ def test_a_schedule_is_the_same_for_all(adata, quick_scores, schedule, warmup):
 @over(
     ("change", "message"),
     [
-        ({"label_key": "type"}, "label_key='type' is no column"),
-        ({"batch_key": "donor"}, "batch_key='donor' is no column"),
-        ({"order_key": "day"}, "order_key='day' is no column"),
-        ({"layer": "raw"}, "layer='raw' is no layer"),
-        ({"label_key": "one"}, "at least two are needed"),
-        ({"label_key": "gaps"}, "no value for 1 of 160"),
+        ({"label_key": "type"}, "label_key='type'"),
+        ({"batch_key": "donor"}, "batch_key='donor'"),
+        ({"order_key": "day"}, "order_key='day'"),
+        ({"layer": "raw"}, "layer='raw'"),
+        ({"label_key": "one"}, "at least two"),
+        ({"label_key": "gaps"}, "1 of 160"),
         ({"batch_key": "one"}, "a single batch"),
         ({"order_key": "cell_type"}, "not numeric"),
         ({"layer": "normalized"}, "no integers"),
         ({"models": ["scvi"]}, "Unknown model 'scvi'"),
         ({"models": []}, "empty"),
         ({"models": ["PCA", "PCA"]}, "twice"),
-        ({"models": [Counted("SCVI")]}, "would pass for the built-in"),
+        ({"models": [Counted("SCVI")]}, "built-in"),
         ({"models": ["SysVI, VampPrior"], "batch_key": None}, "batch_key=None"),
         ({"schedule": "fast"}, "Unknown schedule"),
         ({"n_seeds": 0}, "n_seeds=0"),
@@ -376,9 +376,9 @@ def test_prepare_keeps_labeled_cells_and_variable_genes(adata):
     assert list(few.obs_names) == list(
         prepare(adata, label_key="cell_type", layer="counts", max_cells=50, seed=1).obs_names
     )
-    with pytest.raises(ValueError, match="'type' is no column"):
+    with pytest.raises(ValueError, match="'type'"):
         prepare(adata, label_key="type")
-    with pytest.raises(ValueError, match="layer='raw' is no layer"):
+    with pytest.raises(ValueError, match="layer='raw'"):
         prepare(adata, label_key="cell_type", layer="raw")
 
 

@@ -388,9 +388,9 @@ def test_smoothings_are_built_by_name_and_passed_through(name, kind):
 @over(
     ("build", "error", "match"),
     [
-        pytest.param(lambda: Gumbel(0.0), ValueError, "temperature=0.0 must be above zero", id="temperature-zero"),
+        pytest.param(lambda: Gumbel(0.0), ValueError, "temperature=0.0", id="temperature-zero"),
         pytest.param(lambda: Gumbel(math.nan), ValueError, "temperature=nan", id="temperature-nan"),
-        pytest.param(lambda: SpikeExponential(-1.0), ValueError, "sharpness=-1.0 must be above zero", id="sharpness"),
+        pytest.param(lambda: SpikeExponential(-1.0), ValueError, "sharpness=-1.0", id="sharpness"),
         pytest.param(
             lambda: build_smoothing("softmax"), ValueError, "Unknown smoothing 'softmax'.*'gumbel'", id="name"
         ),

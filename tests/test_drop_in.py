@@ -121,10 +121,10 @@ def test_posterior_is_determined_by_its_moments():
     ("change", "message"),
     [
         pytest.param(lambda mean, var: (None, var), "no 'X_latent_qzm'.*return_dist=True", id="missing"),
-        pytest.param(lambda mean, var: (mean[:, :3], var), r"mean .* shape \(100, 3\), not \(n_cells, 6\)", id="width"),
-        pytest.param(lambda mean, var: (2 * mean, var), "no posterior means of spins", id="logits"),
-        pytest.param(lambda mean, var: (mean, np.sqrt(var)), "no posterior means of spins", id="deviations"),
-        pytest.param(lambda mean, var: (np.nan * mean, var), "no posterior means of spins", id="nan"),
+        pytest.param(lambda mean, var: (mean[:, :3], var), r"\(100, 3\).*\(n_cells, 6\)", id="width"),
+        pytest.param(lambda mean, var: (2 * mean, var), "posterior means", id="logits"),
+        pytest.param(lambda mean, var: (mean, np.sqrt(var)), "posterior means", id="deviations"),
+        pytest.param(lambda mean, var: (np.nan * mean, var), "posterior means", id="nan"),
     ],
 )
 def test_wrong_moments_are_refused_at_minification(change, message):
@@ -141,7 +141,7 @@ def test_wrong_moments_are_refused_at_minification(change, message):
 def test_refused_training_leaves_a_minified_model_as_it_was():
     model = minify(trained(), WITHOUT_COUNTS)
     before = seeded(model.get_normalized_expression)
-    with pytest.raises(ValueError, match="VAE.loss function currently does not support minified data"):
+    with pytest.raises(ValueError, match="minified"):
         train(model)
     assert not model.module.training
     np.testing.assert_array_equal(seeded(model.get_normalized_expression), before)
@@ -256,7 +256,7 @@ def test_saved_scvi_is_no_qbmscvi(tmp_path):
     scvi.model.SCVI.setup_anndata(adata, batch_key="batch")
     model = scvi.model.SCVI(adata)
     model.save(str(tmp_path / "scvi"))
-    with pytest.raises(ValueError, match="loading a model from a different class"):
+    with pytest.raises(ValueError, match="different class"):
         QBMSCVI.load(str(tmp_path / "scvi"), adata)
 
 
@@ -297,7 +297,7 @@ def test_model_without_data_becomes_that_with_data(has_registry):
     assert model.sample_prior(3).shape == (3, model.module.prior.n_visible)
     if has_registry:
         np.testing.assert_array_equal(model.generate(5, library_size=50, seed=1).var_names, adata.var_names)
-        with pytest.raises(ValueError, match="no AnnData to draw library sizes from"):
+        with pytest.raises(ValueError, match="library sizes"):
             model.generate(5)
 
 
@@ -305,16 +305,16 @@ def test_model_without_data_becomes_that_with_data(has_registry):
 def test_model_without_data_says_what_it_lacks(tmp_path):
     model = build()
     for read in (model.sample_prior, model.get_ising_model, model.generate):
-        with pytest.raises(RuntimeError, match=r"neither `adata` nor `registry`.*train\(datamodule=...\)"):
+        with pytest.raises(RuntimeError, match=r"registry.*train\(datamodule=...\)"):
             read()
     with pytest.raises(AttributeError, match="Pass `datamodule`"):
         train(model)
     with pytest.raises(RuntimeError, match="untrained model"):
         model.get_latent_representation()
     train(model, datamodule=data_module(fresh()))
-    with pytest.raises(ValueError, match=r"cannot be saved.*QBMSCVI\(registry=datamodule.registry\)"):
+    with pytest.raises(ValueError, match=r"QBMSCVI\(registry=datamodule.registry\)"):
         model.save(str(tmp_path / "model"))
-    with pytest.raises(ValueError, match="use_observed_lib_size=False needs"):
+    with pytest.raises(ValueError, match="use_observed_lib_size=False"):
         build(use_observed_lib_size=False)
 
 

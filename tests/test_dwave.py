@@ -146,7 +146,7 @@ def test_the_kind_follows_the_graph():
     assert find_embedding(graphs.complete(12), lattice, **find).kind == "clique"
     wheel = graphs.from_networkx(nx.wheel_graph(30))  # a hub of degree 29; a qubit has 20 couplers at most
     assert find_embedding(wheel, lattice, **find).kind == "minor"
-    with pytest.raises(GraphMismatchError, match="was not found on the working graph of 333 qubits"):
+    with pytest.raises(GraphMismatchError, match="333 qubits"):
         find_embedding(graphs.complete(400), lattice, **find)
 
 
@@ -277,7 +277,7 @@ def test_chains_that_leave_no_room_are_refused():
     problem = random_problem(graphs.complete(7), seed=4)
     found = find_embedding(problem.graph, LATTICES["pegasus"](), max_copies=1, seed=1, seconds=20.0)
     for strength, ranges in ((2.5, LIMITS), (2.0, replace(LIMITS, qubit=(-2.0, 2.0)))):
-        with pytest.raises(GraphMismatchError, match="Lower `chain_strength`"):
+        with pytest.raises(GraphMismatchError, match="chain_strength"):
             fit(problem, found, ranges, beta=1.0, device_beta=5.0, chain_strength=strength)
 
 
@@ -344,7 +344,7 @@ def test_without_broken_chains_the_distribution_is_that_of_the_problem():
 def test_too_many_broken_chains_are_an_error():
     problem = random_problem(graphs.complete(12), seed=9, scale=1.0)
     device = sampler(chain_strength=0.001, chain_break="discard")
-    with pytest.raises(InvalidSamples, match="had all chains intact after 3 jobs .* Raise `chain_strength`"):
+    with pytest.raises(InvalidSamples, match="3 jobs.*chain_strength"):
         device.sample(SamplingRequest(problem, 500, seed=1))
 
 
@@ -416,7 +416,7 @@ def test_solvers_are_chosen_by_topology_and_by_name():
     assert sampler(topology=None, solver="Loop_zephyr").solver_name == "Loop_zephyr"
     assert sampler(topology=None).solver_name == "Loop_zephyr"  # the largest
     for choice in ({"topology": "chimera"}, {"solver": "Advantage_system4.1"}):
-        with pytest.raises(SamplerUnavailable, match="There is no such solver, or it is offline"):
+        with pytest.raises(SamplerUnavailable, match="no such solver"):
             sampler(**choice)
 
 
@@ -580,7 +580,7 @@ def test_training_outlives_every_fault(service):
             return [pass_on(batch) for batch in self.child.sample_batch(asked)]
 
     schedule = SamplingSchedule(every_n_steps=1, latency=2)
-    with pytest.warns(RuntimeWarning, match="Block Gibbs answers in its place"):
+    with pytest.warns(RuntimeWarning, match="Block Gibbs"):
         model.train(max_epochs=16, batch_size=64, sampler=Unlucky(device), schedule=schedule, callbacks=[Pace()])
     sampling = model.trainer.lightning_module.sampling
     assert sampling.n_fallbacks == len(FAULTS)
@@ -609,10 +609,10 @@ def test_offline_solvers_are_not_chosen(service):
 
 def test_an_account_that_is_not_configured_says_what_to_do(configured, monkeypatch):
     (configured / "dwave.conf").write_text("[defaults]\n")
-    with pytest.raises(SamplerUnavailable, match="no usable configuration.* `dwave config create`"):
+    with pytest.raises(SamplerUnavailable, match="dwave config create"):
         sampler()
     monkeypatch.setenv("DWAVE_CONFIG_FILE", str(configured / "not-there.conf"))
-    with pytest.raises(SamplerUnavailable, match="no usable configuration.* DWAVE_API_TOKEN"):
+    with pytest.raises(SamplerUnavailable, match="DWAVE_API_TOKEN"):
         sampler()
 
 

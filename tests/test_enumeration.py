@@ -174,7 +174,7 @@ def test_all_but_the_largest_color_class_is_enumerated(graph, expected):
 def test_too_large_a_problem_is_refused_with_its_size(graph, n_rest):
     problem = random_problem(graph)
     for call in (exact_log_z, exact_moments, enumerate_ising):
-        with pytest.raises(GraphMismatchError, match=rf"(?s)states of {n_rest} spins.*at most 20"):
+        with pytest.raises(GraphMismatchError, match=rf"(?s){n_rest} spins.*20"):
             call(problem)
     assert issubclass(GraphMismatchError, (ValueError, QBMSCVIError))
 

@@ -255,7 +255,7 @@ def test_a_full_disk_costs_the_recording_and_not_the_run(adata, tmp_path):
     ("damage", "words", "n_failures"),
     [
         pytest.param(lambda lines: lines[:4], "ends after 3 calls", 9, id="cut-off"),
-        pytest.param(lambda lines: [lines[0], *lines[3:]], "belongs to another problem", 12, id="gap"),
+        pytest.param(lambda lines: [lines[0], *lines[3:]], "another problem", 12, id="gap"),
     ],
 )
 def test_a_recording_that_does_not_fit_is_replaced(adata, tmp_path, damage, words, n_failures):

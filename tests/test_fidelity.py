@@ -129,10 +129,10 @@ def test_large_problems_are_estimated_and_bad_arguments_refused():
     report = device_fidelity(sampler, patch, n_bits=6, n_samples=500)
     assert report.method == "estimate"
     assert report.kl > 3.0 * report.kl_scale > 0.0
-    with pytest.raises(GraphMismatchError, match="at most 20 are feasible"):
+    with pytest.raises(GraphMismatchError, match="at most 20"):
         device_fidelity(sampler, patch, method="exact")
     for wrong in ({"method": "fast"}, {"n_bits": 1}):
-        with pytest.raises(ValueError, match="must be 'auto', 'exact' or 'estimate'"):
+        with pytest.raises(ValueError, match="'auto', 'exact' or 'estimate'"):
             device_fidelity(sampler, patch, **wrong)
     with pytest.raises(GraphMismatchError, match="was not found"):
         device_fidelity(sampler, IsingModel(torch.zeros(400), torch.zeros(79800), graphs.complete(400)))

@@ -243,7 +243,7 @@ def test_means_in_place_of_counts_are_refused_or_told_apart(real, reference, of_
     shares = np.stack([X[codes == k].mean(axis=0) for k in range(codes.max() + 1)])
     shares /= shares.sum(axis=1, keepdims=True)
     means = shares[codes] * X.sum(axis=1, keepdims=True)
-    with pytest.raises(ValueError, match="`generated` cannot be scored. .* no integers"):
+    with pytest.raises(ValueError, match="`generated`.*no integers"):
         score_generated(real, with_counts(real, means), reference)
     scores = score_generated(real, with_counts(real, np.rint(means)), reference, label_key="cell_type")
     assert scores["forest_auc"] > 0.95
@@ -377,7 +377,7 @@ def test_bad_arguments_are_refused(real, reference, call, message):
 
 
 def test_what_is_no_anndata_is_refused(real, reference):
-    with pytest.raises(TypeError, match="`generated` cannot be scored. `adata` is a ndarray"):
+    with pytest.raises(TypeError, match="`generated`.*ndarray"):
         score_generated(real, np.ones((60, N_GENES)), reference)
 
 

@@ -378,7 +378,7 @@ def test_model_without_data_needs_what_it_cannot_draw(covered, tmp_path):
 @over(
     ("arguments", "error", "message"),
     [
-        pytest.param({"cell_type": "B"}, ValueError, "cell_type='B'.*no labels.*Leave.*from_qbmscvi_model", id="type"),
+        pytest.param({"cell_type": "B"}, ValueError, "cell_type='B'.*from_qbmscvi_model", id="type"),
         pytest.param(
             {"covariates": {"doner": "d1"}}, ValueError, "'doner'.*mean 'donor'.*There are: 'donor'", id="column"
         ),
@@ -392,10 +392,10 @@ def test_model_without_data_needs_what_it_cannot_draw(covered, tmp_path):
         pytest.param(
             {"covariates": {"donor": ["d1"] * 9}}, ValueError, r"'donor'.*\(9,\).*\(10,\)", id="length-categories"
         ),
-        pytest.param({"covariates": {"age": [0.0] * 9 + [np.nan]}}, ValueError, "'age'.*nan.*must be finite", id="nan"),
-        pytest.param({"covariates": {"age": np.inf}}, ValueError, "'age'.*inf.*must be finite", id="infinite"),
-        pytest.param({"covariates": {"age": "old"}}, TypeError, "'age' is continuous.*no numbers", id="text"),
-        pytest.param({"covariates": ["donor"]}, TypeError, "is a list, but a mapping", id="no-mapping"),
+        pytest.param({"covariates": {"age": [0.0] * 9 + [np.nan]}}, ValueError, "'age'.*nan", id="nan"),
+        pytest.param({"covariates": {"age": np.inf}}, ValueError, "'age'.*inf", id="infinite"),
+        pytest.param({"covariates": {"age": "old"}}, TypeError, "'age'.*no numbers", id="text"),
+        pytest.param({"covariates": ["donor"]}, TypeError, "list.*mapping", id="no-mapping"),
         pytest.param({"batch": ["b0"]}, ValueError, "Unknown batch .*'b0', 'b1'", id="several-batches"),
     ],
 )
@@ -406,5 +406,5 @@ def test_impossible_cells_are_refused(covered, arguments, error, message):
 
 @over("cell_type", ["Unknown", "b cell", 0])
 def test_unknown_types_are_refused(annotated, cell_type):
-    with pytest.raises(ValueError, match=f"Unknown cell_type {cell_type!r}. Use one of 'B', 'NK', 'T'"):
+    with pytest.raises(ValueError, match=f"{cell_type!r}.*'B', 'NK', 'T'"):
         annotated.generate(10, cell_type=cell_type)

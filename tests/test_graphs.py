@@ -90,11 +90,11 @@ def test_graph_does_not_share_memory_with_its_argument():
 @over(
     ("n_nodes", "edges", "match"),
     [
-        pytest.param(0, [], r"at least one node, got n_nodes=0", id="no-nodes"),
-        pytest.param(3, [[0, 3]], r"endpoint 3 is not a node .* 0 to 2", id="endpoint-too-large"),
-        pytest.param(3, [[0, 1], [-1, 2]], r"endpoint -1 is not a node", id="endpoint-negative"),
-        pytest.param(3, [[0, 1], [2, 2]], r"Node 2 has a self-loop", id="self-loop"),
-        pytest.param(3, [[0, 1], [1, 2], [1, 0]], r"Edge \(0, 1\) is given more than once", id="repeated-reversed"),
+        pytest.param(0, [], r"n_nodes=0", id="no-nodes"),
+        pytest.param(3, [[0, 3]], r"endpoint 3 .*0 to 2", id="endpoint-too-large"),
+        pytest.param(3, [[0, 1], [-1, 2]], r"endpoint -1", id="endpoint-negative"),
+        pytest.param(3, [[0, 1], [2, 2]], r"Node 2 .*self-loop", id="self-loop"),
+        pytest.param(3, [[0, 1], [1, 2], [1, 0]], r"\(0, 1\).*more than once", id="repeated-reversed"),
     ],
 )
 def test_graph_refuses(n_nodes, edges, match):
@@ -116,7 +116,7 @@ def test_graph_refuses_edges_that_are_not_pairs_of_nodes(edges):
 
 @pytest.mark.parametrize("sides", [pytest.param((0, 3), id="no-left"), pytest.param((3, 0), id="no-right")])
 def test_bipartite_refuses_an_empty_side(sides):
-    with pytest.raises(ValueError, match="needs a node on either side"):
+    with pytest.raises(ValueError, match="either side"):
         graphs.bipartite(*sides)
 
 
@@ -241,11 +241,11 @@ def test_build_graph_takes_graphs_as_they_are():
 @over(
     ("spec", "n_nodes", "error", "match"),
     [
-        pytest.param("bipartite", 1, ValueError, r"there are 1.*at least 2", id="one-spin-bipartite"),
-        pytest.param("bipartite", 0, ValueError, r"there are 0.*at least 2", id="empty-bipartite"),
-        pytest.param("kagome", 6, ValueError, "Unknown prior graph 'kagome'.*chimera", id="unknown-name"),
-        pytest.param(graphs.complete(5), 6, ValueError, "has 5 nodes, but the model has 6", id="graph-size"),
-        pytest.param(nx.path_graph(4), 6, ValueError, "has 4 nodes, but the model has 6", id="networkx-size"),
+        pytest.param("bipartite", 1, ValueError, r"1.*at least 2", id="one-spin-bipartite"),
+        pytest.param("bipartite", 0, ValueError, r"0.*at least 2", id="empty-bipartite"),
+        pytest.param("kagome", 6, ValueError, "'kagome'.*chimera", id="unknown-name"),
+        pytest.param(graphs.complete(5), 6, ValueError, "5 nodes.*6", id="graph-size"),
+        pytest.param(nx.path_graph(4), 6, ValueError, "4 nodes.*6", id="networkx-size"),
         pytest.param(nx.DiGraph([(0, 1)]), 2, TypeError, "DiGraph", id="directed"),
         pytest.param(17, 6, TypeError, "got int", id="wrong-type"),
     ],
@@ -256,7 +256,7 @@ def test_build_graph_refuses(spec, n_nodes, error, match):
 
 
 def test_unknown_topology_is_refused():
-    with pytest.raises(ValueError, match="Unknown topology 'hexagon'. Use one of 'chimera'"):
+    with pytest.raises(ValueError, match="'hexagon'.*'chimera'"):
         graphs.hardware("hexagon", 3)
 
 

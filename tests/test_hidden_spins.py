@@ -170,7 +170,7 @@ def test_chains_that_start_at_codes_have_hidden_spins_drawn_given_these(graph):
 
 
 def test_hidden_spins_do_not_couple_to_each_other():
-    with pytest.raises(ValueError, match="couple to visible spins only"):
+    with pytest.raises(ValueError, match="visible spins only"):
         BoltzmannPrior(graphs.complete(6), n_hidden=2)
 
 

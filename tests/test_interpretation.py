@@ -239,10 +239,10 @@ def partial(*shapes: tuple[int, ...]):
         pytest.param(lambda m: m.get_spin_programs(indices=[]), "names no cell", id="no-cell"),
         pytest.param(lambda m: m.get_spin_programs(max_cells=0), "max_cells", id="max-cells"),
         pytest.param(lambda m: m.get_spin_programs(n_genes=0), "n_genes", id="n-genes"),
-        pytest.param(lambda m: m.get_prior_modes(label_key="typ"), "no column 'typ'.*There are: batch", id="label-key"),
+        pytest.param(lambda m: m.get_prior_modes(label_key="typ"), "'typ'.*batch", id="label-key"),
         pytest.param(lambda m: m.get_prior_modes(n_samples=0), "n_samples", id="n-samples"),
         pytest.param(partial((5,), (4,), (5, 1)), r"shapes are \[\(5,\), \(4,\), \(5, 1\)\]", id="lengths"),
-        pytest.param(partial((4,), (4,), (4, 2)), "4 cells are too few for 2 confounders: at least 5", id="few"),
+        pytest.param(partial((4,), (4,), (4, 2)), "4 cells.*2 confounders.*5", id="few"),
         pytest.param(lambda m: partial_spearman([np.nan] * 9, range(9), range(9)), "NaN or infinite", id="nan"),
     ],
 )

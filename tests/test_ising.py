@@ -182,7 +182,7 @@ def test_bits_and_spins_are_inverse():
     ("h", "J", "match"),
     [
         pytest.param(5, 15, r"h has shape \(5,\).*15 edges", id="h"),
-        pytest.param(8, 14, r"J has shape \(14,\).*8 nodes and 15 edges", id="J"),
+        pytest.param(8, 14, r"J .*\(14,\).*15 edges", id="J"),
     ],
 )
 def test_problem_refuses_shapes_that_disagree_with_the_graph(h, J, match):
@@ -352,7 +352,7 @@ def test_energies_given_fixed_spins_are_those_of_the_whole_problem(make, dtype, 
         pytest.param([-1], [1], r"\[-1\].*from 0 to 5", id="negative"),
         pytest.param([2, 2], [1, 1], r"\[2, 2\].*once", id="twice"),
         pytest.param(range(6), [1] * 6, "leave a spin out", id="all"),
-        pytest.param([0, 1], [1], "each of the 2 fixed spins needs a value", id="too-few-values"),
+        pytest.param([0, 1], [1], "2 fixed spins", id="too-few-values"),
         pytest.param([0, 1], [1, 0], r"\[1, 0\].*-1 or 1", id="bits"),
     ],
 )

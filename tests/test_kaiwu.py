@@ -288,7 +288,7 @@ def test_training_outlives_every_fault(device, platform):
     device.timeout = 5.0
     platform.plan(*[fault for fault, *_ in FAULTS])
     schedule = SamplingSchedule(every_n_steps=1, latency=2)
-    with pytest.warns(RuntimeWarning, match="Block Gibbs answers in its place"):
+    with pytest.warns(RuntimeWarning, match="Block Gibbs"):
         model.train(
             max_epochs=16, batch_size=64, sampler=device, schedule=schedule, callbacks=[Pace()], fit_prior=False
         )
@@ -334,22 +334,22 @@ def test_a_missing_licence_is_said_and_not_asked_for(platform, monkeypatch):
     for name in SECRETS:
         monkeypatch.delenv(name)
     started = time.monotonic()
-    with pytest.raises(SamplerUnavailable, match="no licence .*EOF.* Set KAIWU_USER_ID and KAIWU_SDK_CODE"):
+    with pytest.raises(SamplerUnavailable, match="EOF.*KAIWU_USER_ID"):
         KaiwuSampler(timeout=60.0)
     assert time.monotonic() - started < 30.0
 
 
 def test_a_missing_interpreter_or_sdk_is_said(platform, monkeypatch, tmp_path):
-    with pytest.raises(SamplerUnavailable, match="cannot import the Kaiwu SDK .*Run `pip install kaiwu`"):
+    with pytest.raises(SamplerUnavailable, match="pip install kaiwu"):
         KaiwuSampler(python=sys.executable)
-    with pytest.raises(SamplerUnavailable, match="nowhere/python is not an interpreter: set KAIWU_PYTHON"):
+    with pytest.raises(SamplerUnavailable, match="nowhere/python.*KAIWU_PYTHON"):
         KaiwuSampler(python="nowhere/python")
     (tmp_path / "broken").write_text("no program")
     (tmp_path / "broken").chmod(0o755)
     with pytest.raises(SamplerUnavailable, match="cannot be started"):
         KaiwuSampler(python=tmp_path / "broken")
     monkeypatch.delenv("KAIWU_PYTHON")
-    with pytest.raises(SamplerUnavailable, match="CPython 3.10. None is known: set KAIWU_PYTHON"):
+    with pytest.raises(SamplerUnavailable, match="3.10.*KAIWU_PYTHON"):
         build_sampler("kaiwu")
 
 
@@ -358,7 +358,7 @@ def test_another_program_is_not_taken_for_the_worker(tmp_path, line):
     program = tmp_path / "python"
     program.write_text(f"#!/bin/sh\necho '{line}'\nsleep 60\n")
     program.chmod(0o755)
-    with pytest.raises(InvalidSamples, match="did not answer the request that was sent"):
+    with pytest.raises(InvalidSamples, match="request that was sent"):
         KaiwuSampler(python=program)
 
 
@@ -410,8 +410,8 @@ def test_telemetry_is_off_unless_asked_for(device, platform, problem):
 @pytest.mark.parametrize(
     ("variable", "words"),
     [
-        ("KAIWU_STANDIN_POSTS_ELSEWHERE", "cannot be switched off.* or pass telemetry=True"),
-        ("KAIWU_STANDIN_HAS_OTHER_MODES", "does not have the modes that are known here"),
+        ("KAIWU_STANDIN_POSTS_ELSEWHERE", "telemetry=True"),
+        ("KAIWU_STANDIN_HAS_OTHER_MODES", "modes"),
     ],
 )
 def test_an_sdk_of_another_kind_is_refused(platform, monkeypatch, variable, words):
@@ -499,7 +499,7 @@ def in_real(python: Path, code: str, **values) -> dict:
 @pytest.mark.usefixtures("without_credentials")
 def test_the_real_sdk_says_that_it_has_no_licence(real_interpreter):
     started = time.monotonic()
-    with pytest.raises(SamplerUnavailable, match="no licence .*EOF.* Set KAIWU_USER_ID and KAIWU_SDK_CODE"):
+    with pytest.raises(SamplerUnavailable, match="EOF.*KAIWU_USER_ID"):
         KaiwuSampler(python=real_interpreter)
     assert time.monotonic() - started < 60.0
 

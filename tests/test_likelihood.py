@@ -231,7 +231,7 @@ def test_marginal_likelihood_of_a_labeled_model_sums_over_the_cell_types():
 @over(
     ("arguments", "error", "match"),
     [
-        pytest.param({"n_mc_samples": 0}, ValueError, "n_mc_samples=0 is too small", id="no-samples"),
+        pytest.param({"n_mc_samples": 0}, ValueError, "n_mc_samples=0", id="no-samples"),
         pytest.param({"n_mc_samples": 1, "return_error": True}, ValueError, "at least 2", id="one-has-no-error"),
         pytest.param({"n_mc_samples_per_pass": 2.5}, TypeError, "must be an integer", id="fraction"),
         pytest.param({"dataloader": []}, ValueError, "Both `adata` and `dataloader`", id="two-sources"),

@@ -105,7 +105,7 @@ def test_line_has_its_order(line):
 def test_long_line_is_reported_where_scanpy_loses_its_order():
     """The report holds the rule: the same line with twice the cells mixes four times as slowly."""
     latent, order = make_line(300)
-    with pytest.warns(UserWarning, match="1 diffusion components have an eigenvalue of 0.9994 or more"):
+    with pytest.warns(UserWarning, match="1 diffusion components"):
         scores = score_latent(latent, (order > 0.5).astype(int), order=order)
     assert scores["pseudotime_slow_components"] == 1.0
     assert scores["pseudotime_finite"] == 1.0
@@ -179,7 +179,7 @@ def test_rare_groups_are_left_out_with_a_warning(codes, name):
     rare = codes.copy()
     rare[:3] = 9
     arguments = {"labels": codes, "batches": codes, name: rare}
-    with pytest.warns(UserWarning, match=rf"1 of 5 groups in `{name}` have fewer than 5 cells \(3 cells in all\)"):
+    with pytest.warns(UserWarning, match=rf"1 of 5 .*`{name}`.*3 cells"):
         scores = score_latent(blobs(codes), **arguments)
     assert scores["knn_accuracy"] == 1.0
 
@@ -189,27 +189,27 @@ def test_rare_groups_are_left_out_with_a_warning(codes, name):
     [
         pytest.param({"latent": np.zeros(40)}, r"`latent` has shape \(40,\)", id="flat-latent"),
         pytest.param({"latent": np.zeros((40, 0))}, r"`latent` has shape \(40, 0\)", id="no-dimensions"),
-        pytest.param({"latent": [["a"]] * 40}, "`latent` is not an array of numbers: got list", id="text-latent"),
-        pytest.param({"latent": np.full((40, 2), np.nan)}, "non-finite values in 40 of 40 cells", id="nan-latent"),
-        pytest.param({"labels": np.zeros(39)}, r"`labels` has shape \(39,\), but `latent` has 40", id="labels-length"),
-        pytest.param({"labels": ["a", np.nan] * 20}, "`labels` is missing for 20 of 40", id="missing-label"),
-        pytest.param({"labels": np.zeros(40)}, "`labels` has 1 groups of 5 cells or more", id="one-label"),
+        pytest.param({"latent": [["a"]] * 40}, "`latent`.*list", id="text-latent"),
+        pytest.param({"latent": np.full((40, 2), np.nan)}, "non-finite.*40 of 40", id="nan-latent"),
+        pytest.param({"labels": np.zeros(39)}, r"`labels`.*\(39,\).*40", id="labels-length"),
+        pytest.param({"labels": ["a", np.nan] * 20}, "`labels`.*20 of 40", id="missing-label"),
+        pytest.param({"labels": np.zeros(40)}, "`labels`.*1 groups", id="one-label"),
         pytest.param({"batches": np.zeros(41)}, r"`batches` has shape \(41,\)", id="batches-length"),
-        pytest.param({"batches": np.arange(40)}, "`batches` has 0 groups of 5 cells or more", id="single-batches"),
-        pytest.param({"n_neighbors": 33}, "leaves 32 cells to learn from .* 33 neighbors", id="many-neighbors"),
-        pytest.param({"n_neighbors": 1}, "`n_neighbors` is out of range: got 1", id="few-neighbors"),
-        pytest.param({"n_neighbors": 5.0}, r"`n_neighbors` is out of range: got 5\.0", id="float-neighbors"),
+        pytest.param({"batches": np.arange(40)}, "`batches`.*0 groups", id="single-batches"),
+        pytest.param({"n_neighbors": 33}, "32 cells.*33 neighbors", id="many-neighbors"),
+        pytest.param({"n_neighbors": 1}, "`n_neighbors`.*got 1", id="few-neighbors"),
+        pytest.param({"n_neighbors": 5.0}, r"`n_neighbors`.*got 5\.0", id="float-neighbors"),
         pytest.param({"order": np.zeros(39)}, r"`order` has shape \(39,\)", id="order-length"),
         pytest.param({"order": ["early"] * 40}, "`order` is not numeric", id="text-order"),
-        pytest.param({"order": np.full(40, np.inf)}, "`order` is infinite for 40 cells", id="infinite-order"),
-        pytest.param({"order": np.ones(40)}, "`order` has the single value 1", id="constant-order"),
+        pytest.param({"order": np.full(40, np.inf)}, "`order`.*infinite.*40", id="infinite-order"),
+        pytest.param({"order": np.ones(40)}, "`order`.*single value 1", id="constant-order"),
         pytest.param({"order": [0.0, 1.0] + [np.nan] * 38}, "`order` places 2 cells", id="few-ordered"),
-        pytest.param({"root": 0}, r"`root` is given \(0\) but `order` is not", id="root-alone"),
-        pytest.param({"order": np.arange(40), "root": 40}, "`root` does not name cells", id="root-outside"),
-        pytest.param({"order": np.arange(40), "root": -1}, "`root` does not name cells", id="root-negative"),
-        pytest.param({"order": np.arange(40), "root": []}, "`root` does not name cells", id="no-root"),
-        pytest.param({"order": np.arange(40), "root": 0.5}, "`root` does not name cells", id="float-root"),
-        pytest.param({"order": [np.nan, *range(39)], "root": 0}, "`root` does not name cells", id="root-off"),
+        pytest.param({"root": 0}, r"`root`.*`order`", id="root-alone"),
+        pytest.param({"order": np.arange(40), "root": 40}, "`root`", id="root-outside"),
+        pytest.param({"order": np.arange(40), "root": -1}, "`root`", id="root-negative"),
+        pytest.param({"order": np.arange(40), "root": []}, "`root`", id="no-root"),
+        pytest.param({"order": np.arange(40), "root": 0.5}, "`root`", id="float-root"),
+        pytest.param({"order": [np.nan, *range(39)], "root": 0}, "`root`", id="root-off"),
     ],
 )
 def test_bad_arguments_are_refused(changes, message):

@@ -429,13 +429,13 @@ def test_rows_do_not_depend_on_how_cells_are_handed_over(model):
 
 @pytest.mark.parametrize("return_dist", [False, True])
 def test_unknown_representation_is_refused(model, return_dist):
-    with pytest.raises(ValueError, match="Unknown representation 'codes'. Use 'angles', 'mean'"):
+    with pytest.raises(ValueError, match="'codes'.*'angles', 'mean'"):
         model.get_latent_representation(return_dist=return_dist, representation="codes")
 
 
 @pytest.mark.parametrize("method", ["get_latent_representation", "get_prior_energy"])
 def test_untrained_model_is_refused(adata, method):
-    with pytest.raises(RuntimeError, match="untrained model. Please train the model first"):
+    with pytest.raises(RuntimeError, match="untrained"):
         getattr(build(adata), method)()
 
 
@@ -671,16 +671,16 @@ def test_model_with_size_factors_generates_by_default(counts):
 @over(
     ("arguments", "message"),
     [
-        pytest.param({"batch": "batch_7"}, "Unknown batch 'batch_7'. Use one of 'batch_0', 'batch_1'", id="batch"),
-        pytest.param({"library_size": 0}, "library_size must be positive and finite, got 0", id="zero"),
-        pytest.param({"library_size": -5.0}, "library_size must be positive and finite, got -5", id="negative"),
-        pytest.param({"library_size": np.nan}, "library_size must be positive and finite, got nan", id="nan"),
+        pytest.param({"batch": "batch_7"}, "'batch_7'.*'batch_0', 'batch_1'", id="batch"),
+        pytest.param({"library_size": 0}, "library_size.*got 0", id="zero"),
+        pytest.param({"library_size": -5.0}, "library_size.*got -5", id="negative"),
+        pytest.param({"library_size": np.nan}, "library_size.*got nan", id="nan"),
         pytest.param(
             {"library_size": np.ones(7)},
             "library_size",
             id="length",
         ),
-        pytest.param({"sampler": "annealer"}, "Unknown sampler 'annealer'. Use one of 'gibbs'", id="sampler"),
+        pytest.param({"sampler": "annealer"}, "'annealer'.*'gibbs'", id="sampler"),
     ],
 )
 def test_impossible_cells_are_refused(model, arguments, message):

@@ -199,7 +199,7 @@ def test_interval_contains_log_z_in_glassy_machines():
 def test_method_exact_goes_up_to_the_limit_of_enumeration():
     problem = random_problem(graphs.bipartite(17, 18), seed=5)
     assert estimate_log_z(problem, method="exact").value == pytest.approx(exact_log_z(problem), rel=1e-12)
-    with pytest.raises(GraphMismatchError, match="states of 21 spins"):
+    with pytest.raises(GraphMismatchError, match="21 spins"):
         estimate_log_z(random_problem(graphs.bipartite(21, 22)), method="exact")
 
 
@@ -207,7 +207,7 @@ def test_method_exact_goes_up_to_the_limit_of_enumeration():
     ("arguments", "match"),
     [
         pytest.param({"method": "tap"}, "Unknown method 'tap'", id="method"),
-        pytest.param({"n_chains": 1}, "n_chains=1 must be at least 2", id="one-chain"),
+        pytest.param({"n_chains": 1}, "n_chains=1", id="one-chain"),
         pytest.param({"n_steps": 0}, "n_steps=0 at least 1", id="no-steps"),
     ],
 )

@@ -259,7 +259,7 @@ def test_a_fit_that_cannot_be_made_is_refused(trained_model, arguments, error, m
 def test_an_untrained_model_is_refused():
     adata = synthetic_counts(100, 40, seed=0)
     QBMSCVI.setup_anndata(adata)
-    with pytest.raises(RuntimeError, match="has not been trained"):
+    with pytest.raises(RuntimeError, match="trained"):
         QBMSCVI(adata).fit_prior()
 
 
@@ -301,6 +301,6 @@ def test_chains_that_have_not_mixed_are_a_warning(trained_model, monkeypatch):
 
     monkeypatch.setattr(module, "MIXED", 0.5)
     before = state_of(trained_model)
-    with pytest.warns(RuntimeWarning, match="have not mixed"):
+    with pytest.warns(RuntimeWarning, match="not mixed"):
         trained_model.fit_prior(n_steps=5, seed=0, progress=False)
     restore(trained_model, before)

@@ -150,7 +150,7 @@ def test_a_batch_is_one_call_of_the_recording(tmp_path):
     again = Replayed(tmp_path / "recording").sample_batch(requests_of())
     assert all(torch.equal(a.spins, b.spins) for a, b in zip(together, again, strict=True))
     for part in (requests_of()[:3], requests_of()[::-1]):
-        with pytest.raises(InvalidSamples, match="Call 1 of .* belongs to another problem"):
+        with pytest.raises(InvalidSamples, match="Call 1 .*another problem"):
             Replayed(tmp_path / "recording").sample_batch(part)
 
 
@@ -327,10 +327,10 @@ def test_facts_of_a_budget_are_kept(tmp_path):
 @over(
     ("change", "match"),
     [
-        pytest.param(lambda line: line[: len(line) // 2], r"Line 2 of the recording .* is damaged", id="half-a-line"),
-        pytest.param(lambda line: "", r"Line 2 of the recording .* is damaged", id="empty-line"),
-        pytest.param(lambda line: "[1, 2]", r"Line 2 of the recording .* is not a record", id="not-a-record"),
-        pytest.param(lambda line: "{}", r"Line 2 .* does not match its checksum", id="empty-record"),
+        pytest.param(lambda line: line[: len(line) // 2], r"Line 2 .*damaged", id="half-a-line"),
+        pytest.param(lambda line: "", r"Line 2 .*damaged", id="empty-line"),
+        pytest.param(lambda line: "[1, 2]", r"Line 2 .*not a record", id="not-a-record"),
+        pytest.param(lambda line: "{}", r"Line 2 .*checksum", id="empty-record"),
         pytest.param(lambda line: line.replace("sha256", "sha512"), "Line 2 .* checksum", id="no-checksum"),
         pytest.param(lambda line: line.replace('"seed": 0', '"seed": 1'), "Line 2 .* checksum", id="changed-fact"),
         pytest.param(lambda line: line.replace('"shape": [9, 8]', '"shape": [8, 9]'), "checksum", id="changed-shape"),
@@ -346,7 +346,7 @@ def test_a_wrong_checksum_is_found_in_any_line(recording):
         copy = recording.with_name(f"copy-{number}")
         copy.write_text(recording.read_text())
         digest = calls(copy)[number - 2]["sha256"]
-        with pytest.raises(InvalidSamples, match=f"Line {number} of the recording .* does not match its checksum"):
+        with pytest.raises(InvalidSamples, match=f"Line {number} .*checksum"):
             Replayed(rewrite(copy, lambda line, digest=digest: line.replace(digest, "0" * 64), number))
 
 
@@ -356,7 +356,7 @@ def test_a_last_line_that_was_cut_off_is_found(recording):
     last = whole.rindex(b"\n", 0, -1) + 1
     for stop in (last + 1, last + 40, len(whole) - 5, len(whole) - 2):
         recording.write_bytes(whole[:stop])
-        with pytest.raises(InvalidSamples, match="Line 5 of the recording .* is damaged"):
+        with pytest.raises(InvalidSamples, match="Line 5 .*damaged"):
             Replayed(recording)
     recording.write_bytes(whole[:last])
     assert len(Replayed(recording)._calls) == 3
@@ -394,7 +394,7 @@ def test_no_single_changed_character_goes_unnoticed(recording):
     ],
 )
 def test_files_of_other_versions_and_formats_are_refused(recording, header):
-    with pytest.raises(InvalidSamples, match=r"is not a recording of version 1: it begins with \["):
+    with pytest.raises(InvalidSamples, match=r"version 1"):
         Replayed(rewrite(recording, lambda line: header, 1))
 
 
@@ -434,7 +434,7 @@ def test_another_request_is_not_answered(recording, change):
     player = Replayed(recording)
     for request in requests_of()[:3]:
         player.sample(request)
-    with pytest.raises(InvalidSamples, match=r"Call 4 of .* belongs to another problem.*same data, seed and"):
+    with pytest.raises(InvalidSamples, match=r"Call 4 .*another problem"):
         player.sample(change(requests_of()[3]))
     assert player.sample(requests_of()[3]).n_samples == 13  # the wrong request did not use the answer up
 
@@ -449,7 +449,7 @@ def test_a_recording_at_its_end_has_no_more_answers(recording):
     player = Replayed(recording)
     for request in requests_of():
         player.sample(request)
-    with pytest.raises(SamplerUnavailable, match="ends after 4 calls, but another was made"):
+    with pytest.raises(SamplerUnavailable, match="4 calls"):
         player.sample(requests_of()[0])
 
 
@@ -463,7 +463,7 @@ def test_answers_come_in_the_order_of_the_recording(recording):
 
 def test_an_existing_file_is_not_written_over(recording):
     before = recording.read_bytes()
-    with pytest.raises(FileExistsError, match="exists. Recording would append to another run: choose a new name"):
+    with pytest.raises(FileExistsError, match="exists"):
         Recorded(ExactSampler(), recording)
     assert recording.read_bytes() == before
 
@@ -494,9 +494,7 @@ def test_a_recording_that_cannot_be_written_costs_the_recording_and_not_the_run(
     recorder = Recorded(ExactSampler(), path)
     assert recorder.sample(requests_of()[0]).info["is_recorded"]
     accident(monkeypatch, path)
-    with pytest.warns(
-        RuntimeWarning, match=rf"Recording to .*recording stopped: .*{match}.* Sampling continues"
-    ) as caught:
+    with pytest.warns(RuntimeWarning, match=rf"recording stopped.*{match}") as caught:
         batch = recorder.sample(requests_of()[1])
     assert len(caught) == 1
     assert batch.info["is_recorded"] is False

@@ -191,7 +191,7 @@ def test_samples_are_counted_and_a_request_that_would_pass_the_limit_is_refused(
     child = Unreliable()
     sampler = Budgeted(child, n_samples=10)
     ask(sampler, 6)
-    with pytest.raises(BudgetExceeded, match=r"n_samples=10 for Unreliable is spent \(6 used, 5 more requested\)"):
+    with pytest.raises(BudgetExceeded, match=r"n_samples=10.*6 used, 5 more"):
         ask(sampler, 5)
     batch = ask(sampler, 4)
     assert batch.info["spent"]["n_samples"] == 10
@@ -213,9 +213,7 @@ def test_device_time_is_what_the_child_reports():
     sampler = Budgeted(child, device_seconds=1.0)
     spent = [ask(sampler).info["spent"]["device_seconds"] for _ in range(3)]
     assert spent == pytest.approx([0.4, 0.8, 1.2])
-    with pytest.raises(
-        BudgetExceeded, match=r"device_seconds=1 for Unreliable is spent \(1.2 used, 0 more requested\)"
-    ):
+    with pytest.raises(BudgetExceeded, match=r"device_seconds=1 .*1\.2 used, 0 more"):
         ask(sampler)
     assert len(child.requests) == 3
 
@@ -283,9 +281,9 @@ def test_budgets_of_nothing_let_nothing_through():
 @over(
     ("build", "match"),
     [
-        (lambda: Retrying(ExactSampler(), 0), "n_attempts=0 must be at least 1"),
+        (lambda: Retrying(ExactSampler(), 0), "n_attempts=0"),
         (lambda: Retrying(ExactSampler(), pause=-1.0), "pause=-1.0 at least 0"),
-        (lambda: Budgeted(ExactSampler()), "A budget needs a limit: set n_calls, n_samples or device_seconds"),
+        (lambda: Budgeted(ExactSampler()), "n_calls, n_samples or device_seconds"),
     ],
 )
 def test_values_without_meaning_are_refused(build, match):

@@ -227,7 +227,7 @@ def test_a_run_resumed_with_a_local_sampler_does_not_send_the_old_request(adata,
 def test_a_request_that_was_given_up_is_not_sent_again(adata, tmp_path):
     schedule = SamplingSchedule(every_n_steps=1, latency=2, max_staleness=4)
     remote = Remote(tmp_path / "asked", n_answers=0)
-    with pytest.warns(RuntimeWarning, match="has not answered within max_staleness=4 steps"):
+    with pytest.warns(RuntimeWarning, match="max_staleness=4"):
         train(adata, [Saver(tmp_path / "run.ckpt", epoch=1)], remote, schedule=schedule)
     again = Remote(tmp_path / "again", n_answers=99)
     train(adata, [], again, ckpt_path=tmp_path / "run.ckpt", schedule=schedule)

@@ -187,7 +187,7 @@ def problem():
 
 @pytest.mark.parametrize("method", ["sample", "sample_batch"])
 def test_public_methods_cannot_be_overridden(method):
-    with pytest.raises(TypeError, match=rf"Mine overrides \['{method}'\], which are final. Implement `_sample`"):
+    with pytest.raises(TypeError, match=rf"Mine.*{method}.*`_sample`"):
         type("Mine", (ExactSampler,), {method: lambda self, request: None})
 
 
@@ -208,13 +208,13 @@ def test_a_sampler_may_implement_sample_batch_alone(problem):
 @over(
     ("spins", "match"),
     [
-        pytest.param(torch.ones(4, 7), r"returned samples of shape \(4, 7\); \(4, 8\) was requested", id="spins"),
+        pytest.param(torch.ones(4, 7), r"\(4, 7\).*\(4, 8\)", id="spins"),
         pytest.param(torch.ones(3, 8), r"shape \(3, 8\); \(4, 8\)", id="short"),
         pytest.param(torch.ones(5, 8), r"shape \(5, 8\); \(4, 8\)", id="long"),
         pytest.param(torch.ones(32), r"shape \(32,\)", id="flat"),
-        pytest.param(torch.zeros(4, 8), "values other than -1 and \\+1.*bits_to_spins", id="bits"),
-        pytest.param(torch.full((4, 8), 1.0001), "values other than -1 and \\+1", id="nearly-spins"),
-        pytest.param(torch.full((4, 8), torch.nan), "values other than -1 and \\+1", id="nan"),
+        pytest.param(torch.zeros(4, 8), "other than -1.*bits_to_spins", id="bits"),
+        pytest.param(torch.full((4, 8), 1.0001), "other than -1", id="nearly-spins"),
+        pytest.param(torch.full((4, 8), torch.nan), "other than -1", id="nan"),
         pytest.param(torch.full((4, 8), -128, dtype=torch.int8), "values other than", id="int8-minimum"),
     ],
 )
@@ -228,7 +228,7 @@ def test_a_missing_answer_is_refused(problem):
         def _sample_batch(self, requests, seeds):
             return super()._sample_batch(requests[1:], seeds[1:])
 
-    with pytest.raises(InvalidSamples, match="Lazy answered 1 of 2 requests"):
+    with pytest.raises(InvalidSamples, match="1 of 2 requests"):
         Lazy().sample_batch([SamplingRequest(problem, 3), SamplingRequest(problem, 4)])
 
 
@@ -350,19 +350,19 @@ def test_gibbs_reports_its_sweeps_and_takes_its_own_numbers_by_default(problem):
 @over("sampler", SAMPLERS.values(), SAMPLERS)
 def test_problems_that_are_not_finite_are_refused(sampler, value, problem):
     problem.J[3] = value
-    with pytest.raises(InvalidSamples, match="values that are not finite.*lower the learning rate"):
+    with pytest.raises(InvalidSamples, match="not finite.*learning rate"):
         sampler.sample(SamplingRequest(problem, 4))
 
 
 def test_max_spins_is_checked_before_the_device_is_asked(problem):
     sampler = Scripted(RuntimeError("must not be reached"), SamplerTraits(max_spins=7))
-    with pytest.raises(GraphMismatchError, match="The problem has 8 spins, but Scripted accepts at most 7"):
+    with pytest.raises(GraphMismatchError, match="8 spins.*Scripted.*7"):
         sampler.sample(SamplingRequest(problem, 4))
     assert Scripted(Draw(torch.ones(4, 8)), SamplerTraits(max_spins=8)).sample(SamplingRequest(problem, 4))
 
 
 def test_exact_sampler_refuses_what_it_cannot_enumerate():
-    with pytest.raises(GraphMismatchError, match="enumerate 21 of the 46 spins, but at most 20"):
+    with pytest.raises(GraphMismatchError, match="21 of the 46 spins.*20"):
         ExactSampler().sample(SamplingRequest(random_problem(graphs.bipartite(21, 25)), 4))
 
 
@@ -374,14 +374,14 @@ def test_exact_sampler_takes_a_wide_bipartite_problem():
 @over(
     ("arguments", "match"),
     [
-        pytest.param({"beta": 0.0}, "beta=0.0 is not a positive finite number", id="beta-zero"),
+        pytest.param({"beta": 0.0}, "beta=0.0", id="beta-zero"),
         pytest.param({"beta": -1.0}, "beta=-1.0", id="beta-negative"),
         pytest.param({"beta": float("inf")}, "beta=inf", id="beta-infinite"),
         pytest.param({"beta": float("nan")}, "beta=nan", id="beta-nan"),
-        pytest.param({"n_samples": 0}, "n_samples=0 is too small; it must be at least 1", id="no-samples"),
-        pytest.param({"n_sweeps": 0}, "n_sweeps=0 is too small; it must be at least 1", id="no-sweeps"),
-        pytest.param({"initial_spins": torch.ones(4, 7)}, r"shape \(4, 7\); it must be \(4, 8\)", id="initial-width"),
-        pytest.param({"initial_spins": torch.ones(3, 8)}, r"shape \(3, 8\); it must be \(4, 8\)", id="initial-rows"),
+        pytest.param({"n_samples": 0}, "n_samples=0", id="no-samples"),
+        pytest.param({"n_sweeps": 0}, "n_sweeps=0", id="no-sweeps"),
+        pytest.param({"initial_spins": torch.ones(4, 7)}, r"\(4, 7\).*\(4, 8\)", id="initial-width"),
+        pytest.param({"initial_spins": torch.ones(3, 8)}, r"\(3, 8\).*\(4, 8\)", id="initial-rows"),
     ],
 )
 def test_requests_without_meaning_are_refused(problem, arguments, match):
@@ -409,7 +409,7 @@ def test_samplers_refuse_values_without_meaning(build, match):
     [
         pytest.param(lambda: build_sampler(3), "got int", id="number"),
         pytest.param(lambda: build_sampler(ExactSampler), r"ExactSampler is a class.*`ExactSampler\(\)`", id="class"),
-        pytest.param(lambda: DimodSampler("tabu"), "'tabu' is not a dimod sampler", id="not-a-sampler"),
+        pytest.param(lambda: DimodSampler("tabu"), "'tabu'", id="not-a-sampler"),
         pytest.param(lambda: Sampler(), "abstract", id="abstract"),
     ],
 )
@@ -516,7 +516,7 @@ def test_binomial_p_value_is_two_sided_and_exact():
 
 
 def test_chain_states_that_are_not_spins_are_refused(problem):
-    with pytest.raises(ValueError, match=r"initial_spins has values other than -1 and \+1"):
+    with pytest.raises(ValueError, match=r"initial_spins.*other than -1"):
         SamplingRequest(problem, 4, initial_spins=torch.full((4, problem.n_spins), 7.0))
 
 

@@ -139,7 +139,7 @@ def test_labels_added_to_a_prior_change_nothing_but_what_they_add():
     assert torch.equal(after.chains[:, :5], before.chains)
     # One label of three is up in the mean; standard error of a share in 2,000 chains: 0.011.
     assert (0.5 * (1 + after.spin_mean[5:]) - 1 / N_LABELS).abs().max() < 0.05
-    with pytest.raises(ValueError, match="The priors differ: 5 spins and 2000 chains, against 6 and 16"):
+    with pytest.raises(ValueError, match="5 spins.*2000 chains.*6 and 16"):
         LabeledPrior(graphs.bipartite(3, 3), N_LABELS, n_chains=16).take_over(before)
 
 
@@ -242,8 +242,8 @@ def test_batches_without_labels_train(adata):
 @pytest.mark.parametrize(
     ("change", "arguments", "match"),
     [
-        pytest.param({"label": "Unknown"}, {}, "No cell has a label.*Label some cells", id="no-labels"),
-        pytest.param({}, {"dispersion": "gene-label"}, "needs the label of every cell.*Use 'gene'", id="gene-label"),
+        pytest.param({"label": "Unknown"}, {}, "No cell.*label", id="no-labels"),
+        pytest.param({}, {"dispersion": "gene-label"}, "every cell.*'gene'", id="gene-label"),
     ],
 )
 def test_impossible_annotations_are_refused(adata, change, arguments, match):
@@ -258,8 +258,8 @@ def test_impossible_annotations_are_refused(adata, change, arguments, match):
 def test_models_without_training_or_labels_are_refused(adata):
     QBMSCVI.setup_anndata(adata)
     model = QBMSCVI(adata, n_chains=16)
-    with pytest.raises(RuntimeError, match="has not been trained"):
+    with pytest.raises(RuntimeError, match="trained"):
         QBMSCANVI.from_qbmscvi_model(model, "Unknown", "label")
     model.train(max_epochs=1, enable_progress_bar=False)
-    with pytest.raises(ValueError, match="set up without labels. Pass `labels_key`"):
+    with pytest.raises(ValueError, match="labels_key"):
         QBMSCANVI.from_qbmscvi_model(model, "Unknown")

@@ -128,11 +128,11 @@ def test_incomplete_pairs_are_left_out():
 
 
 def test_bad_input_is_named():
-    with pytest.raises(ValueError, match="the seeds that both were run with"):
+    with pytest.raises(ValueError, match="seeds"):
         paired_difference([1.0, 2.0], [1.0])
-    with pytest.raises(ValueError, match="None of 2 pairs is finite"):
+    with pytest.raises(ValueError, match="2 pairs.*finite"):
         paired_difference([np.nan, 1.0], [1.0, np.nan])
-    with pytest.raises(ValueError, match=r"of which \['b'\] have no finite"):
+    with pytest.raises(ValueError, match=r"\['b'\].*no finite"):
         pooled_difference({"a": [1.0], "b": [np.nan]})
     with pytest.raises(ValueError, match="0 data sets"):
         pooled_difference({})

@@ -143,7 +143,7 @@ def ground_states(problem: IsingModel) -> torch.Tensor:
 def test_ground_states_have_no_temperature(name):
     problem = PROBLEMS[name]
     spins = ground_states(problem)
-    with pytest.raises(ValueError, match="lies above it.*all local minima have none"):
+    with pytest.raises(ValueError, match="above.*local minima"):
         effective_beta(problem, SampleBatch(spins, problem.energy(spins)))
 
 
@@ -152,7 +152,7 @@ def test_uniform_samples_have_no_positive_temperature(name):
     """Each state once. Random uniform samples have an estimate near zero of either sign; see the next test."""
     problem = PROBLEMS[name]
     spins = torch.from_numpy(state_table(problem.n_spins).astype(np.int8))
-    with pytest.raises(ValueError, match="lies below it.*look uniform, or of the opposite sign"):
+    with pytest.raises(ValueError, match="below.*uniform"):
         effective_beta(problem, SampleBatch(spins, problem.energy(spins)))
 
 
@@ -164,7 +164,7 @@ def test_random_uniform_samples_have_none_or_one_that_may_be_zero():
         try:
             estimate = effective_beta(problem, exact_batch(problem, 1e-12, 500, seed))
         except ValueError as error:
-            assert "lies below it" in str(error)
+            assert "below" in str(error)
             n_refused += 1
         else:
             assert estimate.value < 4 * estimate.scale
@@ -174,16 +174,16 @@ def test_random_uniform_samples_have_none_or_one_that_may_be_zero():
 @each_problem
 def test_samples_of_the_opposite_sign_have_no_temperature(name):
     problem = PROBLEMS[name]
-    with pytest.raises(ValueError, match="lies below it"):
+    with pytest.raises(ValueError, match="below"):
         effective_beta(problem, exact_batch(problem, -1.0, 500, seed=12))
 
 
 def test_an_estimate_outside_the_bracket_is_refused():
     problem = PROBLEMS["bipartite-3x5"]
     batch = exact_batch(problem, 1.0, 1000, seed=13)
-    with pytest.raises(ValueError, match=r"inside \(2.0, 9.0\) fits the samples: the estimate lies below it"):
+    with pytest.raises(ValueError, match=r"\(2.0, 9.0\).*below"):
         effective_beta(problem, batch, bracket=(2.0, 9.0))
-    with pytest.raises(ValueError, match=r"inside \(0.01, 0.5\) fits the samples: the estimate lies above it"):
+    with pytest.raises(ValueError, match=r"\(0.01, 0.5\).*above"):
         effective_beta(problem, batch, bracket=(0.01, 0.5))
     narrow = effective_beta(problem, batch, bracket=(0.5, 2.0))
     assert narrow.value == pytest.approx(effective_beta(problem, batch).value, abs=1e-6)
@@ -192,13 +192,13 @@ def test_an_estimate_outside_the_bracket_is_refused():
 @over("bracket", [(0.0, 1.0), (-1.0, 1.0), (2.0, 1.0), (1.0, 1.0), (float("nan"), 1.0)], ids=str)
 def test_brackets_without_meaning_are_refused(bracket):
     problem = PROBLEMS["bipartite-3x5"]
-    with pytest.raises(ValueError, match="must be two positive numbers in increasing order"):
+    with pytest.raises(ValueError, match="increasing"):
         effective_beta(problem, exact_batch(problem, 1.0, 100, seed=14), bracket=bracket)
 
 
 def test_samples_of_another_width_are_refused():
     problem = PROBLEMS["bipartite-3x5"]
-    with pytest.raises(ValueError, match="The samples have 6 spins, the problem 8"):
+    with pytest.raises(ValueError, match="6 spins.*8"):
         effective_beta(problem, exact_batch(PROBLEMS["complete-6"], 1.0, 100, seed=15))
 
 

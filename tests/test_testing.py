@@ -210,9 +210,9 @@ def test_samples_that_are_all_equal_are_rejected():
 def test_comparisons_without_meaning_are_refused():
     problem = tiny_problems()["complete-6"]
     spins = Distribution.boltzmann(problem, 1.0).draw(200, seed=8)
-    with pytest.raises(ValueError, match=r"samples have shape \(200, 5\), the problem 6 spins"):
+    with pytest.raises(ValueError, match=r"\(200, 5\).*6 spins"):
         compare_with_boltzmann(problem, SampleBatch(spins[:, :5], torch.zeros(200)), 1.0)
-    with pytest.raises(ValueError, match="at least 100 samples, but there are 99"):
+    with pytest.raises(ValueError, match="100 samples.*99"):
         compare_with_boltzmann(problem, batch_of(problem, spins[:99]), 1.0)
     large = random_problem(graphs.complete(25))
     with pytest.raises(GraphMismatchError, match="at most 20"):
@@ -296,7 +296,7 @@ class Tiny(Small):
 
 
 def test_a_sampler_that_takes_no_problem_is_not_passed():
-    with pytest.raises(SamplerCheckError, match="takes none of them"):
+    with pytest.raises(SamplerCheckError, match="none of them"):
         check_sampler(Tiny())
 
 
@@ -394,17 +394,17 @@ def rules_of(caught) -> set[str]:
             {"distribution"},
             r"complete-6, float32, beta=2.: p = .*moments .* at <s_\d.*, energy .*, all states .*distance",
         ),
-        (SeedsTorch, {"random state"}, "the global stream of torch was used"),
-        (DrawsFromNumpy, {"random state"}, "the global stream of numpy was used"),
-        (DrawsFromPython, {"random state"}, "the global stream of Python was used"),
-        (IgnoresTheSeed, {"seeds"}, "complete-6, float64.: two calls with the same seed gave different samples"),
-        (AlwaysTheSameSeed, {"seeds"}, "complete-6, float32.: two calls with different seeds gave the same samples"),
-        (SwappedAnswers, {"order"}, "answer 2 fits another request better than its own"),
-        (ReversedAnswers, {"answers"}, "several requests in one batch.: raised InvalidSamples: .* shape"),
-        (ScalesInPlace, {"requests", "energies", "distribution"}, "J of the request was modified"),
-        (MovesTheCallersChains, {"requests"}, "initial_spins of the request was modified"),
-        (OtherEnergies, {"energies"}, "energies are not those of the spins"),
-        (OutOfReach, {"answers"}, "raised SamplerUnavailable: no route to the device"),
+        (SeedsTorch, {"random state"}, "global stream of torch"),
+        (DrawsFromNumpy, {"random state"}, "global stream of numpy"),
+        (DrawsFromPython, {"random state"}, "global stream of Python"),
+        (IgnoresTheSeed, {"seeds"}, "complete-6, float64.*same seed"),
+        (AlwaysTheSameSeed, {"seeds"}, "complete-6, float32.*different seeds"),
+        (SwappedAnswers, {"order"}, "answer 2 .*another request"),
+        (ReversedAnswers, {"answers"}, "InvalidSamples.*shape"),
+        (ScalesInPlace, {"requests", "energies", "distribution"}, "J .*modified"),
+        (MovesTheCallersChains, {"requests"}, "initial_spins .*modified"),
+        (OtherEnergies, {"energies"}, "energies"),
+        (OutOfReach, {"answers"}, "SamplerUnavailable"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
@@ -431,10 +431,10 @@ def test_the_error_is_an_assertion_and_of_the_package():
 @over(
     ("arguments", "match"),
     [
-        ({"n_samples": 99}, "n_samples=99.*at least 100 samples"),
+        ({"n_samples": 99}, "n_samples=99.*100"),
         ({"betas": ()}, r"betas=\(\)"),
         ({"dtypes": ()}, r"dtypes=\(\)"),
-        ({"betas": (-1.0,)}, "beta=-1.0 is not a positive"),
+        ({"betas": (-1.0,)}, "beta=-1.0"),
     ],
 )
 def test_arguments_without_meaning_are_refused(arguments, match):
@@ -444,7 +444,7 @@ def test_arguments_without_meaning_are_refused(arguments, match):
 
 @over("sampler", ["gibbs", ExactSampler, RandomSampler], ids=["name", "class", "dimod-class"])
 def test_only_samplers_are_checked(sampler):
-    with pytest.raises(TypeError, match="must be a qbmscvi.samplers.Sampler or a dimod sampler, got|is a class"):
+    with pytest.raises(TypeError, match="dimod sampler|is a class"):
         check_sampler(sampler)
 
 

@@ -529,7 +529,7 @@ def test_fallback_of_a_sampler_without_chains_is_burnt_in(adata, monkeypatch):
     model = build(adata, prior_graph=nx.path_graph(8), n_chains=2000)
     with torch.no_grad():
         model.module.prior.J.fill_(-1.5)  # strongly coupled: 10 sweeps from random spins are far from enough
-    with pytest.warns(RuntimeWarning, match="Block Gibbs answers"):
+    with pytest.warns(RuntimeWarning, match="Block Gibbs"):
         train(model, max_epochs=1, sampler=BreaksLater(), plan_kwargs={"prior_lr": 1e-9}, callbacks=[Watch()])
     exact = -7 * 1.5 * np.tanh(1.5)  # of an open chain
     assert len(energies) == N_STEPS
@@ -541,7 +541,7 @@ def test_fallback_of_a_sampler_without_chains_is_burnt_in(adata, monkeypatch):
 def test_sampler_of_ground_states_is_refused(adata):
     model = build(adata)
     sampler = DimodSampler(dimod.ExactSolver(), target="ground_state")
-    with pytest.raises(ValueError, match=r"finds ground states.*Boltzmann distribution.*Use sampler='gibbs'"):
+    with pytest.raises(ValueError, match=r"ground states.*sampler='gibbs'"):
         train(model, sampler=sampler)
     assert not model.is_trained
     assert n_updates(model) == 0
@@ -771,7 +771,7 @@ PLACES = ["px_r", "decoder.px_scale_decoder.0.weight", "z_encoder.logit_encoder.
 def test_divergence_is_reported_and_the_last_finite_state_is_given_back(adata, place):
     model, plant = build(adata), Plant(place, step=6)  # in the middle of the second epoch
     # Six steps were good. What is not finite is a parameter after step 6, or the loss of step 7.
-    with pytest.raises(TrainingDivergedError, match=r"non-finite at step (6|7)\b.*its state of step 4.*Lower the lea"):
+    with pytest.raises(TrainingDivergedError, match=r"step (6|7)\b.*step 4"):
         train(model, max_epochs=4, callbacks=[plant])
     assert_equal_states(state_of(model), plant.states[0])
     assert all(torch.isfinite(value).all() for value in model.module.state_dict().values())
@@ -784,7 +784,7 @@ def test_divergence_is_reported_and_the_last_finite_state_is_given_back(adata, p
 def test_divergence_in_the_first_epoch_gives_the_initial_state_back(adata):
     model = build(adata)
     before = state_of(model)
-    with pytest.raises(TrainingDivergedError, match=r"its state of step 0"):
+    with pytest.raises(TrainingDivergedError, match=r"step 0"):
         train(model, callbacks=[Plant("px_r", step=1)])
     assert_equal_states(state_of(model), before)
     assert not model.is_trained
@@ -798,9 +798,9 @@ def test_divergence_names_the_first_bad_step_when_the_sampler_sees_it_later(adat
 def test_divergence_is_noticed_within_a_hundred_steps(adata):
     model = build(adata)
     model.module.prior.requires_grad_(False)  # or the sampler would notice at once
-    with pytest.raises(TrainingDivergedError, match=r"at step 61\..*its state of step 0"):
+    with pytest.raises(TrainingDivergedError, match=r"step 61\b.*step 0"):
         train(model, batch_size=2, max_epochs=1, callbacks=[Plant("px_r", step=60)])
-    with pytest.raises(TrainingDivergedError, match=r"at step 104\..*its state of step 100"):
+    with pytest.raises(TrainingDivergedError, match=r"step 104\b.*step 100"):
         train(model, batch_size=2, max_epochs=1, callbacks=[Plant("px_r", step=103)])
 
 
@@ -815,7 +815,7 @@ def test_divergence_with_validation_is_reported_all_the_same(adata):
 @pytest.mark.parametrize("gene_likelihood", ["zinb", "nb", "poisson", "normal"])
 def test_absurd_learning_rate_diverges_and_a_sane_one_trains_on(adata, gene_likelihood):
     model = build(adata, gene_likelihood=gene_likelihood)
-    with pytest.raises(TrainingDivergedError, match=r"non-finite at step \d+.*`plan_kwargs={'lr': 1e-4}`"):
+    with pytest.raises(TrainingDivergedError, match=r"non-finite.*plan_kwargs={'lr': 1e-4}"):
         train(model, plan_kwargs={"lr": 1e6})
     assert all(torch.isfinite(value).all() for value in model.module.state_dict().values())
     before = float(model.get_elbo())

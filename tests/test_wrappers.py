@@ -386,7 +386,7 @@ def test_every_request_of_a_batch_is_measured():
 
 def test_an_answer_without_temperature_is_refused():
     sampler = Calibrated(DimodSampler(SteepestDescentSampler()))
-    with pytest.raises(InvalidSamples, match=r"DimodSampler\[.*\] has no temperature: No inverse temperature"):
+    with pytest.raises(InvalidSamples, match=r"DimodSampler.*no temperature"):
         ask(sampler, PROBLEMS["bipartite-3x5"], 500)
     assert sampler.log_gain is None
 
@@ -408,7 +408,7 @@ def test_calibrated_passes_flat_problems_on_and_refuses_noise_and_the_opposite_s
         assert batch.n_samples == 200
     noise = DimodSampler(RandomSampler())
     for child in (Faulty(ExactSampler(), "sign-of-everything"), noise):
-        with pytest.raises(InvalidSamples, match="has no temperature: No inverse temperature"):
+        with pytest.raises(InvalidSamples, match="no temperature"):
             for seed in range(8):  # noise looks a little cold or a little wrong, by chance
                 Calibrated(child).sample(SamplingRequest(problem, 200, seed=seed))
 
@@ -468,7 +468,7 @@ def test_failures_of_the_child_pass_through():
             raise OSError("port closed")
 
     for wrapper in (Rescaled, SpinReversed, Calibrated, Polished):
-        with pytest.raises(SamplerError, match="Broken failed: OSError: port closed"):
+        with pytest.raises(SamplerError, match="Broken.*OSError"):
             ask(wrapper(Broken()), PROBLEMS["complete-6"], 4)
 
 
@@ -492,17 +492,17 @@ def test_rescaled_checks_the_problem_that_the_child_will_see():
 @over(
     ("build", "match"),
     [
-        (lambda: Rescaled(ExactSampler(), h_limit=0.0), "h_limit=0.0 must be positive, or None"),
-        (lambda: Rescaled(ExactSampler(), J_limit=-1.0), "J_limit=-1.0 must be positive"),
-        (lambda: Rescaled(ExactSampler(), J_limit=float("nan")), "J_limit=nan must be positive"),
-        (lambda: Rescaled(ExactSampler(), device_beta=0.0), "device_beta=0.0 must be positive"),
-        (lambda: Rescaled(ExactSampler(), h_limit=1, J_limit=1, n_bits=1), "n_bits=1 needs at least 2 bits and both"),
-        (lambda: Rescaled(ExactSampler(), h_limit=1, n_bits=8), "n_bits=8 needs .* both `h_limit` and `J_limit`"),
+        (lambda: Rescaled(ExactSampler(), h_limit=0.0), "h_limit=0.0"),
+        (lambda: Rescaled(ExactSampler(), J_limit=-1.0), "J_limit=-1.0"),
+        (lambda: Rescaled(ExactSampler(), J_limit=float("nan")), "J_limit=nan"),
+        (lambda: Rescaled(ExactSampler(), device_beta=0.0), "device_beta=0.0"),
+        (lambda: Rescaled(ExactSampler(), h_limit=1, J_limit=1, n_bits=1), "n_bits=1"),
+        (lambda: Rescaled(ExactSampler(), h_limit=1, n_bits=8), "n_bits=8.*`h_limit` and `J_limit`"),
         (lambda: Rescaled(ExactSampler(), J_limit=1, n_bits=8), "n_bits=8 needs"),
-        (lambda: SpinReversed(ExactSampler(), 0), "n_gauges=0 must be at least 1"),
-        (lambda: Calibrated(ExactSampler(), memory=1.0), "memory=1.0 must be at least 0 and below 1"),
+        (lambda: SpinReversed(ExactSampler(), 0), "n_gauges=0"),
+        (lambda: Calibrated(ExactSampler(), memory=1.0), "memory=1.0"),
         (lambda: Calibrated(ExactSampler(), memory=-0.1), "memory=-0.1 must be"),
-        (lambda: Polished(ExactSampler(), 0), "n_sweeps=0 must be at least 1"),
+        (lambda: Polished(ExactSampler(), 0), "n_sweeps=0"),
     ],
 )
 def test_values_without_meaning_are_refused(build, match):

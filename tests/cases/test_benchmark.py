@@ -305,7 +305,7 @@ def test_records_of_a_built_in_model_count_for_the_version_that_made_them(adata,
 def test_records_of_other_columns_do_not_compare(adata, quick_scores, tmp_path):
     given = {"models": ["PCA"], "n_seeds": 1, "max_epochs": 1, "records": tmp_path / "r.jsonl", "progress": False}
     compare(adata, **given, **KEYS)
-    with pytest.raises(ValueError, match="batch_key.*do not compare"):
+    with pytest.raises(ValueError, match="batch_key"):
         compare(adata, label_key="cell_type", **given)
 
 
@@ -398,14 +398,14 @@ def test_columns_of_any_single_type_group_cells(adata, quick_scores, values, rol
 def test_cells_without_a_label_are_left_out_and_without_a_batch_refused(adata, values):
     data, n_missing = with_column(adata, values), int(pd.isna(values).sum())
     for role in KEYS:
-        with pytest.raises(ValueError, match=rf"'column'.*{role}.*no value for ({n_missing}|any) of 160.*Fill it"):
+        with pytest.raises(ValueError, match=rf"'column'.*{role}.*({n_missing}|any) of 160"):
             compare(data, models=["PCA"], records=None, **{**KEYS, role: "column"})
-    with pytest.raises(ValueError, match=rf"batch_key.*no value for ({n_missing}|any) of 160"):
+    with pytest.raises(ValueError, match=rf"batch_key.*({n_missing}|any) of 160"):
         prepare(data, label_key="cell_type", batch_key="column")
     if n_missing < 160:
         assert prepare(data, label_key="column", batch_key="batch").n_obs == 160 - n_missing
     else:
-        with pytest.raises(ValueError, match=r"'column'.*none of 160 cells.*another `label_key`"):
+        with pytest.raises(ValueError, match=r"'column'.*none of 160.*label_key"):
             prepare(data, label_key="column")
 
 
@@ -564,10 +564,10 @@ def test_small_lineages_and_those_of_one_stage_are_left_out_and_named(missing):
     ("changes", "message"),
     [
         pytest.param({"order": None}, "`lineages` are given without `order`", id="no-order"),
-        pytest.param({"root": 0}, "`lineages` are given with root=0", id="root"),
+        pytest.param({"root": 0}, "lineages.*root=0", id="root"),
         pytest.param({"lineages": ["a"] * 3}, r"`lineages` has shape \(3,\)", id="length"),
         pytest.param({"lineages": [None] * 240}, "every value is missing", id="all-missing"),
-        pytest.param({"lineages": [str(i) for i in range(240)]}, "no lineage that can be scored.*20 cells", id="small"),
+        pytest.param({"lineages": [str(i) for i in range(240)]}, "lineage.*20 cells", id="small"),
     ],
 )
 def test_lineages_that_cannot_be_scored_are_refused(changes, message):
@@ -586,9 +586,9 @@ def test_a_comparison_scores_lineages_and_says_which_are_left_out(adata, tmp_pat
         (record,) = compare(data, **given)
     assert {name for name in record["scores"] if name.startswith("lineage")} == {"lineage_tau_a", "lineage_tau_b"}
     assert record["lineage_key"] == "column"
-    with pytest.raises(ValueError, match="lineage_key.*do not compare"):
+    with pytest.raises(ValueError, match="lineage_key"):
         compare(data, **{**given, "lineage_key": None})
-    with pytest.raises(ValueError, match="lineage_key='column' is given but `order_key` is not"):
+    with pytest.raises(ValueError, match="lineage_key='column'.*order_key"):
         compare(data, **{**given, "order_key": None})
 
 

@@ -231,7 +231,7 @@ class Incomplete(Foreign):
         return dimod.SampleSet.from_samples((spins[:, 1:], variables[1:]), "SPIN", energy=0)
 
 
-@over(("kind", "match"), [(Empty, "no samples; 5 were requested"), (Incomplete, "no values of variable 0")])
+@over(("kind", "match"), [(Empty, "no samples.*5"), (Incomplete, "variable 0")])
 def test_answers_that_cannot_be_completed_say_what_is_missing(kind, match):
     with pytest.raises(InvalidSamples, match=match):
         DimodSampler(kind()).sample(SamplingRequest(PROBLEM, 5, seed=3))
@@ -460,7 +460,7 @@ class Unreadable(ExactSampler):
         return {"rng": np.random.default_rng(0)}
 
 
-@over(("kind", "match"), [(Forgetful, "the state lacks something"), (Unreadable, "plain values")])
+@over(("kind", "match"), [(Forgetful, "lacks something"), (Unreadable, "plain values")])
 def test_state_that_is_lost_or_unreadable_breaks_the_contract(kind, match):
     with pytest.raises(SamplerCheckError, match=match) as caught:
         check_sampler(kind(), betas=(1.0,), dtypes=(torch.float64,))

@@ -167,9 +167,9 @@ def test_a_query_of_few_cells_trains(n_cells, fit):
 @pytest.mark.parametrize("fit", [{}, {"train_size": 1.0}], ids=["default-sizes", "train_size"])
 def test_a_single_training_cell_is_refused_with_the_sizes(fit):
     model = build(n_cells=1)
-    with pytest.raises(ValueError, match=r"\b1 cells.*batches of 128.*batch normalization.*use_batch_norm='none'"):
+    with pytest.raises(ValueError, match=r"\b1 cells.*128.*use_batch_norm='none'"):
         model.train(**FIT, **fit)
-    with pytest.raises(ValueError, match=r"140 cells.*batches of 1\b.*batch_size"):
+    with pytest.raises(ValueError, match=r"140 cells.*\b1\b.*batch_size"):
         build().train(**FIT, train_size=1.0, batch_size=1)
     free, seen = build(n_cells=1, use_batch_norm="none"), Seen()
     free.train(**FIT, **fit, callbacks=[seen])
@@ -214,7 +214,7 @@ N_STEPS = 4  # of an epoch: 126 training cells
 def test_a_model_whose_first_step_failed_is_not_trained(plant):
     model = build()
     before = state_of(model)
-    with pytest.raises(TrainingDivergedError, match="its state of step 0.*first step.*size factors"):
+    with pytest.raises(TrainingDivergedError, match="step 0.*size factors"):
         model.train(**QUICK, callbacks=[At(0, plant)])
     assert not model.is_trained
     assert_equal_states(before | {"prior.is_log_z_estimated": torch.tensor(False)}, state_of(model))
@@ -227,7 +227,7 @@ def test_a_model_whose_first_step_failed_is_not_trained(plant):
 
 def test_divergence_after_a_good_epoch_leaves_a_trained_model():
     model = build()
-    with pytest.raises(TrainingDivergedError, match=rf"its state of step {N_STEPS}\..*learning rate"):
+    with pytest.raises(TrainingDivergedError, match=rf"step {N_STEPS}\..*learning rate"):
         model.train(**QUICK, callbacks=[At(N_STEPS + 1, "px_r")])
     assert model.is_trained
     assert np.isfinite(model.get_latent_representation()).all()
