@@ -117,7 +117,7 @@ SAMPLERS = {
         exempt={**NO_SEED, "random state": "dimod's reference sampler draws from Python's global stream"},
     ),
     "coherent-ising": Case(lambda path: CoherentIsingSampler(), "approximate"),
-    "coherent-ising-with-its-layers": Case(
+    "coherent-ising-with-its-wrappers": Case(
         lambda path: warmed_up(build_coherent_ising_sampler()), exempt=NOT_BOLTZMANN_BELOW, n_samples=1_000
     ),
     # Believed to be colder than it is, by a quarter.
