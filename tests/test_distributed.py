@@ -6,6 +6,8 @@ import pytest
 import torch
 from processes import run_script
 
+pytestmark = pytest.mark.slow  # nine trainings in two processes
+
 N_STEPS = 8  # two epochs of 216 cells on two ranks, in batches of 32
 CASES = ("local", "remote", "failing")
 DIVERGING = ("refused-on-one-rank", "nan-on-one-rank", "infinite-on-one-rank")

@@ -170,28 +170,41 @@ class Patience(Callback):
             self.sampler.answered.clear()
 
 
-class Kill(Callback):
-    """Ends the process without a chance to clean up."""
+class Interrupted(Exception):
+    pass
+
+
+class End(Callback):
+    """Ends the run at step 13, or the process, without a chance to clean up."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == 13:
-            os.kill(os.getpid(), signal.SIGKILL)
+            if self.how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise Interrupted
 
 
-def train_until_killed(folder: Path) -> None:
-    """Part of the test below that runs in a process of its own."""
+def train_to_an_end(folder: Path, how: str) -> None:
+    """Part of the test below that runs in a process of its own if it is killed."""
     adata = synthetic_counts(240, 60, seed=1)
     QBMSCVI.setup_anndata(adata, batch_key="batch")
     sampler = Remote(folder / "asked", n_answers=1)
     savers = [Saver(folder / f"{epoch}.ckpt", epoch=epoch) for epoch in (1, 2)]
-    train(adata, [*savers, Patience(sampler, due=(4,)), Kill()], sampler, schedule=SCHEDULE)
+    train(adata, [*savers, Patience(sampler, due=(4,)), End(how)], sampler, schedule=SCHEDULE)
 
 
-@pytest.fixture(scope="module")
-def remains(tmp_path_factory) -> Path:
-    """Folder of a run that was killed at step 13."""
-    folder = tmp_path_factory.mktemp("killed")
-    code = f"import test_resume, pathlib; test_resume.train_until_killed(pathlib.Path({str(folder)!r}))"
+@pytest.fixture(scope="module", params=["interrupted", pytest.param("killed", marks=pytest.mark.slow)])
+def remains(request, tmp_path_factory) -> Path:
+    """Folder of a run that ended at step 13."""
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "interrupted":
+        with pytest.raises(Interrupted):
+            train_to_an_end(folder, request.param)
+        return folder
+    code = f"import test_resume, pathlib; test_resume.train_to_an_end(pathlib.Path({str(folder)!r}), 'killed')"
     paths = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]), "OMP_NUM_THREADS": "1"}
     killed = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | paths, timeout=100, capture_output=True, text=True, check=False
@@ -201,7 +214,7 @@ def remains(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("epoch", [1, 2], ids=["checkpoint-before-the-request", "checkpoint-after-the-request"])
-def test_request_under_way_when_the_process_was_killed_is_sent_once_more_by_its_name(adata, remains, tmp_path, epoch):
+def test_request_under_way_when_a_run_ended_is_sent_once_more_by_its_name(adata, remains, tmp_path, epoch):
     before = (remains / "asked").read_text().split()
     assert len(before) == 2
     sampler = Remote(tmp_path / "again", n_answers=9)

@@ -223,9 +223,9 @@ def test_probabilities_are_those_of_the_labels(adata, tmp_path):
 
 
 def test_everything_of_the_model_without_labels_works(adata):
-    model = annotate(adata, max_epochs=1, n_latent=18)
-    assert model.get_latent_representation().shape == (600, 18)
-    assert model.sample_prior(20, seed=0).shape == (20, 18)
+    model = annotate(adata, max_epochs=1, n_latent=8)
+    assert model.get_latent_representation().shape == (600, 8)
+    assert model.sample_prior(20, seed=0).shape == (20, 8)
     assert model.generate(20, seed=0).shape == (20, 300)
     assert np.isfinite(model.get_prior_energy()).all()
     assert np.isfinite(float(model.get_elbo()))

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import scvi
 import torch
+from dwave.samplers import SimulatedAnnealingSampler
 from faulty import FAULTS, Faulty, Pace
 from lightning.pytorch.callbacks import Callback
 
@@ -233,11 +234,22 @@ def test_saved_file_holds_no_sampler(adata, tmp_path):
     assert not [name for name, value in attributes.items() if isinstance(value, Sampler)]
 
 
-@pytest.mark.parametrize("sampler", ["gibbs", "simulated_annealing", "coherent_ising"])
+ANNEALER = DimodSampler(SimulatedAnnealingSampler(), sample_kwargs={"beta_range": (0.01, 1.0), "num_sweeps": 5})
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    ["gibbs", "parallel_tempering", "simulated_annealing", "coherent_ising", pytest.param(ANNEALER, id="dimod")],
+)
 def test_equal_seeds_give_bit_equal_models(adata, sampler):
+    """Persistent chains, annealers, and an annealer behind dimod; each answers at every step."""
+
     def run(seed):
         scvi.settings.seed = seed
-        return state_of(train(build(adata), max_epochs=1, sampler=sampler))
+        model = train(build(adata), max_epochs=1, sampler=sampler)
+        assert n_updates(model) == N_STEPS
+        assert model.trainer.lightning_module.sampling.broker.ledger.n_failures == 0
+        return state_of(model)
 
     first, again, other = run(0), run(0), run(1)
     assert_equal_states(first, again)

@@ -395,7 +395,7 @@ def mean_energy_z(distribution: Distribution, spins: np.ndarray) -> float:
     return float((distribution.energies[code].mean() - mean) / scale)
 
 
-@pytest.mark.parametrize(("n_sweeps", "n_rungs"), [(1, 8), (4, 2), (20, 8)])
+@pytest.mark.parametrize(("n_sweeps", "n_rungs"), [(1, 4), (4, 2)])
 def test_a_new_tempering_sampler_leaves_chains_in_equilibrium(n_sweeps, n_rungs):
     """Exact draws stay exact draws: mean energy within 5 standard errors, and the whole distribution at alpha 1e-4."""
     problem = random_problem(graphs.bipartite(6, 6), seed=5, scale=0.8)
