@@ -106,6 +106,7 @@ html_theme = "sphinx_book_theme"
 html_title = project
 html_math_renderer = "mathml"
 html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_extra_path = ["_root"]
 html_theme_options = {
     "repository_url": "https://github.com/qbmscvi/qbmscvi",
