@@ -1,4 +1,4 @@
-"""List the messages of the package for the site: what it raises and what it warns of, by module.
+"""List the messages of the package for the site: what it raises and what it warns of, by the rows of `docs/errors.md`.
 
 ``conf.py`` writes the list into `docs/generated/`, so that a search for a message on the site finds `docs/errors.md`.
 """
@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 SOURCE = Path(__file__).parent.parent / "src" / "qbmscvi"
+TABLE = (Path(__file__).parent / "errors.md").read_text()
 
 
 def messages() -> dict[str, list[str]]:
@@ -22,11 +24,32 @@ def messages() -> dict[str, list[str]]:
     return found
 
 
+def rows(table: str = TABLE) -> dict[str, tuple[list[str], str]]:
+    """Modules and links by subject, from the table of `docs/errors.md`."""
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")]
+    return {about: (re.findall(r"`([\w.]+)`", modules), links) for about, modules, links in cells[1:]}
+
+
+def subject(module: str) -> str:
+    """Subject of a module's messages: the row that names the module, or else the nearest folder that contains it."""
+    found = {name: about for about, (names, _) in rows().items() for name in names}
+    while module not in found:
+        module, dot, _ = module.rpartition(".")
+        if not dot:
+            msg = "docs/errors.md has no row for the messages of a module: name it, or its folder, in one row."
+            raise LookupError(msg)
+    return found[module]
+
+
 def page() -> str:
     """Return the list in Markdown."""
+    listed = messages()
     parts = []
-    for name, texts in messages().items():
-        parts += [f"### `{name}`", "", *(f"- {_escaped(text)}" for text in texts), ""]
+    for about, (_, links) in rows().items():
+        texts = [text for module in listed if subject(module) == about for text in listed[module]]
+        if texts:
+            parts += [f"### {about[0].upper()}{about[1:]}", "", f"Read on: {links}.", ""]
+            parts += [*(f"- {_escaped(text)}" for text in dict.fromkeys(texts)), ""]
     return "\n".join(parts)
 
 

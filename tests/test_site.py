@@ -9,6 +9,8 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
+
 import qbmscvi
 
 ROOT = Path(__file__).parent.parent
@@ -94,19 +96,24 @@ def test_every_page_is_in_a_table_of_contents() -> None:
     assert {path.resolve() for path in pages} - listed == {(DOCS / "index.md").resolve()}
 
 
-def test_every_module_with_messages_has_one_row_on_the_page_of_errors() -> None:
-    rows = [line.split("|") for line in (DOCS / "errors.md").read_text().splitlines() if line.startswith("| ")][1:]
-    named = [name for row in rows for name in re.findall(r"`([\w.]+)`", row[2])]
+def test_every_message_is_under_one_subject_of_the_page_of_errors() -> None:
+    rows = list_messages.rows()
+    named = [name for names, _ in rows.values() for name in names]
     assert len(named) == len(set(named))
-    with_messages = set(list_messages.messages())
-    assert len(with_messages) > 40
-    assert with_messages <= set(named)
-    assert all(re.search(r"\]\([\w-]+\.md", row[3]) for row in rows)
-    known = {
-        ".".join(path.relative_to(list_messages.SOURCE).with_suffix("").parts)
-        for path in list_messages.SOURCE.rglob("*.py")
-    }
-    assert set(named) <= {name.removesuffix(".__init__") for name in known}
+    assert all(re.search(r"\]\([\w-]+\.md", links) for _, links in rows.values())
+    known = {path.relative_to(list_messages.SOURCE).with_suffix("") for path in list_messages.SOURCE.rglob("*.py")}
+    known |= {path.parent for path in known}
+    assert {Path(*name.split(".")) for name in named} <= known
+
+    listed = list_messages.messages()
+    assert len(listed) > 40
+    page = list_messages.page()
+    assert [
+        text for texts in listed.values() for text in texts if f"- {list_messages._escaped(text)}\n" not in page
+    ] == []
+    assert list_messages.subject("samplers.wrappers._rescaled") != list_messages.subject("samplers._contract")
+    with pytest.raises(LookupError, match="no row"):
+        list_messages.subject("elsewhere._file")
 
 
 def test_messages_are_found_in_every_form() -> None:
