@@ -113,6 +113,7 @@ html_theme_options = {
     "use_repository_button": True,
     "use_download_button": False,
     "show_navbar_depth": 1,
+    "show_toc_level": 2,
     "home_page_in_toc": False,
     "navbar_persistent": [],  # the search stands in the sidebar
 }
