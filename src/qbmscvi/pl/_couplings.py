@@ -161,7 +161,7 @@ def _name_ticks(axis: Axis, order: Sequence[int] | np.ndarray | None) -> None:
         axis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         return
     places = range(0, len(order), -(-len(order) // _MAX_NAMED_TICKS))
-    axis.set_ticks(places, [str(int(order[place])) for place in places], fontsize=8)
+    axis.set_ticks(places, [str(int(order[place])) for place in places], fontsize=7)
 
 
 def _permutation(name: str, order: Sequence[int] | np.ndarray | None, length: int) -> np.ndarray:

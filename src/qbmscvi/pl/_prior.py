@@ -157,7 +157,7 @@ def spin_activity(
 
         order = leaves_list(linkage(means.to_numpy().T, "average", optimal_ordering=True))
     n_groups, n_spins = means.shape
-    ax = _axes(ax, figsize=(float(np.clip(2.0 + 0.13 * n_spins, 4.0, 12.0)), 1.4 + 0.28 * n_groups))
+    ax = _axes(ax, figsize=(float(np.clip(2.0 + 0.18 * n_spins, 4.0, 12.0)), 1.4 + 0.28 * n_groups))
     image = ax.imshow(
         means.to_numpy()[:, order], cmap=cmap, vmin=-1.0, vmax=1.0, aspect="auto", interpolation="nearest"
     )
@@ -165,7 +165,7 @@ def spin_activity(
     bar.outline.set_visible(False)
     ax.set_yticks(range(n_groups), [str(name) for name in means.index])
     step = max(1, -(-n_spins // 24))
-    ax.set_xticks(range(0, n_spins, step), [str(order[i]) for i in range(0, n_spins, step)], fontsize=8)
+    ax.set_xticks(range(0, n_spins, step), [str(order[i]) for i in range(0, n_spins, step)], fontsize=7)
     ax.set_xlabel("spin")
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
@@ -361,7 +361,7 @@ def effective_beta(
     # The requested line stays in the middle third for any answers.
     reach = 1.5 * max(0.1, float(np.nanmax(np.abs(values - requested), initial=0.0)))
     ax.set_ylim(requested - reach, requested + reach)
-    ax.text(1.01, requested, "asked\nfor", transform=ax.get_yaxis_transform(), va="center", color="#666666")
+    ax.text(1.01, requested, "requested", transform=ax.get_yaxis_transform(), va="center", color="#666666")
     _count_along(ax)
     ax.set(xlabel="epoch", ylabel="effective inverse temperature")
     _strip(ax)
