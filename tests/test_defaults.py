@@ -98,7 +98,7 @@ CLAIMS = [
     ("docs/model.md", f'| `"{default(qbmscvi.QBMSCVI, "smoothing")}"` (default) |'),
     ("docs/model.md", f"at most {_MAX_ENUMERATED} spins have to be enumerated"),
     ("docs/model.md", f"treewidth of the graph is at most {_MAX_TREEWIDTH}."),
-    ("docs/model.md", f"in use above {default(qbmscvi.QBMSCVI.get_active_units, 'threshold')} |"),
+    ("docs/model.md", f"in use above {default(qbmscvi.QBMSCVI.get_active_units, 'threshold')}."),
     ("docs/model.md", f"does on {ORDINAL[Fraction(1, _TRACKING_SHARE)]}."),
     (
         "docs/model.md",
