@@ -157,15 +157,15 @@ def spin_activity(
 
         order = leaves_list(linkage(means.to_numpy().T, "average", optimal_ordering=True))
     n_groups, n_spins = means.shape
-    ax = _axes(ax, figsize=(float(np.clip(2.0 + 0.18 * n_spins, 4.0, 12.0)), 1.4 + 0.28 * n_groups))
+    ax = _axes(ax, figsize=(float(np.clip(2.0 + 0.13 * n_spins, 4.0, 8.0)), 1.4 + 0.28 * n_groups))
     image = ax.imshow(
         means.to_numpy()[:, order], cmap=cmap, vmin=-1.0, vmax=1.0, aspect="auto", interpolation="nearest"
     )
     bar = ax.figure.colorbar(image, cax=ax.inset_axes((1.02, 0.0, 0.025, 1.0)), label="mean spin", ticks=[-1, 0, 1])
     bar.outline.set_visible(False)
     ax.set_yticks(range(n_groups), [str(name) for name in means.index])
-    step = max(1, -(-n_spins // 24))
-    ax.set_xticks(range(0, n_spins, step), [str(order[i]) for i in range(0, n_spins, step)], fontsize=7)
+    step = -(-n_spins // 16)  # more numbers would touch
+    ax.set_xticks(range(0, n_spins, step), [str(order[i]) for i in range(0, n_spins, step)], fontsize=8)
     ax.set_xlabel("spin")
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
