@@ -122,9 +122,9 @@ def test_posterior_is_determined_by_its_moments():
     [
         pytest.param(lambda mean, var: (None, var), "no 'X_latent_qzm'.*return_dist=True", id="missing"),
         pytest.param(lambda mean, var: (mean[:, :3], var), r"\(100, 3\).*\(n_cells, 6\)", id="width"),
-        pytest.param(lambda mean, var: (2 * mean, var), "posterior means", id="logits"),
-        pytest.param(lambda mean, var: (mean, np.sqrt(var)), "posterior means", id="deviations"),
-        pytest.param(lambda mean, var: (np.nan * mean, var), "posterior means", id="nan"),
+        pytest.param(lambda mean, var: (2 * mean, var), "mean and variance", id="logits"),
+        pytest.param(lambda mean, var: (mean, np.sqrt(var)), "mean and variance", id="deviations"),
+        pytest.param(lambda mean, var: (np.nan * mean, var), "mean and variance", id="nan"),
     ],
 )
 def test_wrong_moments_are_refused_at_minification(change, message):

@@ -52,8 +52,8 @@ def as_rows(indices: Any, adata: AnnData) -> np.ndarray:
         return np.flatnonzero(rows)
     if rows.size and rows.dtype.kind not in "iu":
         msg = (
-            f"`indices` are of the type {rows.dtype}; they must be row numbers or a mask of all cells. For names, use "
-            "`adata.obs_names.get_indexer(names)`."
+            f"`indices` are of the type {rows.dtype}; they must be row numbers or a mask with True or False for each "
+            "cell. For names, use `adata.obs_names.get_indexer(names)`."
         )
         raise TypeError(msg)
     rows = rows.astype(np.int64)

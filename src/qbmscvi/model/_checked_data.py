@@ -1,4 +1,4 @@
-"""Checks of data at setup, and whenever a method gets an AnnData."""
+"""Data of the methods: checks at setup and whenever a method gets an AnnData, and batches of the cells."""
 
 from __future__ import annotations
 
@@ -9,19 +9,26 @@ from scipy import sparse
 from scvi import REGISTRY_KEYS
 from scvi.data._constants import _ADATA_MINIFY_TYPE_UNS_KEY, _SETUP_ARGS_KEY
 from scvi.model.base import BaseModelClass
+from scvi.module._constants import MODULE_KEYS
 
 from qbmscvi.model._counts import check_counts
 from qbmscvi.model._input_checks import as_column_list, check_finite, check_setup, require_anndata
 
 if TYPE_CHECKING:
-    from anndata import AnnData
+    from collections.abc import Iterable, Sequence
 
+    from anndata import AnnData
+    from torch import Tensor
+
+    from qbmscvi.boltzmann.posterior import FactorialPosterior
+
+    Batches = Iterable[dict[str, Tensor | None]]
 
 _OF_MINIFIED_DATA = {"_scvi_latent_qzm", "_scvi_latent_qzv"}
 
 
 class CheckedDataMixin(BaseModelClass):
-    """Checks of :class:`~qbmscvi.QBMSCVI` before scvi-tools sees the data."""
+    """Data of :class:`~qbmscvi.QBMSCVI`, checked before scvi-tools sees them."""
 
     @classmethod
     def setup_anndata(
@@ -35,31 +42,17 @@ class CheckedDataMixin(BaseModelClass):
         continuous_covariate_keys: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Register an AnnData; arguments as in :meth:`scvi.model.SCVI.setup_anndata`.
+        """Register an AnnData with raw counts, as :meth:`scvi.model.SCVI.setup_anndata`.
 
-        Parameters
-        ----------
-        adata
-            AnnData with raw counts. Setup adds columns with the codes of the categories.
-        layer
-            Layer with the counts; None for ``X``.
-        batch_key
-            Column of ``adata.obs`` with the batch.
-        labels_key
-            Column with the cell type. Set it for ``dispersion="gene-label"`` and for scores.
-        size_factor_key
-            Column with the size factor of each cell, a positive number.
-        categorical_covariate_keys, continuous_covariate_keys
-            Lists of columns with further covariates: categories, or numbers.
+        Set ``labels_key``, the column with the cell type, for ``dispersion="gene-label"`` and for scores. Size factors
+        must be positive. Covariates are lists of columns.
 
         Raises
         ------
         TypeError
-            If the matrix has a type that scvi-tools does not read, a column holds values of the wrong type, or a list
-            of columns is no list.
+            If scvi-tools cannot read the matrix, a column holds values of the wrong type, or covariates are not a list.
         ValueError
-            If a layer or column does not exist, or has missing or non-finite values; or if a model computes on the data
-            and its genes or categories differ.
+            If a layer or column does not exist, or has missing or non-finite values.
         """
         arguments = {
             "layer": layer,
@@ -111,3 +104,23 @@ class CheckedDataMixin(BaseModelClass):
                 is_count_likelihood=self.module.gene_likelihood != "normal",
                 needs_library_size=self.module.use_observed_lib_size and not has_size_factor,
             )
+
+    def _get_batches(
+        self,
+        adata: AnnData | None,
+        indices: Sequence[int] | None,
+        batch_size: int | None,
+        dataloader: Batches | None,
+        **kwargs: Any,
+    ) -> Batches:
+        if dataloader is None:
+            adata = self._validate_anndata(adata)
+            return self._make_data_loader(adata=adata, indices=indices, batch_size=batch_size, **kwargs)
+        if adata is not None:
+            msg = "Both `adata` and `dataloader` are given. Pass one of them."
+            raise ValueError(msg)
+        return dataloader
+
+    def _get_posteriors(self, *data: Any) -> Iterable[FactorialPosterior]:
+        for tensors in self._get_batches(*data):
+            yield self.module.inference(**self.module._get_inference_input(tensors))[MODULE_KEYS.QZ_KEY]

@@ -50,11 +50,6 @@ def check_counts(
         Whether values must be non-negative integers, up to rounding error.
     needs_library_size
         Whether each cell needs a positive total.
-
-    Raises
-    ------
-    ValueError
-        For values that are not finite, negative or fractional, or cells without counts.
     """
     if X is None:
         X = adata.X if layer is None else adata.layers[layer]
@@ -76,15 +71,15 @@ def check_counts(
                 row = int(np.flatnonzero(totals < 0)[0])
                 msg = (
                     f"{_cell(adata, start + row)} has the negative total {totals[row]:g}, but scVI takes the "
-                    "logarithm of this library size. Use `use_observed_lib_size=False`, or set the data up with "
+                    "logarithm of this total. Use `use_observed_lib_size=False`, or set the data up with "
                     "`size_factor_key`."
                 )
                 raise ValueError(msg)
             empty.extend(start + np.flatnonzero(totals == 0))
     if empty:
         msg = (
-            f"{len(empty)} of {adata.n_obs} cells have no counts, the first of them {_cell(adata, empty[0])}: their "
-            "library size has no logarithm. Remove them after choosing genes: "
+            f"{len(empty)} of {adata.n_obs} cells have no counts, the first of them {_cell(adata, empty[0])}, "
+            "but the model takes the logarithm of each total. Remove these cells after choosing genes: "
             f"`scanpy.pp.filter_cells(adata, min_counts=1)`{'' if layer is None else f' on layer {layer!r}'}."
         )
         raise ValueError(msg)

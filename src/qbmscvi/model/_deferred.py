@@ -34,13 +34,7 @@ class DeferredInitialization(BaseModelClass):
         self._module_init_on_train = is_deferred
 
     def get_var_names(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the names of the genes; arguments as in scvi-tools.
-
-        Raises
-        ------
-        ValueError
-            If the model was built without data.
-        """
+        """Names of the genes, as in scvi-tools; ValueError if the model was built without data."""
         if not self.registry[_FIELDS]:
             msg = (
                 f"This {type(self).__name__} was built with neither `adata` nor `registry`, so it has no names of "
@@ -53,11 +47,11 @@ class DeferredInitialization(BaseModelClass):
     # Both fail in scvi-tools 1.4, which reads the registry under a name that it never sets.
 
     def view_registry(self, hide_state_registries: bool = False) -> None:
-        """Print a summary of the registry; arguments as in scvi-tools."""
+        """Print a summary of the registry, as in scvi-tools."""
         self.view_anndata_setup(hide_state_registries=hide_state_registries)
 
     def update_setup_method_args(self, setup_method_args: dict) -> None:
-        """Update the arguments of ``setup_anndata`` in the registry; arguments as in scvi-tools."""
+        """Update the arguments of ``setup_anndata`` in the registry, as in scvi-tools."""
         self.registry_["setup_args"].update(setup_method_args)
 
     def _require_module(self) -> nn.Module:

@@ -47,16 +47,9 @@ class ExpressionMixin:
         data_loader_kwargs: dict | None = None,
         **importance_weighting_kwargs: Any,
     ) -> np.ndarray | pd.DataFrame:
-        """Return the normalized expression that the decoder gives; arguments are scVI's.
+        """Normalized expression from the decoder, as :meth:`scvi.model.SCVI.get_normalized_expression`.
 
-        Parameters
-        ----------
-        n_samples_overall
-            Number of draws from all cells together, instead of ``n_samples`` from each; rows are then draws, not cells.
-
-        Returns
-        -------
-        As :meth:`scvi.model.SCVI.get_normalized_expression`; with ``n_samples_overall`` a table of draws.
+        With ``n_samples_overall``, draws come from all cells together, and rows are draws, not cells.
 
         Raises
         ------
@@ -67,16 +60,17 @@ class ExpressionMixin:
         Warns
         -----
         UserWarning
-            If the model lacks some of the genes, or for ``weights="importance"`` without ``n_samples_overall``, which
-            has no effect.
+            If the model lacks some of the genes, or ``weights="importance"`` has no effect without
+            ``n_samples_overall``.
         """
         if library_size != "latent" and not (isinstance(library_size, Real) and 0 < library_size < np.inf):
-            msg = f"library_size={library_size!r} must be a positive number, or 'latent' for that of each cell."
+            msg = f"library_size={library_size!r} must be a positive number, or 'latent' for each cell's own."
             raise ValueError(msg)
         require_integer("n_samples", n_samples, 1)
         if weights == "importance" and n_samples_overall is None:
             msg = (
-                "weights='importance' weighs draws from the cells together: pass `n_samples_overall`. It has no effect."
+                "weights='importance' has no effect without `n_samples_overall`, because it weighs draws from all "
+                "cells together. Pass `n_samples_overall`."
             )
             warnings.warn(msg, UserWarning, stacklevel=2)
         self._check_batches("transform_batch", transform_batch)
@@ -124,21 +118,10 @@ class ExpressionMixin:
         *args: Any,
         **kwargs: Any,
     ) -> pd.DataFrame:
-        """Compare the expression of groups of cells; arguments are scVI's.
+        """Compare the expression of groups of cells, as :meth:`scvi.model.SCVI.differential_expression`.
 
-        Parameters
-        ----------
-        groupby
-            Column of ``adata.obs`` with the groups. Categories without cells are left out.
-        group1, group2
-            Groups to compare; by default each with all other cells.
-        idx1, idx2
-            Cells of the groups: row numbers, a mask, or a query of ``adata.obs``. A Series with the names of the cells
-            as its index is a mask by names.
-
-        Returns
-        -------
-        As :meth:`scvi.model.SCVI.differential_expression`.
+        Groups without cells are left out. ``idx1`` and ``idx2`` may be row numbers, a mask or a query of ``adata.obs``.
+        A mask that is a Series with the names of the cells as its index may be in any order.
 
         Raises
         ------
@@ -151,7 +134,7 @@ class ExpressionMixin:
             if value is not None:
                 rows = np.flatnonzero(adata.obs.eval(value)) if isinstance(value, str) else as_rows(value, adata)
                 if not len(rows):
-                    msg = f"`{name}` names no cell of {adata.n_obs}, but at least one is needed on each side."
+                    msg = f"`{name}` names no cell of {adata.n_obs}, but each group needs at least one."
                     raise ValueError(msg)
                 if name == "idx1" and idx2 is None and len(np.unique(rows)) == adata.n_obs:
                     msg = "`idx1` names all cells, so none are left to compare them with. Pass `idx2`, or fewer cells."
@@ -175,12 +158,7 @@ class ExpressionMixin:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Draw counts for cells from the posterior predictive distribution; arguments are scVI's.
-
-        Returns
-        -------
-        As :meth:`scvi.model.SCVI.posterior_predictive_sample`.
-        """
+        """Draw counts from the posterior predictive, as :meth:`scvi.model.SCVI.posterior_predictive_sample`."""
         self._check_batches("transform_batch", transform_batch)
         genes = self._known_genes(gene_list)
         return super().posterior_predictive_sample(adata, indices, transform_batch, n_samples, genes, *args, **kwargs)
@@ -218,12 +196,10 @@ class ExpressionMixin:
         dataloader: Iterable[dict[str, Tensor | None]] | None = None,
         **data_loader_kwargs: Any,
     ) -> dict[str, np.ndarray]:
-        """Return the parameters of the likelihood of each cell; arguments are scVI's.
+        """Parameters of the likelihood of each cell, as :meth:`scvi.model.SCVI.get_likelihood_parameters`.
 
-        Returns
-        -------
-        As :meth:`scvi.model.SCVI.get_likelihood_parameters`. In addition, ``"poisson"`` has a ``"mean"``, and
-        ``"normal"`` a ``"mean"`` and, as ``"dispersions"``, standard deviations.
+        In addition, ``"poisson"`` has a ``"mean"``, and ``"normal"`` a ``"mean"`` and standard deviations
+        ``"dispersions"``.
         """
         if self.module.gene_likelihood not in _WITHOUT_GAMMA:
             return super().get_likelihood_parameters(

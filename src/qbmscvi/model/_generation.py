@@ -41,7 +41,7 @@ class GenerationMixin:
     def sample_prior(
         self, n_samples: int = 1_000, *, sampler: str | Sampler = "gibbs", seed: int | None = None
     ) -> np.ndarray:
-        """Draw latent variables from the prior.
+        """Draw latent variables from the prior: spins in ``{-1, +1}``, shape ``(n_samples, n_latent)``.
 
         Parameters
         ----------
@@ -52,14 +52,10 @@ class GenerationMixin:
         seed
             Seed; None draws one from torch's global stream.
 
-        Returns
-        -------
-        Shape ``(n_samples, n_latent)``: spins in ``{-1, +1}``.
-
         Raises
         ------
         ValueError
-            If the sampler is unknown or finds ground states only, or ``seed`` is negative.
+            If the sampler is unknown or finds only ground states, or ``seed`` is negative.
         SamplerError
             If the sampler fails.
         """
@@ -88,23 +84,19 @@ class GenerationMixin:
         n_cells
             Number of cells.
         batch
-            Category of the batch key. None draws batches in the proportions of the model's AnnData; a model without
-            AnnData takes the first batch.
+            Batch of the cells. None draws batches in the proportions of the model's AnnData, or takes the first without
+            it.
         cell_type
-            Label of the cells to generate. :class:`QBMSCANVI` holds its label spins fixed and draws latent variables of
-            that type; None draws types in the proportions of the prior. With ``dispersion="gene-label"`` the label sets
-            dispersion, library sizes and covariates, but not the prior; None draws labels like covariates. Other models
-            refuse it.
+            Label of the cells. :class:`QBMSCANVI` draws latent variables of that type; None draws types in the
+            proportions of the prior. With ``dispersion="gene-label"`` the label sets dispersion, library sizes and
+            covariates, but not the prior; None draws labels like covariates. Other models refuse it.
         covariates
-            Values of the model's covariate columns: one for all cells, or shape ``(n_cells,)``. Missing columns are
-            drawn.
+            Values by covariate column: one for all cells, or shape ``(n_cells,)``. Missing columns are drawn.
         library_size
             Total count per cell, or size factor with ``size_factor_key``: a number, or shape ``(n_cells,)``. None draws
             it.
-        sampler
-            Sampler of the prior.
-        seed
-            Seed of all draws; None draws one from torch's global stream.
+        sampler, seed
+            As in :meth:`sample_prior`.
 
         Returns
         -------
@@ -118,7 +110,7 @@ class GenerationMixin:
             If a batch, type, column or category is unknown, ``library_size`` is not positive, a number is not finite, a
             length is wrong, the model cannot draw cells of a type, or has no AnnData for missing values.
         TypeError
-            If ``covariates`` is no mapping, or a continuous covariate has values that are no numbers.
+            If ``covariates`` is not a dictionary, or a continuous covariate has values that are not numbers.
         """
         module, genes = self._require_module(), self.get_var_names()
         prior = module.prior
@@ -288,9 +280,9 @@ def build_prior_sampler(spec: str | Sampler) -> Sampler:
     sampler = build_sampler(spec)
     if sampler.traits.target == "ground_state":
         msg = (
-            f"{sampler.name} finds ground states; samples of the prior's Boltzmann distribution are needed (trained on "
-            "ground states, its couplings would shrink to nothing). Use sampler='gibbs' or another sampler whose "
-            "`traits.target` is 'boltzmann' or 'approximate'."
+            f"{sampler.name} finds ground states, but the prior needs samples of its Boltzmann distribution, or its "
+            "couplings shrink to zero. Use sampler='gibbs', or another sampler whose `traits.target` is 'boltzmann' "
+            "or 'approximate'."
         )
         raise ValueError(msg)
     return sampler
@@ -310,7 +302,7 @@ def _as_covariates(
     """Codes or numbers of the given covariates, each of shape ``(n_cells,)``."""
     if covariates is not None and not hasattr(covariates, "keys"):
         msg = (
-            f"`covariates` is a {type(covariates).__name__}, but a mapping from columns to values is needed, e.g. "
+            f"`covariates` is a {type(covariates).__name__}, but a dictionary from columns to values is needed, e.g. "
             "`covariates={'donor': 'A'}`."
         )
         raise TypeError(msg)
@@ -358,7 +350,7 @@ def _as_library_size(library_size: Any, n_cells: int) -> np.ndarray:
         msg = f"library_size has shape {library_size.shape}; it must be a number or have shape ({n_cells},)."
         raise ValueError(msg)
     if not (np.isfinite(library_size) & (library_size > 0)).all():
-        msg = f"library_size must be positive and finite, got {library_size.min():g}. Leave it out for real ones."
+        msg = f"library_size must be positive and finite, got {library_size.min():g}. Leave it out to draw it."
         raise ValueError(msg)
     return np.broadcast_to(library_size, (n_cells,))
 

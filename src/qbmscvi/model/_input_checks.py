@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
 _N_SHOWN = 3
+_HOW_TO_MINIFY = (
+    "Store both arrays of `model.get_latent_representation(return_dist=True)`, mean and variance of all spins, in "
+    "`adata.obsm['X_latent_qzm']` and `adata.obsm['X_latent_qzv']`."
+)
 _PREPARE = "`QBMSCVI.prepare_query_anndata(adata, model)` (a model, or the folder of a saved one)"
 
 
@@ -40,13 +44,7 @@ def suggest(name: Any, known: Iterable[Any]) -> str:
 
 
 def require_anndata(adata: Any) -> None:
-    """Raise unless it is an AnnData.
-
-    Raises
-    ------
-    TypeError
-        If it is something else.
-    """
+    """Raise unless it is an AnnData."""
     if not isinstance(adata, AnnData) and not hasattr(adata, "obs_names"):  # an AnnCollection has them, too
         msg = (
             f"`adata` is a {type(adata).__name__}, but an AnnData is needed. Read a file with "
@@ -56,15 +54,7 @@ def require_anndata(adata: Any) -> None:
 
 
 def as_column_list(argument: str, keys: Any) -> list[str] | None:
-    """Names of columns as a list; None stays None, and an empty list becomes None.
-
-    Raises
-    ------
-    TypeError
-        If ``keys`` is a single name, or has no order.
-    ValueError
-        If a name is repeated.
-    """
+    """Names of columns as a list, or None if there are none; raise for a single name or repeated names."""
     if keys is None:
         return None
     if not isinstance(keys, list | tuple | np.ndarray | pd.Index | pd.Series):
@@ -82,15 +72,7 @@ def as_column_list(argument: str, keys: Any) -> list[str] | None:
 
 
 def check_matrix(adata: AnnData, layer: str | None) -> None:
-    """Raise unless scvi-tools can read the matrix of counts.
-
-    Raises
-    ------
-    ValueError
-        If there is no such layer, or no matrix.
-    TypeError
-        If the matrix is of a type that scvi-tools does not read.
-    """
+    """Raise unless scvi-tools can read the matrix of counts."""
     layers = adata.layers.keys()  # those of an AnnCollection are no mapping
     if layer is not None and layer not in layers:
         msg = f"layer={layer!r} is no layer of the data. {suggest(layer, layers)} Leave it out for `adata.X`."
@@ -122,17 +104,7 @@ def check_matrix(adata: AnnData, layer: str | None) -> None:
 
 
 def get_column(obs: pd.DataFrame, argument: str, key: Any) -> pd.Series:
-    """Column of ``adata.obs`` that an argument names.
-
-    Raises
-    ------
-    TypeError
-        If ``key`` cannot be a name.
-    MissingColumnError
-        If there is no such column.
-    ValueError
-        If several columns have that name.
-    """
+    """Column of ``adata.obs`` that an argument names. Raise unless there is exactly one."""
     if isinstance(key, list | tuple | set | np.ndarray | pd.Series | pd.Index):
         remedy = f"Write {argument}={next(iter(key))!r}." if len(key) == 1 else ""
         msg = f"{argument} takes the name of one column of `adata.obs`, but it is a {type(key).__name__}. {remedy}"
@@ -156,21 +128,12 @@ def check_categories(
     ----------
     obs
         Table of the cells, ``adata.obs``.
-    argument
-        Argument that names the column.
-    key
-        Its name.
+    argument, key
+        Argument that names the column, and the name.
     filler
         Value that the message suggests for missing entries.
     may_miss
         Whether cells may have no value.
-
-    Raises
-    ------
-    TypeError
-        If ``key`` cannot be a name, or values are of several types.
-    ValueError
-        If there is no such column, or values are missing.
     """
     column = get_column(obs, argument, key)
     where = f"`adata.obs[{key!r}]` ({argument})"
@@ -206,13 +169,7 @@ def _kind(value: Any) -> str:
 
 
 def check_known_categories(obs: pd.DataFrame, argument: str, key: str, known: Sequence[Any]) -> None:
-    """Raise unless the model was trained with each category.
-
-    Raises
-    ------
-    ValueError
-        If a category is unknown.
-    """
+    """Raise unless the model was trained with each category."""
     unknown = [value for value in pd.unique(get_column(obs, argument, key)) if value not in set(known)]
     if unknown:
         msg = (
@@ -223,27 +180,10 @@ def check_known_categories(obs: pd.DataFrame, argument: str, key: str, known: Se
 
 
 def check_groups(adata: AnnData, groupby: str, group1: Any, group2: Any) -> list:
-    """Raise unless the groups of a comparison have cells.
+    """Return the groups to compare; raise unless they and their references have cells.
 
-    Parameters
-    ----------
-    adata
-        Cells.
-    groupby
-        Column with the groups.
-    group1
-        Groups, each in a separate comparison; None for all that have cells.
-    group2
-        Reference group; None for all other cells.
-
-    Returns
-    -------
-    Groups to compare.
-
-    Raises
-    ------
-    ValueError
-        If there is no such column, or a group or its reference has no cell.
+    ``group1`` are groups, each in a separate comparison; None means all that have cells. ``group2`` is the reference;
+    None means all other cells.
     """
     column = get_column(adata.obs, "groupby", groupby)
     present = list(column.astype("category").cat.remove_unused_categories().cat.categories)
@@ -262,13 +202,7 @@ def check_groups(adata: AnnData, groupby: str, group1: Any, group2: Any) -> list
 
 
 def check_numeric(values: pd.Series | pd.DataFrame, argument: str) -> None:
-    """Raise unless each column of ``adata.obs`` holds numbers.
-
-    Raises
-    ------
-    TypeError
-        If a column does not.
-    """
+    """Raise unless each column of ``adata.obs`` holds numbers."""
     for key, column in pd.DataFrame(values).items():
         if not pd.api.types.is_numeric_dtype(column) or pd.api.types.is_complex_dtype(column):
             msg = (
@@ -282,26 +216,7 @@ def check_numeric(values: pd.Series | pd.DataFrame, argument: str) -> None:
 def check_finite(
     adata: AnnData, values: pd.Series | pd.DataFrame, argument: str, *, must_be_positive: bool = False
 ) -> None:
-    """Raise unless each cell has a finite number in each column.
-
-    Parameters
-    ----------
-    adata
-        Names of the cells.
-    values
-        One or more columns, by their names in ``adata.obs``.
-    argument
-        Argument that names the columns.
-    must_be_positive
-        Whether numbers must be above zero.
-
-    Raises
-    ------
-    TypeError
-        If a column does not hold numbers.
-    ValueError
-        If a number is missing, not finite, or not positive although ``must_be_positive``.
-    """
+    """Raise unless each cell has a finite number, or a positive one, in each column of ``values``."""
     check_numeric(values, argument)
     for key, column in pd.DataFrame(values).items():
         numbers = column.to_numpy(dtype=np.float64, na_value=np.nan)
@@ -319,13 +234,7 @@ def check_finite(
 
 
 def check_genes(adata: AnnData, names: Sequence[str]) -> None:
-    """Raise unless genes and their order are the model's.
-
-    Raises
-    ------
-    ValueError
-        If they are not.
-    """
+    """Raise unless genes and their order are the model's."""
     own, names = pd.Index(adata.var_names.astype(str)), pd.Index(np.asarray(names).astype(str))
     if own.equals(names):
         return
@@ -364,10 +273,6 @@ def check_setup(
 
     Parameters
     ----------
-    adata
-        Data to be set up.
-    layer, batch_key, labels_key, size_factor_key, categorical_covariate_keys, continuous_covariate_keys
-        Arguments of ``setup_anndata``.
     unlabeled_category
         Label of cells of unknown type; None for models without it.
     source_registry
@@ -378,11 +283,6 @@ def check_setup(
         Whether labels may be missing; ``unlabeled_category`` replaces them.
     others
         Arguments that scvi-tools checks.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If an argument does not fit the data.
     """
     require_anndata(adata)
     check_matrix(adata, layer)
@@ -417,3 +317,28 @@ def check_setup(
         check_numeric(get_column(adata.obs, "continuous_covariate_keys", key), "continuous_covariate_keys")
     if size_factor_key is not None:
         check_numeric(get_column(adata.obs, "size_factor_key", size_factor_key), "size_factor_key")
+
+
+def check_moments(adata: AnnData, mean_key: str, variance_key: str, n_spins: int) -> None:
+    """Raise unless two arrays of ``adata.obsm`` hold mean and variance of each cell's posterior."""
+    moments = []
+    for name, key in (("mean", mean_key), ("variance", variance_key)):
+        if key not in adata.obsm:
+            msg = f"`adata.obsm` has no {key!r}. {_HOW_TO_MINIFY}"
+            raise ValueError(msg)
+        values = np.asarray(adata.obsm[key])
+        if values.ndim != 2 or values.shape[1] != n_spins:
+            msg = f"The {name} of the posterior has shape {values.shape}, not (n_cells, {n_spins}). {_HOW_TO_MINIFY}"
+            raise ValueError(msg)
+        moments.append(values)
+    mean, variance = moments
+    # Rounding of single precision is 1e-7; logits or standard deviations deviate by orders of magnitude more.
+    is_consistent = (
+        np.isfinite(mean).all() and (variance >= 0).all() and np.allclose(1.0 - mean**2, variance, atol=1e-5)
+    )
+    if not is_consistent:
+        msg = (
+            f"`adata.obsm[{mean_key!r}]` and `adata.obsm[{variance_key!r}]` are not mean and variance of spins: means "
+            f"are from -1 to 1, and each variance is 1 - mean^2. {_HOW_TO_MINIFY}"
+        )
+        raise ValueError(msg)

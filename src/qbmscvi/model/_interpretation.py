@@ -14,6 +14,7 @@ from scvi.module._constants import MODULE_KEYS
 
 from qbmscvi.exceptions import require_integer
 from qbmscvi.model._arguments import as_rows
+from qbmscvi.model._input_checks import get_column
 from qbmscvi.samplers import BlockGibbsSampler, SamplingRequest
 
 if TYPE_CHECKING:
@@ -63,22 +64,18 @@ class InterpretationMixin:
 
         All other spins stay the same, including spins that the prior couples to this one. Zero inflation is left out,
         as in :meth:`get_normalized_expression`. For a spin that is not in use (:meth:`get_active_units`) the effect is
-        an extrapolation of the decoder.
+        an extrapolation of the decoder. ``adata`` and ``batch_size`` are those of :meth:`get_latent_representation`.
 
         Parameters
         ----------
-        adata
-            AnnData with the same genes; None for the model's.
         indices
-            Rows of the cells to average over, e.g. cells of one type; None for all.
+            Cells to average over, e.g. of one type; None for all.
         spins
             Numbers of the spins; None for all.
         n_genes
             Number of genes with the largest magnitude to keep for each spin; None for all.
         max_cells
             Largest number of cells to average over, a random subset if there are more.
-        batch_size
-            Cells at a time.
         seed
             Seed of the subset and of the posterior's draws.
 
@@ -185,19 +182,14 @@ class InterpretationMixin:
         its predicted type.
 
         A mode's share is not its probability but the share of its basin, which may hold many states of higher energy.
+        ``adata``, ``indices`` and ``batch_size`` are those of :meth:`get_latent_representation`.
 
         Parameters
         ----------
-        adata
-            AnnData with the same genes; None for the model's.
-        indices
-            Rows of the cells; None for all.
         label_key
             Column of ``adata.obs``; its most frequent value describes the cells of a mode.
         n_samples
             Number of samples of the prior.
-        batch_size
-            Cells at a time.
         seed
             Seed of these samples.
 
@@ -208,15 +200,14 @@ class InterpretationMixin:
         Raises
         ------
         ValueError
-            If ``label_key`` is no column, or ``n_samples`` is below one.
+            If there is no column ``label_key``, or ``n_samples`` is below one.
         """
         from dwave.samplers import SteepestDescentSolver  # dimod takes as long to import as qbmscvi
 
         self._check_if_trained(warn=False)
         adata = self._validate_anndata(adata)
-        if label_key is not None and label_key not in adata.obs:
-            msg = f"There is no column {label_key!r} in `adata.obs`. There are: {', '.join(adata.obs) or 'none'}."
-            raise ValueError(msg)
+        if label_key is not None:
+            get_column(adata.obs, "label_key", label_key)
         require_integer("n_samples", n_samples, 1)
         problem = self.module.prior.to_ising()
         samples = BlockGibbsSampler().sample(SamplingRequest(problem, n_samples, seed=seed)).spins

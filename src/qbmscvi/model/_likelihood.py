@@ -1,10 +1,8 @@
-r"""Likelihoods of a model: log Z, ELBO, marginal likelihood, KL, importance weights, aggregated posterior.
+"""Likelihoods of a model: log Z, energy, ELBO, marginal likelihood, KL, importance weights.
 
-All numbers describe the generative model: hard spins, passed through
-:meth:`~qbmscvi.boltzmann.smoothing.Smoothing.emit` before the decoder sees them. This is the identity for every
-smoothing except spike-and-exponential, so training on relaxed spins (Gumbel) does not change the meaning of the
-numbers. The spike-and-exponential smoothing belongs to the generative model. Its density given the spins is the same in
-prior and posterior and cancels from every ratio.
+All numbers describe the generative model with hard spins, also after training on relaxed spins (Gumbel). The decoder
+sees them through :meth:`~qbmscvi.boltzmann.smoothing.Smoothing.emit`. Only the spike-and-exponential smoothing changes
+them there; its density given the spins is equal in prior and posterior and cancels from every ratio.
 
 Every number that contains log Z has the error of log Z, equal for all cells: see :meth:`LikelihoodMixin.get_log_z`.
 """
@@ -20,22 +18,21 @@ import torch
 from scvi.data._constants import ADATA_MINIFY_TYPE
 from scvi.module._constants import MODULE_KEYS
 from scvi.utils import unsupported_if_adata_minified
-from torch.distributions import Categorical, Independent, MixtureSameFamily, kl_divergence
+from torch.distributions import kl_divergence
 
-from qbmscvi.boltzmann.posterior import FactorialPosterior, MixtureComponent
+from qbmscvi.boltzmann.posterior import FactorialPosterior
 from qbmscvi.diagnostics import LogPartition, estimate_log_z, log_mean_exp
 from qbmscvi.exceptions import require_integer
 from qbmscvi.model._arguments import as_rows
-from qbmscvi.model._input_checks import get_column
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from anndata import AnnData
     from torch import Tensor
     from torch.distributions import Distribution
 
-    Batches = Iterable[dict[str, Tensor | None]]
+    from qbmscvi.model._checked_data import Batches
 
 _CODES_PER_PASS = 512
 
@@ -46,9 +43,8 @@ class LikelihoodMixin:
     def get_log_z(self) -> LogPartition:
         """Log partition function of the prior, as the ELBO and the marginal likelihood use it.
 
-        Training ends with an estimate. Without one for the current parameters (before training, or after interrupted
-        training), this method makes and keeps one. If you change the prior's parameters by hand, call
-        :meth:`update_log_z`.
+        Training ends with an estimate. Without one for the current parameters, this method makes and keeps one. After a
+        change of the prior's parameters by hand, call :meth:`update_log_z`.
 
         Returns
         -------
@@ -68,20 +64,10 @@ class LikelihoodMixin:
         seed: int = 0,
         method: Literal["auto", "exact", "ais"] = "auto",
     ) -> LogPartition:
-        """Estimate log Z again, for all later numbers; arguments of :func:`qbmscvi.diagnostics.estimate_log_z`.
+        """Estimate log Z again, for all later numbers.
 
-        More steps give a narrower interval. The reverse runs start from the persistent chains of training.
-
-        Returns
-        -------
-        The estimate.
-
-        Raises
-        ------
-        ValueError
-            If ``n_chains`` is below 2, ``n_steps`` below 1, or the method is unknown.
-        GraphMismatchError
-            If ``method="exact"`` and the prior is too large.
+        Arguments and errors are those of :func:`qbmscvi.diagnostics.estimate_log_z`; more steps give a narrower
+        interval. The reverse runs start from the persistent chains of training. Returns as :meth:`get_log_z`.
         """
         prior = self.module.prior
         samples = prior.chains if int(prior.n_updates) else None
@@ -90,6 +76,31 @@ class LikelihoodMixin:
         )
         prior.set_log_z(estimate.value, estimate.lower, estimate.upper, estimate.scale)
         return self.get_log_z()
+
+    @torch.inference_mode()
+    def get_prior_energy(
+        self,
+        adata: AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        batch_size: int | None = None,
+        dataloader: Batches | None = None,
+    ) -> np.ndarray:
+        """Mean energy of each cell's posterior under the prior, in nats, shape ``(n_cells,)``.
+
+        It is low where the prior expects cells. Hidden spins are summed out, and the mean is then over draws of the
+        posterior; otherwise it is exact. Compare with energies of prior samples, ``model.module.prior.energy``.
+        Arguments are those of :meth:`get_latent_representation`.
+        """
+        self._check_if_trained(warn=False)
+        if dataloader is None:
+            adata = self._validate_anndata(adata)
+            dataloader = self._make_data_loader(adata, indices=indices, batch_size=batch_size)
+        energies = []
+        for tensors in dataloader:
+            outputs = self.module.inference(**self.module._get_inference_input(tensors))
+            qz = outputs[MODULE_KEYS.QZ_KEY]
+            energies.append(self.module.prior.expected_energy(qz, n_draws=self.module.n_kl_draws).sum(-1).cpu())
+        return torch.cat(energies).numpy()
 
     def get_elbo(
         self,
@@ -103,13 +114,9 @@ class LikelihoodMixin:
     ) -> Tensor:
         """Evidence lower bound of the log likelihood, in nats per cell; higher is better.
 
-        Arguments, sign and reduction are those of :meth:`scvi.model.SCVI.get_elbo`. The reconstruction term uses one
-        draw of the posterior, so only its expectation is a lower bound. :meth:`get_kl` gives the KL divergence of the
-        latent variables; ``use_observed_lib_size=False`` adds the KL divergence of the library size.
-
-        Returns
-        -------
-        The mean over cells, or shape ``(n_cells,)``.
+        As :meth:`scvi.model.SCVI.get_elbo`, with the KL divergence of :meth:`get_kl` and, for
+        ``use_observed_lib_size=False``, that of the library size. The reconstruction term uses one draw of the
+        posterior, so only its expectation is a lower bound. Returns the mean over cells, or shape ``(n_cells,)``.
         """
         self.get_log_z()
         return super().get_elbo(
@@ -138,10 +145,9 @@ class LikelihoodMixin:
     ) -> float | Tensor | tuple[float, float] | tuple[Tensor, Tensor]:
         r"""Log likelihood :math:`\log p(x)` by importance sampling, in nats per cell; higher is better.
 
-        The estimate is the log of the mean of :math:`p(x, z, \ell) / q(z, \ell \mid x)` over draws of the posterior
-        :cite:p:`Burda16`. Its expectation lies between the ELBO and the log likelihood and rises with ``n_mc_samples``.
-        It describes the discrete model, also if training relaxes the spins (Gumbel). The spike-and-exponential
-        smoothing belongs to the generative model, so the estimate describes the smoothed model.
+        The log of the mean of :math:`p(x, z, \ell) / q(z, \ell \mid x)` over draws of the posterior :cite:p:`Burda16`.
+        Its expectation lies between the ELBO and the log likelihood and rises with ``n_mc_samples``. Other arguments
+        are those of :meth:`scvi.model.SCVI.get_marginal_ll`.
 
         Parameters
         ----------
@@ -149,20 +155,18 @@ class LikelihoodMixin:
             Number of draws per cell.
         n_mc_samples_per_pass
             Number of draws decoded at once; more are faster and need more memory.
-        return_mean
-            Whether to average over cells, each with the same weight.
         return_error
             Whether to return the Monte Carlo standard error (delta method), too. It is too small if a few draws have
-            most of the weight, and does not include the error of log Z, common to all cells.
+            most of the weight, and leaves out the error of log Z, which all cells share.
 
         Returns
         -------
-        A number or shape ``(n_cells,)``; with ``return_error`` a pair of them.
+        The mean over cells, each with the same weight, or shape ``(n_cells,)``; with ``return_error`` a pair.
 
         Raises
         ------
         TypeError, ValueError
-            If a number of samples is not an integer of at least one (``n_mc_samples``: two with ``return_error``), the
+            If a number of draws is not an integer of at least one (``n_mc_samples``: two with ``return_error``), the
             data are minified, or ``adata`` and ``dataloader`` are both given.
         """
         if self.minified_data_type == ADATA_MINIFY_TYPE.LATENT_POSTERIOR:
@@ -194,25 +198,26 @@ class LikelihoodMixin:
         per_unit: bool = False,
         return_error: bool = False,
     ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
-        r"""KL divergence of the posterior of each cell from the prior, in nats.
+        """KL divergence of the posterior of each cell from the prior, in nats.
 
-        It has a closed form except for log Z. With hidden spins, their sum is a mean over draws of the posterior.
+        It has a closed form except for log Z. With hidden spins it is a mean over draws of the posterior. The KL
+        divergence of a latent library size is not included. Other arguments are those of
+        :meth:`get_latent_representation`.
 
         Parameters
         ----------
         n_draws
-            Draws of each posterior for the sum over hidden spins. Raise it to reduce the error.
+            Number of draws with hidden spins. Raise it to reduce the error.
         per_unit
             Whether to split the divergence between the spins. Coupled spins share their term equally, and all spins
             share log Z equally; a share can be negative. Use :meth:`get_active_units` to find the units in use.
         return_error
-            Whether to return the Monte Carlo standard error of each value, too; it is zero without hidden spins, and
-            does not include the error of log Z, common to all cells.
+            Whether to return the Monte Carlo standard error of each value, too, without the error of log Z, which all
+            cells share. It is zero without hidden spins.
 
         Returns
         -------
-        Shape ``(n_cells,)``, or ``(n_cells, n_latent)`` with the former as row sums; with ``return_error`` a pair. The
-        KL divergence of a latent library size is not included.
+        Shape ``(n_cells,)``, or with ``per_unit`` ``(n_cells, n_latent)``; with ``return_error`` a pair.
 
         Raises
         ------
@@ -245,7 +250,8 @@ class LikelihoodMixin:
     ) -> pd.DataFrame:
         """Which latent units carry information about the cells :cite:p:`Burda16`.
 
-        A unit whose posterior mean hardly varies between cells is not in use.
+        The posterior mean of a unit that is not in use hardly varies between cells. Other arguments are those of
+        :meth:`get_latent_representation`.
 
         Parameters
         ----------
@@ -284,18 +290,15 @@ class LikelihoodMixin:
             w(z) \propto \frac{\sum_n p(z \mid x_n)}{\sum_n q(z \mid x_n)},
             \qquad p(z \mid x_n) = \frac{p(z)\, p(x_n \mid z)}{p(x_n)},
 
-        over anchor cells :math:`n` of the population. ``weights="importance"`` of ``get_normalized_expression`` and
-        ``differential_expression`` uses them. Each :math:`p(x_n \mid z)` uses batch, covariates and library size of its
-        anchor cell; a latent library size is integrated by Gauss-Hermite quadrature.
+        over anchor cells :math:`n` of the population. ``weights="importance"`` of :meth:`get_normalized_expression` and
+        :meth:`differential_expression` uses them. Other arguments are those of
+        :meth:`scvi.model.SCVI.get_importance_weights`.
 
         Parameters
         ----------
-        adata, indices
-            Population.
-        qz
-            Posteriors of the cells, aligned with ``indices``.
         px
-            Not used. scVI rescales it to the anchors' library sizes, but it keeps the batch of the cell of ``zs``.
+            Not used: each anchor cell has its own batch, covariates and library size. Gauss-Hermite quadrature
+            integrates over a latent library size.
         zs
             Draws as the decoder sees them, shape ``(..., n_latent)``.
         max_cells
@@ -311,30 +314,24 @@ class LikelihoodMixin:
 
         Raises
         ------
-        RuntimeError
-            If the model is not trained.
-        ValueError
-            If the data are minified.
+        RuntimeError, ValueError
+            If the model is not trained, or the data are minified.
         """
         self._check_if_trained(warn=False)
         module, device = self.module, self.device
         adata = self._validate_anndata(adata)
         indices = np.arange(adata.n_obs) if indices is None else as_rows(indices, adata)
         anchors = torch.randperm(len(indices))[:max_cells].sort().values
+        rows = indices[anchors.numpy()]
         log_px = self.get_marginal_ll(
-            adata,
-            indices[anchors.numpy()],
-            n_mc_samples,
-            return_mean=False,
-            n_mc_samples_per_pass=n_mc_samples_per_pass,
+            adata, rows, n_mc_samples, return_mean=False, n_mc_samples_per_pass=n_mc_samples_per_pass
         )
         zs = zs.reshape(-1, zs.shape[-1]).to(device)
         hard = module.z_encoder.recover(zs)
         logits = qz.logits[anchors.to(qz.logits.device)].to(device)
         log_target = torch.full((len(zs),), -math.inf, device=device)
         log_proposal = log_target.clone()
-        loader = self._get_batches(adata, indices[anchors.numpy()], 1, None, **data_loader_kwargs)
-        for k, tensors in enumerate(loader):
+        for k, tensors in enumerate(self._get_batches(adata, rows, 1, None, **data_loader_kwargs)):
             log_px_z = [module.log_likelihood(tensors, part) for part in zs.split(_CODES_PER_PASS)]
             log_target = torch.logaddexp(log_target, torch.cat(log_px_z) - log_px[k])
             log_qz = FactorialPosterior(logits[k]).log_prob(hard).sum(-1)
@@ -345,124 +342,3 @@ class LikelihoodMixin:
             log_mean = torch.logsumexp(log_weights, 0) - math.log(len(log_weights))
             log_weights = log_weights.clamp(max=log_mean + 0.5 * math.log(len(log_weights)))
         return torch.softmax(log_weights, 0).numpy()
-
-    @torch.inference_mode()
-    def get_aggregated_posterior(
-        self,
-        adata: AnnData | None = None,
-        indices: Sequence[int] | None = None,
-        batch_size: int | None = None,
-        dof: float | None = 3.0,
-    ) -> MixtureSameFamily:
-        r"""Mixture of the posteriors of some cells, over hard or mean spins.
-
-        At hard spins ``log_prob`` is the log mass of the mixture. At mean spins, from
-        ``get_latent_representation(representation="mean")``, it is :math:`\log E_s[q(s)]`, the log of the mean mass of
-        spins drawn with these means.
-
-        Parameters
-        ----------
-        indices
-            Cells; None or empty for all.
-        dof
-            Not used: spins have no tails.
-
-        Returns
-        -------
-        A mixture with equal weights.
-        """
-        self._check_if_trained(warn=False)
-        indices = None if indices is None or np.size(indices) == 0 else indices
-        logits = torch.cat([qz.logits for qz in self._get_posteriors(adata, indices, batch_size, None)])
-        # Explicit, because torch.compile turns off the default for the whole process.
-        return MixtureSameFamily(
-            Categorical(logits=torch.zeros(len(logits), device=logits.device)),
-            Independent(MixtureComponent(logits), 1),
-            validate_args=True,
-        )
-
-    @torch.inference_mode()
-    def differential_abundance(
-        self,
-        adata: AnnData | None = None,
-        sample_key: str | None = None,
-        batch_size: int = 128,
-        num_cells_posterior: int | None = None,
-        dof: float | None = None,
-        *,
-        adata_sub: AnnData | None = None,
-        dataloader: Batches | None = None,
-    ) -> None:
-        """Compare how likely cells are in each sample, by the aggregated posteriors of the samples.
-
-        ``obsm["da_log_probs"]`` gets a column per sample: the ``log_prob`` of each cell's mean spins under
-        :meth:`get_aggregated_posterior` of the sample. Pass all arguments except ``adata`` by name; scvi-tools 1.5 has
-        another order.
-
-        Parameters
-        ----------
-        adata
-            Cells of the samples; None for the model's cells.
-        sample_key
-            Column of ``adata.obs`` with the samples. Cells without a value belong to none.
-        batch_size
-            Cells at a time.
-        num_cells_posterior
-            Largest number of cells per sample, drawn from torch's global stream.
-        dof
-            Not used: spins have no tails.
-        adata_sub
-            Cells to compare; None for ``adata``.
-        dataloader
-            Not supported: samples are a column of ``adata``.
-
-        Raises
-        ------
-        MissingColumnError
-            If there is no such column.
-        ValueError
-            If a sample of ``adata_sub`` has no cell in ``adata``, or ``dataloader`` is given.
-        """
-        if dataloader is not None:
-            msg = "`dataloader` has no column of samples. Pass `adata` and `sample_key`."
-            raise ValueError(msg)
-        adata = self._validate_anndata(adata)
-        adata_sub = adata if adata_sub is None else self._validate_anndata(adata_sub)
-        for cells in (adata, adata_sub):
-            get_column(cells.obs, "sample_key", sample_key)
-        # The mixture is over spins, so it needs mean spins, not the default angles.
-        means = torch.from_numpy(
-            self.get_latent_representation(adata_sub, batch_size=batch_size, representation="mean")
-        )
-        log_probs = {}
-        for sample in adata_sub.obs[sample_key].dropna().unique():
-            rows = np.flatnonzero(adata.obs[sample_key] == sample)
-            if not len(rows):
-                msg = f"No cell of `adata` has {sample_key}={sample!r}, but cells of `adata_sub` have."
-                raise ValueError(msg)
-            if num_cells_posterior is not None and num_cells_posterior < len(rows):
-                rows = rows[torch.randperm(len(rows))[: int(num_cells_posterior)].numpy()]
-            mixture = self.get_aggregated_posterior(adata, rows, batch_size, dof)
-            parts = [mixture.log_prob(part.to(self.device)).cpu() for part in means.split(int(batch_size))]
-            log_probs[sample] = torch.cat(parts).numpy()
-        adata_sub.obsm["da_log_probs"] = pd.DataFrame(log_probs, index=adata_sub.obs_names)
-
-    def _get_batches(
-        self,
-        adata: AnnData | None,
-        indices: Sequence[int] | None,
-        batch_size: int | None,
-        dataloader: Batches | None,
-        **kwargs: Any,
-    ) -> Batches:
-        if dataloader is None:
-            adata = self._validate_anndata(adata)
-            return self._make_data_loader(adata=adata, indices=indices, batch_size=batch_size, **kwargs)
-        if adata is not None:
-            msg = "Both `adata` and `dataloader` are given. Pass one of them."
-            raise ValueError(msg)
-        return dataloader
-
-    def _get_posteriors(self, *data: Any) -> Iterable[FactorialPosterior]:
-        for tensors in self._get_batches(*data):
-            yield self.module.inference(**self.module._get_inference_input(tensors))[MODULE_KEYS.QZ_KEY]

@@ -57,27 +57,21 @@ class PriorFitMixin:
         :meth:`train` ends with this. Call it again with more steps, or with a slow or paid device, which gets at most a
         hundred requests instead of thousands in training.
 
-        A tenth of these cells is held out; validation cells are not used. The fit keeps the latest parameters with the
+        A tenth of the cells is held out; validation cells are not used. The fit keeps the latest parameters with the
         lowest held-out KL divergence, within the error of log Z. These may be the initial ones. With labels, their
         cross-entropy is part of the objective, so :meth:`QBMSCANVI.predict` may change.
 
         Parameters
         ----------
-        adata, indices
-            Cells to fit the prior to; None for the training cells.
-        sampler
-            Source of the prior's samples: a name or an instance, as in :meth:`train`.
+        adata, indices, dataloader, batch_size
+            Cells to fit to, as in :meth:`get_latent_representation`; without them, the training cells.
+        sampler, seed
+            As in :meth:`sample_prior`.
         schedule
-            When to request samples. None means every step if the sampler continues chains, otherwise at most 100
+            When to request samples. None: at every step if the sampler continues chains, otherwise at most 100
             requests.
         n_steps
             Optimizer steps; None for 1,700, or 300 with a local sampler that cannot continue chains.
-        dataloader
-            Batches of cells instead of ``adata``.
-        batch_size
-            Cells at a time, for the computation of codes.
-        seed
-            Seed; None draws one from torch's global stream.
         progress
             Whether to show a progress bar.
 
@@ -126,7 +120,7 @@ class PriorFitMixin:
         if fit.chains.r_hat > MIXED:
             warnings.warn(
                 f"The prior's chains have not mixed in {fit.chains.n_sweeps} sweeps (R-hat {fit.chains.r_hat:.2f}, "
-                f"above {MIXED}). Shares of distant states among its samples may be off: sample it with "
+                f"above {MIXED}). Its samples may have some types of cells too often or too rarely. Draw them with "
                 "sampler='parallel_tempering'.",
                 RuntimeWarning,
                 stacklevel=2,
@@ -178,7 +172,7 @@ class PriorFitMixin:
             rows = generator.permutation(rows)[:_MAX_CODES]
             codes = self._get_codes(adata, np.sort(rows), batch_size, None)
         if len(codes) < _MIN_CODES:
-            msg = f"There are {len(codes)} cells to fit the prior to, but it needs {_MIN_CODES}. Name more cells."
+            msg = f"There are {len(codes)} cells to fit the prior to, but it needs {_MIN_CODES}. Pass more cells."
             raise ValueError(msg)
         order = torch.from_numpy(generator.permutation(len(codes))).to(self.device)
         n_held_out = min(_MAX_HELD_OUT, len(codes) // 10)

@@ -73,20 +73,10 @@ class QBMSCANVI(QBMSCVI):
         continuous_covariate_keys: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Register an AnnData; arguments as in :meth:`scvi.model.SCANVI.setup_anndata`.
+        """Register an AnnData with raw counts, as :meth:`scvi.model.SCANVI.setup_anndata`.
 
-        Parameters
-        ----------
-        adata
-            AnnData with counts.
-        labels_key
-            Column of ``adata.obs`` with the cell types.
-        unlabeled_category
-            Value of this column for cells of unknown type.
-        layer
-            Layer with the counts; None for ``X``.
-        batch_key, size_factor_key, categorical_covariate_keys, continuous_covariate_keys
-            Columns of ``adata.obs``.
+        ``labels_key`` is the column with the cell types, ``unlabeled_category`` its value for cells of unknown type.
+        Errors are those of :meth:`QBMSCVI.setup_anndata`.
         """
         categorical_covariate_keys = as_column_list("categorical_covariate_keys", categorical_covariate_keys)
         continuous_covariate_keys = as_column_list("continuous_covariate_keys", continuous_covariate_keys)
@@ -186,16 +176,12 @@ class QBMSCANVI(QBMSCVI):
     ) -> np.ndarray | pd.DataFrame:
         """Predict cell types: the prior's ``p(label | z)`` at the mean of each cell's posterior.
 
+        Other arguments are those of :meth:`get_latent_representation`.
+
         Parameters
         ----------
-        adata
-            AnnData with the same genes; None for the model's.
-        indices
-            Rows; None for all.
         soft
             Whether to return probabilities.
-        batch_size
-            Cells at a time.
 
         Returns
         -------

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import is_dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 from scvi.data._constants import ADATA_MINIFY_TYPE
 from scvi.model import SCVI
@@ -14,12 +13,13 @@ from scvi.module._constants import MODULE_KEYS
 
 from qbmscvi.boltzmann.posterior import FactorialPosterior
 from qbmscvi.exceptions import require_integer
+from qbmscvi.model._abundance import AbundanceMixin
 from qbmscvi.model._arguments import CellLoader, as_python
 from qbmscvi.model._checked_data import CheckedDataMixin
 from qbmscvi.model._deferred import DeferredInitialization
 from qbmscvi.model._expression import ExpressionMixin
 from qbmscvi.model._generation import GenerationMixin, build_prior_sampler
-from qbmscvi.model._input_checks import require_anndata
+from qbmscvi.model._input_checks import as_typed, check_moments, require_anndata
 from qbmscvi.model._interpretation import InterpretationMixin
 from qbmscvi.model._likelihood import LikelihoodMixin
 from qbmscvi.model._prior_fit import PriorFitMixin
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     import networkx as nx
+    import numpy as np
     from anndata import AnnData
     from lightning import LightningDataModule
 
@@ -41,11 +42,18 @@ if TYPE_CHECKING:
     from qbmscvi.train._schedule import SamplingSchedule
 
 Representation = Literal["angles", "mean", "logits", "bits"]
+_REPRESENT: dict[Representation, Callable[[FactorialPosterior], torch.Tensor]] = {
+    "angles": lambda qz: qz.mean.asin(),
+    "mean": lambda qz: qz.mean,
+    "logits": lambda qz: qz.logits,
+    "bits": lambda qz: (qz.logits > 0).to(qz.logits),
+}
 
 
 class QBMSCVI(
     PriorFitMixin,
     LikelihoodMixin,
+    AbundanceMixin,
     InterpretationMixin,
     GenerationMixin,
     ExpressionMixin,
@@ -60,12 +68,11 @@ class QBMSCVI(
     Parameters
     ----------
     adata
-        AnnData registered with :meth:`setup_anndata`. None for a data module: pass its registry, or nothing, and
-        ``train(datamodule=...)`` builds the networks.
+        AnnData registered with :meth:`setup_anndata`; None to train from a data module.
     registry
-        Registry of a data module.
+        Registry of the data module. Without it, ``train(datamodule=...)`` builds the networks.
     n_latent
-        Number of spins that the decoder sees. The model does not use more than it needs: see :meth:`get_active_units`.
+        Number of spins that the decoder sees. Some may stay unused: see :meth:`get_active_units`.
     latent_distribution
         Exists for scVI's signature; must be ``"normal"``.
     prior_graph
@@ -117,7 +124,7 @@ class QBMSCVI(
     ) -> None:
         if adata is None and registry is None and not use_observed_lib_size:
             msg = (
-                "use_observed_lib_size=False needs the library sizes of the batches, but neither `adata` nor "
+                "use_observed_lib_size=False needs the library size of each batch, but neither `adata` nor "
                 "`registry` was given. Pass `adata`, or leave use_observed_lib_size=True."
             )
             raise ValueError(msg)
@@ -172,16 +179,13 @@ class QBMSCVI(
         fit_prior: bool = True,
         **trainer_kwargs: Any,
     ) -> None:
-        """Train the model.
-
-        Arguments not listed here are those of :meth:`scvi.model.SCVI.train`.
+        """Train the model; arguments not listed here are those of :meth:`scvi.model.SCVI.train`.
 
         Parameters
         ----------
         plan_config, plan_kwargs
             Arguments of :class:`~qbmscvi.QBMTrainingPlan`, e.g. ``prior_lr``; ``plan_kwargs`` take precedence. Defaults
-            in a :class:`scvi.train.TrainingPlanConfig` count as not given, so scVI's ``lr``, ``eps`` and warm-up do not
-            return.
+            in a :class:`scvi.train.TrainingPlanConfig` are ignored, because they would replace those of QBMSCVI.
         sampler
             Source of the prior's samples: a name for :func:`qbmscvi.samplers.build_sampler`, or an instance.
         schedule
@@ -193,7 +197,7 @@ class QBMSCVI(
         Raises
         ------
         ValueError
-            If the data are minified or no counts, a cell is empty, a size factor or covariate is not finite, or the
+            If the data are minified or not counts, a cell is empty, a size factor or covariate is not finite, or the
             sampler is unknown or finds only ground states.
         AttributeError
             If the model has no AnnData and ``datamodule`` is missing.
@@ -254,26 +258,21 @@ class QBMSCVI(
         representation: Representation = "angles",
         **data_loader_kwargs: Any,
     ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
-        r"""Compute the latent representation of the cells.
+        r"""Compute the latent representation of the cells, shape ``(n_cells, n_latent)``.
 
-        Arguments not listed here are those of :meth:`scvi.model.SCVI.get_latent_representation`.
+        Arguments not listed here are those of :meth:`scvi.model.SCVI.get_latent_representation`. ``mc_samples`` has no
+        effect, because all means have a closed form.
 
         Parameters
         ----------
         give_mean
-            If False, return one draw of the posterior.
-        mc_samples
-            Not used; all means have a closed form.
+            If False, return one random draw of the posterior.
         return_dist
-            Return mean and variance of the spins' posterior, each of shape ``(n_cells, n_latent)``.
+            If True, return mean and variance of the spins' posterior, a pair of arrays.
         representation
             ``"angles"`` :math:`\arcsin(m)` (Euclidean distances are Fisher-Rao distances between posteriors);
             ``"mean"`` spins :math:`m = \tanh(l / 2)`; ``"logits"`` :math:`l`; or most likely ``"bits"`` in ``{0, 1}``,
             which make many cells identical and so are unfit for neighbor graphs.
-
-        Returns
-        -------
-        Shape ``(n_cells, n_latent)``, or two such arrays. Deterministic unless ``give_mean=False``.
 
         Raises
         ------
@@ -281,8 +280,8 @@ class QBMSCVI(
             If ``representation`` is unknown.
         """
         self._check_if_trained(warn=False)
-        if representation not in get_args(Representation):
-            msg = f"Unknown representation {representation!r}. Use {', '.join(map(repr, get_args(Representation)))}."
+        if representation not in tuple(_REPRESENT):
+            msg = f"Unknown representation {representation!r}. Use {as_typed(_REPRESENT)}."
             raise ValueError(msg)
         if return_dist:
             return super().get_latent_representation(
@@ -295,7 +294,7 @@ class QBMSCVI(
         for tensors in dataloader:
             outputs = self.module.inference(**self.module._get_inference_input(tensors))
             z = outputs[MODULE_KEYS.Z_KEY]
-            parts.append((_represent(self._posterior(outputs), representation) if give_mean else z).cpu())
+            parts.append((_REPRESENT[representation](self._posterior(outputs)) if give_mean else z).cpu())
         return torch.cat(parts).numpy()
 
     def _posterior(self, outputs: dict[str, Any]) -> FactorialPosterior:
@@ -311,35 +310,6 @@ class QBMSCVI(
         ``model.get_ising_model().to_bqm()`` is a :class:`dimod.BinaryQuadraticModel`.
         """
         return self._require_module().prior.to_ising()
-
-    @torch.inference_mode()
-    def get_prior_energy(
-        self,
-        adata: AnnData | None = None,
-        indices: Sequence[int] | None = None,
-        batch_size: int | None = None,
-        dataloader: Iterator[dict[str, torch.Tensor | None]] | None = None,
-    ) -> np.ndarray:
-        """Mean energy of each cell's posterior under the prior, in nats: low where the prior expects cells.
-
-        Hidden spins are summed out, and the mean is then over draws of the posterior; otherwise it is exact. Compare
-        with energies of prior samples, ``model.module.prior.energy``. Arguments are those of
-        :meth:`get_latent_representation`.
-
-        Returns
-        -------
-        Shape ``(n_cells,)``.
-        """
-        self._check_if_trained(warn=False)
-        if dataloader is None:
-            adata = self._validate_anndata(adata)
-            dataloader = self._make_data_loader(adata, indices=indices, batch_size=batch_size)
-        energies = []
-        for tensors in dataloader:
-            outputs = self.module.inference(**self.module._get_inference_input(tensors))
-            qz = outputs[MODULE_KEYS.QZ_KEY]
-            energies.append(self.module.prior.expected_energy(qz, n_draws=self.module.n_kl_draws).sum(-1).cpu())
-        return torch.cat(energies).numpy()
 
     @classmethod
     def load_query_data(
@@ -359,7 +329,7 @@ class QBMSCVI(
         Raises
         ------
         TypeError
-            If ``adata`` is no AnnData.
+            If ``adata`` is not an AnnData.
         ValueError
             If its columns or genes differ from the model's.
         """
@@ -376,23 +346,17 @@ class QBMSCVI(
         use_latent_qzm_key: str = "X_latent_qzm",
         use_latent_qzv_key: str = "X_latent_qzv",
     ) -> None:
-        """Replace the counts of each cell by its posterior.
+        """Replace the counts of each cell by its posterior, as :meth:`scvi.model.SCVI.minify_adata`.
 
-        Arguments are those of :meth:`scvi.model.SCVI.minify_adata`. The keys of ``adata.obsm`` name mean and variance
-        of the spins, from ``get_latent_representation(return_dist=True)``. These determine the posterior.
+        The keys of ``adata.obsm`` name mean and variance of the spins, from
+        ``get_latent_representation(return_dist=True)``.
 
         Raises
         ------
         ValueError
             If a key is missing or does not hold these moments.
         """
-        moments = []
-        for key in (use_latent_qzm_key, use_latent_qzv_key):
-            if key not in self.adata.obsm:
-                msg = f"`adata.obsm` has no {key!r}. {_HOW_TO_MINIFY}"
-                raise ValueError(msg)
-            moments.append(np.asarray(self.adata.obsm[key]))
-        _check_moments(*moments, self.module.prior.n_visible)
+        check_moments(self.adata, use_latent_qzm_key, use_latent_qzv_key, self.module.prior.n_visible)
         super().minify_adata(minified_data_type, use_latent_qzm_key, use_latent_qzv_key)
 
 
@@ -404,33 +368,3 @@ def plan_arguments(config: Any | None) -> dict[str, Any]:
     return {
         name: value for name, value in config.to_kwargs().items() if name not in defaults or value != defaults[name]
     }
-
-
-_HOW_TO_MINIFY = (
-    "Store both arrays of `model.get_latent_representation(return_dist=True)`, mean and variance of all spins, in "
-    "`adata.obsm['X_latent_qzm']` and `adata.obsm['X_latent_qzv']`."
-)
-
-
-def _check_moments(mean: np.ndarray, variance: np.ndarray, n_spins: int) -> None:
-    for name, values in (("mean", mean), ("variance", variance)):
-        if values.ndim != 2 or values.shape[1] != n_spins:
-            msg = f"The {name} of the posterior has shape {values.shape}, not (n_cells, {n_spins}). {_HOW_TO_MINIFY}"
-            raise ValueError(msg)
-    # Rounding of single precision is 1e-7; logits or standard deviations deviate by orders of magnitude more.
-    is_consistent = (
-        np.isfinite(mean).all() and (variance >= 0).all() and np.allclose(1.0 - mean**2, variance, atol=1e-5)
-    )
-    if not is_consistent:
-        msg = f"These are no posterior means of spins m in [-1, 1] with variances 1 - m^2. {_HOW_TO_MINIFY}"
-        raise ValueError(msg)
-
-
-def _represent(qz: FactorialPosterior, representation: Representation) -> torch.Tensor:
-    read: dict[str, Callable[[], torch.Tensor]] = {
-        "angles": lambda: qz.mean.asin(),
-        "mean": lambda: qz.mean,
-        "logits": lambda: qz.logits,
-        "bits": lambda: (qz.logits > 0).to(qz.logits),
-    }
-    return read[representation]()

@@ -32,7 +32,7 @@ class QBMSCANVAE(QBMVAE):
 
     def __init__(self, n_input: int, n_batch: int = 0, n_labels: int = 0, **kwargs: Any) -> None:
         if n_labels < 2:
-            msg = "No cell has a label, but labels are to be learned. Label some cells in the column `labels_key`."
+            msg = "No cell has a label, but the model learns from labeled cells. Label some in the column `labels_key`."
             raise ValueError(msg)
         if kwargs.get("dispersion") == "gene-label":
             msg = "dispersion='gene-label' needs the label of every cell. Use 'gene' or 'gene-batch'."
