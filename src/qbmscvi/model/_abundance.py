@@ -31,11 +31,12 @@ class AbundanceMixin:
         batch_size: int | None = None,
         dof: float | None = 3.0,
     ) -> MixtureSameFamily:
-        """Mixture, with equal weights, of the posteriors of some cells; as in scvi-tools, but over spins.
+        """Mixture, with equal weights, of the posteriors of some cells; an empty ``indices`` means all.
 
-        At spins of -1 and +1, ``log_prob`` is the log probability under the mixture. At mean spins, from
+        As :meth:`scvi.model.SCVI.get_aggregated_posterior`, but over spins, so that ``dof`` has no effect. At spins of
+        -1 and +1, ``log_prob`` is the log probability under the mixture. At mean spins, from
         ``get_latent_representation(representation="mean")``, it is the log of the mean probability of spins with these
-        means. ``dof`` has no effect, because spins have no tails.
+        means.
         """
         self._check_if_trained(warn=False)
         indices = None if indices is None or np.size(indices) == 0 else indices
@@ -61,9 +62,10 @@ class AbundanceMixin:
     ) -> None:
         """Compare how likely cells are in each sample, by the aggregated posteriors of the samples.
 
-        Writes ``obsm["da_log_probs"]``, shape ``(n_cells, n_samples)``: the ``log_prob`` of each cell's mean spins
-        under :meth:`get_aggregated_posterior` of the sample. Pass all arguments except ``adata`` by name; scvi-tools
-        1.5 has another order. ``dof`` has no effect.
+        As :meth:`scvi.model.SCVI.differential_abundance`, but over spins, so that ``dof`` has no effect. Pass all
+        arguments except ``adata`` by name; scvi-tools 1.5 has another order. ``obsm["da_log_probs"]``, shape
+        ``(n_cells, n_samples)``, gets the ``log_prob`` of each cell's mean spins under :meth:`get_aggregated_posterior`
+        of the sample.
 
         Parameters
         ----------

@@ -84,8 +84,7 @@ class GenerationMixin:
         n_cells
             Number of cells.
         batch
-            Batch of the cells. None draws batches in the proportions of the model's AnnData, or takes the first without
-            it.
+            Batch of the cells. None draws batches in the proportions of the model's AnnData, without it the first.
         cell_type
             Label of the cells. :class:`QBMSCANVI` draws latent variables of that type; None draws types in the
             proportions of the prior. With ``dispersion="gene-label"`` the label sets dispersion, library sizes and
@@ -93,8 +92,7 @@ class GenerationMixin:
         covariates
             Values by covariate column: one for all cells, or shape ``(n_cells,)``. Missing columns are drawn.
         library_size
-            Total count per cell, or size factor with ``size_factor_key``: a number, or shape ``(n_cells,)``. None draws
-            it.
+            Total count, or size factor with ``size_factor_key``: a number, or shape ``(n_cells,)``. None draws it.
         sampler, seed
             As in :meth:`sample_prior`.
 

@@ -200,7 +200,7 @@ class InterpretationMixin:
         Raises
         ------
         ValueError
-            If there is no column ``label_key``, or ``n_samples`` is below one.
+            If ``adata.obs`` has no column ``label_key``, or ``n_samples`` is below one.
         """
         from dwave.samplers import SteepestDescentSolver  # dimod takes as long to import as qbmscvi
 

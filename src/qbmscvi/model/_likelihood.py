@@ -146,8 +146,9 @@ class LikelihoodMixin:
         r"""Log likelihood :math:`\log p(x)` by importance sampling, in nats per cell; higher is better.
 
         The log of the mean of :math:`p(x, z, \ell) / q(z, \ell \mid x)` over draws of the posterior :cite:p:`Burda16`.
-        Its expectation lies between the ELBO and the log likelihood and rises with ``n_mc_samples``. Other arguments
-        are those of :meth:`scvi.model.SCVI.get_marginal_ll`.
+        Its expectation lies between the ELBO and the log likelihood and rises with ``n_mc_samples``. It describes the
+        model with hard spins, or with smoothed ones for ``smoothing="spike-exponential"``. Other arguments are those of
+        :meth:`scvi.model.SCVI.get_marginal_ll`.
 
         Parameters
         ----------
@@ -290,9 +291,9 @@ class LikelihoodMixin:
             w(z) \propto \frac{\sum_n p(z \mid x_n)}{\sum_n q(z \mid x_n)},
             \qquad p(z \mid x_n) = \frac{p(z)\, p(x_n \mid z)}{p(x_n)},
 
-        over anchor cells :math:`n` of the population. ``weights="importance"`` of :meth:`get_normalized_expression` and
-        :meth:`differential_expression` uses them. Other arguments are those of
-        :meth:`scvi.model.SCVI.get_importance_weights`.
+        over anchor cells :math:`n` of the population, which ``adata`` and ``indices`` name. Both
+        :meth:`get_normalized_expression` and :meth:`differential_expression` use them with ``weights="importance"``.
+        Other arguments are those of :meth:`scvi.model.SCVI.get_importance_weights`.
 
         Parameters
         ----------

@@ -54,8 +54,8 @@ class PriorFitMixin:
     ) -> PriorFit:
         """Fit the prior to the codes of cells; networks and representations do not change.
 
-        :meth:`train` ends with this. Call it again with more steps, or with a slow or paid device, which gets at most a
-        hundred requests instead of thousands in training.
+        The code of a cell is the posterior of its spins. :meth:`train` ends with this method. Call it again with more
+        steps, or with a slow or paid device, which gets at most a hundred requests instead of thousands in training.
 
         A tenth of the cells is held out; validation cells are not used. The fit keeps the latest parameters with the
         lowest held-out KL divergence, within the error of log Z. These may be the initial ones. With labels, their
@@ -68,8 +68,7 @@ class PriorFitMixin:
         sampler, seed
             As in :meth:`sample_prior`.
         schedule
-            When to request samples. None: at every step if the sampler continues chains, otherwise at most 100
-            requests.
+            When to request samples. None: at every step if the sampler continues chains, else at most 100 requests.
         n_steps
             Optimizer steps; None for 1,700, or 300 with a local sampler that cannot continue chains.
         progress
