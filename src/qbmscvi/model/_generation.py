@@ -279,7 +279,7 @@ def build_prior_sampler(spec: str | Sampler) -> Sampler:
     if sampler.traits.target == "ground_state":
         msg = (
             f"{sampler.name} finds ground states, but the prior needs samples of its Boltzmann distribution, or its "
-            "couplings shrink to zero. Use sampler='gibbs', or another sampler whose `traits.target` is 'boltzmann' "
+            "couplings shrink to zero. Use sampler='gibbs' or another sampler whose `traits.target` is 'boltzmann' "
             "or 'approximate'."
         )
         raise ValueError(msg)
