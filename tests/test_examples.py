@@ -49,7 +49,7 @@ def test_examples_are_found_where_they_stand() -> None:
     assert {
         "qbmscvi.model._qbmscvi.QBMSCVI",
         "qbmscvi.datasets.synthetic_counts",
-        "qbmscvi.samplers.testing.check_sampler",
+        "qbmscvi.samplers.testing._check.check_sampler",
     } <= names
 
 

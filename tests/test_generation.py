@@ -395,7 +395,7 @@ def test_model_without_data_needs_what_it_cannot_draw(covered, tmp_path):
         pytest.param({"covariates": {"age": [0.0] * 9 + [np.nan]}}, ValueError, "'age'.*nan", id="nan"),
         pytest.param({"covariates": {"age": np.inf}}, ValueError, "'age'.*inf", id="infinite"),
         pytest.param({"covariates": {"age": "old"}}, TypeError, "'age'.*no numbers", id="text"),
-        pytest.param({"covariates": ["donor"]}, TypeError, "list.*mapping", id="no-mapping"),
+        pytest.param({"covariates": ["donor"]}, TypeError, "list.*dictionary", id="no-mapping"),
         pytest.param({"batch": ["b0"]}, ValueError, "Unknown batch .*'b0', 'b1'", id="several-batches"),
     ],
 )

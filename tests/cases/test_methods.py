@@ -318,7 +318,7 @@ def check_get_normalized_expression(trained, oracle, other):
     assert list(draws.columns) == genes[:3]
 
 
-def check_draws_of_a_population(model, n_draws=12_000):
+def check_draws_of_a_population(model, n_draws=18_000):
     """Importance weights turn draws of posteriors into draws of true posteriors."""
     rows = np.flatnonzero(model.adata.obs["batch"] == "batch_0")[ONE_BATCH]
     exact = Oracle.of(off_by(model, 1.0), rows)
