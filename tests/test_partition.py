@@ -144,7 +144,7 @@ def test_annealing_meets_enumeration_on_a_problem_beyond_the_automatic_limit():
     ("graph", "method"),
     [
         pytest.param(graphs.bipartite(16, 18), "exact", id="16-of-34"),
-        pytest.param(graphs.bipartite(17, 18), "exact", id="17-of-35"),
+        pytest.param(graphs.bipartite(17, 18), "ais", id="17-of-35"),  # exact would take seconds each time
         pytest.param(graphs.bipartite(21, 22), "ais", id="21-of-43"),
         pytest.param(graphs.hardware("chimera", 16), "exact", id="chimera-16"),
         pytest.param(graphs.complete(10), "exact", id="complete-10"),
