@@ -169,6 +169,7 @@ def draw(scores: Scores, file: Path) -> None:
 
 def report(scores: Scores) -> str:
     sets = scores.sets
+    n_seeds = " to ".join(map(str, sorted({min(scores.n_seeds), max(scores.n_seeds)})))
 
     def rows(score: str, references: dict[str, str | list[str]], digits: int, sign: int = 1, scale: float = 1.0):
         return {
@@ -180,7 +181,7 @@ def report(scores: Scores) -> str:
         "# The prior",
         "",
         "Written by `benchmarks/prior.py` from its records; defaults, 100 epochs, "
-        f"{' to '.join(map(str, sorted({min(scores.n_seeds), max(scores.n_seeds)})))} seeds, cells held out from training. Differences are QBMSCVI "
+        f"{n_seeds} seeds, cells held out from training. Differences are QBMSCVI "
         "minus the model of the row: the mean over seeds with Student's interval of 95 %, and over the means of the "
         "sets. Bold where the interval does not hold zero. `QBMSCVI 0.1.0` is the earlier default, without hidden "
         "spins and without `fit_prior`.",
