@@ -54,7 +54,7 @@ def test_a_hundred_requests_to_dwaves_client_do_what_block_gibbs_does(fit):
     n_before = len(service.jobs)
     found, _ = fit(connected(build_dwave_sampler, device_beta=12.0, n_gauges=2))  # in truth at 5
     assert found.n_requests == 100
-    assert found.n_samples == 100 * 128  # all answers are used
+    assert found.n_samples in (99 * 128, 100 * 128)  # all are used, but for a last one after the last step
     assert found.n_failures == 0
     assert len(service.jobs) - n_before == 200  # two gauges each
     local, _ = fit("gibbs")
