@@ -18,6 +18,7 @@ from qbmscvi.boltzmann.posterior import FactorialPosterior
 from qbmscvi.boltzmann.prior import BoltzmannPrior
 from qbmscvi.datasets import synthetic_counts
 from qbmscvi.samplers.local import _gibbs
+from qbmscvi.train._log_z import LogZTracker
 
 N_CELLS, N_GENES, MEAN_DEPTH = 2560, 2000, 300.0  # 8 % of the counts are not zero
 BATCH_SIZE = 128
@@ -26,7 +27,7 @@ FAMILIES = {"spins, 64": {"n_latent": 64}}
 # What is timed inside a step. The rest of "sampling" is the layer: requests, checks, merging, bookkeeping.
 PARTS = {
     "sampling": (SamplingCallback, "on_train_batch_start"),
-    "tracking": (SamplingCallback, "_track_log_z"),
+    "tracking": (LogZTracker, "follow"),
     "sweeps": (_gibbs, "gibbs_sweeps"),
     "moments": (BoltzmannPrior, "set_moments"),
 }
