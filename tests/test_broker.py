@@ -246,6 +246,7 @@ def test_closing_cancels_what_is_under_way_and_nothing_else(wrap):
     assert sampler.n_cancelled == 1
 
 
+@pytest.mark.slow
 def test_a_job_that_never_ends_does_not_hold_up_the_end_of_the_program():
     script = """
 import time, torch

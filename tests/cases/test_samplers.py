@@ -407,7 +407,7 @@ def test_a_new_tempering_sampler_leaves_chains_in_equilibrium(n_sweeps, n_rungs)
     assert_follows(spins, distribution)
 
 
-@pytest.mark.parametrize("n_more", [0, 40])
+@pytest.mark.parametrize("n_more", [0, pytest.param(40, marks=pytest.mark.slow)])
 def test_hot_replicas_of_another_number_of_chains_are_not_mixed_with_the_chains(n_more):
     problem = random_problem(graphs.bipartite(6, 6), seed=5, scale=0.8)
     distribution, sampler = Distribution.boltzmann(problem), ParallelTemperingSampler(4)
