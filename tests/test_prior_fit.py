@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import scvi
 import torch
 
-from qbmscvi import QBMSCANVI, QBMSCVI
+from qbmscvi import QBMSCANVI, QBMSCVI, SamplingSchedule
 from qbmscvi.boltzmann import graphs
 from qbmscvi.boltzmann.enumeration import all_states, draw_exact
 from qbmscvi.boltzmann.posterior import FactorialPosterior
@@ -17,7 +18,7 @@ from qbmscvi.boltzmann.prior import BoltzmannPrior
 from qbmscvi.datasets import synthetic_counts
 from qbmscvi.diagnostics import chain_diagnostics
 from qbmscvi.exceptions import SamplerError
-from qbmscvi.samplers import BlockGibbsSampler, Draw, ExactSampler, Sampler, SamplerTraits
+from qbmscvi.samplers import BlockGibbsSampler, Draw, ExactSampler, ParallelTemperingSampler, Sampler, SamplerTraits
 from qbmscvi.train._prior_fit import Codes, fit_to_codes
 
 N_VISIBLE = 6
@@ -53,6 +54,23 @@ def distribution(prior: BoltzmannPrior) -> torch.Tensor:
 def divergence(target: BoltzmannPrior, prior: BoltzmannPrior) -> float:
     p, q = distribution(target), distribution(prior)
     return float((p * (p / q).log()).sum())
+
+
+def test_a_long_fit_ends_with_tempered_chains(target, monkeypatch):
+    """Only where the sampler is block Gibbs and no schedule is given."""
+    steps, sample = [], ParallelTemperingSampler._sample
+
+    def counted(self, request, seed):
+        steps.append(request.n_sweeps)
+        return sample(self, request, seed)
+
+    monkeypatch.setattr(ParallelTemperingSampler, "_sample", counted)
+    prior, codes = copy.deepcopy(target), draw_codes(target, 200, 2)
+    fit = fit_to_codes(prior, codes, codes, sampler=BlockGibbsSampler(), n_steps=1_000)
+    assert (len(steps), fit.n_requests) == (120, 1_000)
+    schedule = SamplingSchedule(every_n_steps=1, latency=0)
+    fit_to_codes(prior, codes, codes, sampler=BlockGibbsSampler(), schedule=schedule, n_steps=1_000)
+    assert len(steps) == 120
 
 
 @pytest.mark.parametrize(
